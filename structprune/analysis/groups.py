@@ -1,0 +1,94 @@
+"""Types → groups: which atoms are free, where they stand, what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch.nn import Parameter
+
+from structprune.analysis.infer import Types, infer
+from structprune.errors import InputError
+from structprune.ir.axes import Atom, Shape
+from structprune.ir.graph import Graph
+from structprune.ir.group import Frozen, Group, Groups, Member
+
+
+def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> tuple[Groups, Types]:
+    """Infer axis types and name the groups.
+
+    ignore: names or shell patterns of modules or tensors; their axes keep all channels. Raises InputError for one
+    that matches nothing.
+    """
+    types = infer(graph)
+    named = _named_shapes(graph, types)
+    for pattern in ignore:
+        matched = [n for n in named if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
+        if not matched:
+            raise InputError(f"ignore={pattern!r} matches no module or tensor of the model; names look like {next(iter(named), '?')!r}")
+        for name in matched:
+            for axis in named[name]:
+                types.solver.freeze(axis, f"ignored ({pattern})")
+    axes = {name: tuple(map(types.solver.resolve, shape)) for name, shape in named.items()}
+    members: dict[Atom, list[Member]] = {}
+    for name, shape in axes.items():
+        for dim, axis in enumerate(shape):
+            for atom in dict.fromkeys(types.solver.atoms(axis)):
+                members.setdefault(atom, []).append(Member(name, dim))
+    inexact = _inexact(types)
+    names = _Names()
+    groups, frozen = [], []
+    for atom, where in members.items():
+        reason = types.solver.reason(atom)
+        if reason is None:
+            groups.append(Group(names.of(where), atom, tuple(where), atom not in inexact, inexact.get(atom, "")))
+        elif any(m.dim < 2 for m in where):  # kernel windows are no channels
+            frozen.append(Frozen(_owner(where), atom.size, reason.why, reason.at, tuple(where)))
+    return (
+        Groups(
+            groups=tuple(groups),
+            frozen=tuple(frozen),
+            axes=axes,
+            parameters=frozenset(graph.aliases[str(n.target)][0] for n in graph.nodes if n.op == "get_attr" and isinstance(graph.tensor(n), Parameter)),
+            work=tuple(tuple(map(types.solver.resolve, w.axes)) for w in types.work),
+        ),
+        types,
+    )
+
+
+def _named_shapes(graph: Graph, types: Types) -> dict[str, Shape]:
+    return {
+        name: types.nodes[node]
+        for node in graph.nodes
+        if node.op == "get_attr" and node in types.nodes
+        for name in graph.aliases.get(str(node.target), ())
+    }
+
+
+def _inexact(types: Types) -> dict[Atom, str]:
+    """Atoms over which an operator takes a mean or norm that a zero is not neutral for."""
+    found: dict[Atom, str] = {}
+    for reading in types.readings:
+        if not reading.exact:
+            for atom in types.solver.atoms(reading.axis):
+                found.setdefault(atom, f"a {reading.how} over these channels runs over the kept ones")
+    return found
+
+
+def _owner(members: Iterable[Member]) -> str:
+    """The module that makes the channels: the first one with the channels as its outputs."""
+    members = list(members)
+    maker = next((m for m in members if m.dim == 0), members[0])
+    return maker.tensor.rpartition(".")[0] or maker.tensor
+
+
+class _Names:
+    """Gives each group the name of the module that makes its channels; the second of one module is 'name#2'."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, int] = {}
+
+    def of(self, members: list[Member]) -> str:
+        owner = _owner(members)
+        number = self._taken[owner] = self._taken.get(owner, 0) + 1
+        return owner if number == 1 else f"{owner}#{number}"

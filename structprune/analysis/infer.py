@@ -1,0 +1,140 @@
+"""Graph → a type for every axis: the graph is run once, with shapes of axes in the place of tensors."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from structprune.ir.axes import Shape, Solver, Unsolved
+from structprune.ir.graph import Graph, operator_name, shape_of, size_of, source_of
+from structprune.ops import RULES
+from structprune.ops.rules import Equations, Reading, Unsupported, Work
+
+INPUT, OUTPUT = "model input", "model output"
+
+
+@dataclass(frozen=True)
+class Types:
+    """What inference found. A node's entry is a Shape, a list of such for several answers, or a number."""
+
+    solver: Solver
+    nodes: Mapping[fx.Node, Any]
+    work: tuple[Work, ...]
+    readings: tuple[Reading, ...]
+
+    def shape(self, value: Any) -> Any:
+        """The resolved axes of a node's answer; a list of such for several answers."""
+        found = self.nodes[value]
+        if isinstance(found, list):
+            return [self._resolved(part) for part in found]
+        return self._resolved(found)
+
+    def _resolved(self, shape: Any) -> Any:
+        return tuple(map(self.solver.resolve, shape)) if isinstance(shape, tuple) else shape
+
+
+def infer(graph: Graph) -> Types:
+    """Infer the type of every axis. Takes time about linear in the number of nodes.
+
+    The axes of inputs and outputs are frozen, and so are those that an operator without a rule touches.
+    """
+    solver = Solver()
+    types: dict[fx.Node, Any] = {}
+    by_tensor: dict[int, Shape] = {}
+    work: list[Work] = []
+    readings: list[Reading] = []
+
+    def constant(argument: Any) -> Tensor | None:
+        if not isinstance(argument, fx.Node) or argument.op != "get_attr":
+            return None
+        value = graph.tensor(argument)
+        return None if isinstance(value, torch.nn.Parameter) else value
+
+    for node in graph.nodes:
+        solver.site = source_of(node)
+        if node.op == "placeholder":
+            types[node] = _sizes_map(node.meta.get("val"), lambda s: tuple(solver.fresh(n) for n in s))
+            _freeze(solver, types[node], INPUT)
+        elif node.op == "get_attr":
+            tensor = graph.tensor(node)
+            if isinstance(tensor, Tensor):  # a tensor under two names, or a module called twice, is one variable
+                types[node] = by_tensor.setdefault(id(tensor), tuple(solver.fresh(n) for n in tensor.shape))
+        elif node.op == "output":
+            fx.map_arg(node.args, lambda n: _freeze(solver, types[n], OUTPUT))
+        elif node.target is operator.getitem:
+            source, index = node.args
+            types[node] = types[source][index]  # type: ignore[index]
+        else:
+            types[node] = _apply(solver, node, types, constant, work, readings)
+    return Types(solver, types, tuple(work), tuple(readings))
+
+
+def _apply(solver: Solver, node: fx.Node, types: dict[fx.Node, Any], constant: Any, work: list[Work], readings: list[Reading]) -> Any:
+    """The type of one operator's answer; an operator without a rule that fits freezes all that it touches."""
+    value = node.meta.get("val")
+    if not _has_tensor(value):
+        return size_of(value) if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) else value
+    name = operator_name(node)
+    sizes = _sizes_map(value, lambda shape: shape)
+    args = fx.map_arg(node.args, lambda n: types[n])
+    kwargs = fx.map_arg(node.kwargs, lambda n: types[n])
+    function = RULES.get(name)
+    if function is None:
+        why = f"the operator {name} is not known"
+    elif 0 in _flat(sizes):
+        why = "an empty tensor"
+    else:
+        equations = Equations(solver, node, sizes, constant)
+        try:
+            result = function(equations, *args, **kwargs)
+        except (Unsupported, Unsolved) as error:
+            why = f"{name}: {error}"
+        else:
+            result = list(result) if isinstance(value, (list, tuple)) else result
+            if _sizes_of(result) == sizes:
+                work.extend(equations.work)
+                readings.extend(equations.readings)
+                return result
+            why = f"the rule of {name} does not fit this call"
+    for operand in node.all_input_nodes:
+        _freeze(solver, types.get(operand), why)
+    result = _sizes_map(value, lambda shape: tuple(solver.fresh(n) for n in shape))
+    _freeze(solver, result, why)
+    return result
+
+
+def _has_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value)
+
+
+def _sizes_map(value: Any, function: Any) -> Any:
+    """`function` of the shape of a (fake) tensor; a list of results for several tensors."""
+    if isinstance(value, Tensor):
+        return function(shape_of(value))
+    if isinstance(value, (list, tuple)):
+        return [function(shape_of(v)) if isinstance(v, Tensor) else v for v in value]
+    return size_of(value) if isinstance(value, torch.SymInt) else value
+
+
+def _sizes_of(result: Any) -> Any:
+    if isinstance(result, list):
+        return [_sizes_of(part) for part in result]
+    return tuple(axis.size for axis in result) if isinstance(result, tuple) else result
+
+
+def _flat(sizes: Any) -> list[int]:
+    return [n for shape in (sizes if isinstance(sizes, list) else [sizes]) if isinstance(shape, tuple) for n in shape]
+
+
+def _freeze(solver: Solver, found: Any, why: str) -> None:
+    if isinstance(found, list):
+        for part in found:
+            _freeze(solver, part, why)
+    elif isinstance(found, tuple):
+        for axis in found:
+            solver.freeze(axis, why)

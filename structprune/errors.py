@@ -1,0 +1,39 @@
+"""Everything that structprune raises on purpose.
+
+    StructpruneError              one line for the user; the command line turns it into an exit status
+    ├── InputError         (2)    a file, argument or option that cannot be used
+    │   ├── TraceError            the model cannot be traced into a graph
+    │   └── PlanError             a plan that does not belong to this model
+    ├── TargetError        (3)    the target cannot be reached; says how close it came
+    └── VerificationError  (1)    the small model does not answer as the reference does: our bug, never the user's
+"""
+
+
+class StructpruneError(Exception):
+    """Base of all errors that structprune raises on purpose. `exit_status` is what the command line returns."""
+
+    exit_status = 1
+
+
+class InputError(StructpruneError):
+    """Something that the user gave cannot be used."""
+
+    exit_status = 2
+
+
+class TraceError(InputError):
+    """torch.export could not turn the model into a graph."""
+
+
+class PlanError(InputError):
+    """A plan does not fit the model it is applied to."""
+
+
+class TargetError(StructpruneError):
+    """No plan reaches the target."""
+
+    exit_status = 3
+
+
+class VerificationError(StructpruneError):
+    """The compressed model answers differently from the reference."""

@@ -1,0 +1,230 @@
+"""module → Graph, by torch.export. The only place that knows torch.export's tracing."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
+
+from structprune.errors import TraceError
+from structprune.ir.graph import Graph
+
+_log = logging.getLogger(__name__)
+_GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, dynamic: bool = True) -> Graph:
+    """Trace `model` in evaluation mode on example inputs. The model is left as it was.
+
+    The first axis of every tensor input is dynamic where the model allows it. Parametrizations (weight norm, spectral
+    norm, ...) are folded into the weights that they compute. Raises TraceError, with the user's source line, for a
+    model that torch.export cannot trace.
+    """
+    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    kwargs = dict(kwargs or {})
+    model = fold_parametrizations(model)
+    notes: list[str] = []
+    with _evaluation(model):
+        exported = None
+        if dynamic:
+            example_args, example_kwargs = pytree.tree_map_only(Tensor, _two_samples, (args, kwargs))
+            try:
+                exported = _export(model, example_args, example_kwargs, dynamic=True)
+                args, kwargs = example_args, example_kwargs
+            except Exception as error:  # torch.export raises whatever the model's code meets: try it static below
+                _log.debug("dynamic batch refused", exc_info=True)
+                notes.append(f"static batch: {_first_line(error)}")
+        if exported is None:
+            try:
+                exported = _export(model, args, kwargs, dynamic=False)
+            except Exception as error:
+                raise _explained(error) from error
+    return from_exported(exported, args, kwargs, model=model, notes=tuple(notes))
+
+
+def from_exported(
+    exported: ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    model: nn.Module | None = None,
+    notes: tuple[str, ...] = (),
+) -> Graph:
+    """Graph of a program that torch.export made (here, or loaded from a .pt2 file)."""
+    module = _unlifted(exported)
+    _inline_grad_modes(module)
+    _drop_checks(module)
+    names: dict[int, list[str]] = {}
+    holder = model if model is not None else module
+    for name, tensor in [*holder.named_parameters(remove_duplicate=False), *holder.named_buffers(remove_duplicate=False)]:
+        names.setdefault(id(tensor), []).append(name)
+    attributes = {str(n.target): n for n in module.graph.nodes if n.op == "get_attr"}
+    aliases = {
+        target: tuple(names[id(tensor)])
+        for target in attributes
+        if isinstance(tensor := _lookup(module, target), Tensor) and id(tensor) in names
+    }
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    batched = [n.meta["val"] for n in placeholders if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].dim()]
+    dynamic = bool(batched) and isinstance(batched[0].shape[0], torch.SymInt)
+    if not dynamic and not notes:
+        notes = ("static batch: the model's code fixes the first axis of its input",)
+    return Graph(
+        module=module,
+        args=args,
+        kwargs=kwargs,
+        exported=exported,
+        aliases=aliases,
+        input_names=tuple(n.name for n in placeholders),
+        output_names=_output_names(exported),
+        dynamic_batch=dynamic,
+        notes=notes,
+    )
+
+
+def fold_parametrizations(model: nn.Module) -> nn.Module:
+    """The model with every parametrized weight replaced by its value; the model itself where there is none."""
+    legacy = [m for m in model.modules() if any(hasattr(h, "compute_weight") for h in m._forward_pre_hooks.values())]
+    if not legacy and not any(parametrize.is_parametrized(m) for m in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            assert isinstance(module.parametrizations, nn.ModuleDict)
+            for name in list(module.parametrizations):
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        for hook in list(module._forward_pre_hooks.values()):  # torch.nn.utils.weight_norm and spectral_norm of old
+            if hasattr(hook, "compute_weight"):
+                remove = nn.utils.remove_weight_norm if "WeightNorm" in type(hook).__name__ else nn.utils.remove_spectral_norm
+                remove(module, hook.name)
+    return model
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, dynamic: bool) -> ExportedProgram:
+    shapes: Any = None
+    if dynamic:
+        collection = ShapesCollection()
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.dim():
+                collection[leaf] = {0: Dim.AUTO}
+        shapes = collection.dynamic_shapes(model, args, kwargs)
+    return torch.export.export(model, args, kwargs or None, dynamic_shapes=shapes, strict=False)
+
+
+def _two_samples(tensor: Tensor) -> Tensor:
+    """torch.export takes a size of 1 for a constant: a batch of one is doubled, so that the batch can be dynamic."""
+    return torch.cat([tensor, tensor]) if tensor.dim() and tensor.shape[0] == 1 else tensor
+
+
+def _unlifted(exported: ExportedProgram) -> fx.GraphModule:
+    try:
+        module = exported.module(check_guards=False)
+    except TypeError:  # torch < 2.10 has no guards to leave out
+        module = exported.module()
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def _lookup(module: nn.Module, name: str) -> Any:
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _inline_grad_modes(module: fx.GraphModule) -> None:
+    """Replace regions under torch.no_grad by their operators; a detach keeps gradients out as the region did."""
+    graph = module.graph
+    for node in [n for n in graph.nodes if n.target is _GRAD_MODE]:
+        enabled, region, *inputs = node.args
+        body = _lookup(module, str(region.target)).graph
+        mapping = dict(zip([n for n in body.nodes if n.op == "placeholder"], inputs, strict=True))
+        with graph.inserting_before(node):
+            outputs = graph.graph_copy(body, mapping)
+            flat = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+            if not enabled:
+                for i, value in enumerate(flat):
+                    if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor):
+                        flat[i] = graph.call_function(torch.ops.aten.detach.default, (value,))
+                        flat[i].meta = dict(value.meta)
+        for user in list(node.users):
+            user.replace_all_uses_with(flat[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        if not region.users:
+            graph.erase_node(region)
+
+
+def _drop_checks(module: fx.GraphModule) -> None:
+    """Remove the assertions that torch.export leaves in the graph: they hold for the original sizes only."""
+    graph = module.graph
+    for node in reversed(list(graph.nodes)):
+        name = str(node.target)
+        if node.op == "call_module" and name == "_guards_fn" or "_assert" in name and not node.users:
+            graph.erase_node(node)
+    graph.eliminate_dead_code(lambda n: n.op == "placeholder" or n.op == "output" or _mutates(n))
+    graph.lint()
+    module.recompile()
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+def _output_names(exported: ExportedProgram) -> tuple[str, ...]:
+    """'output' for a single tensor, else the path in the answer's structure: 'logits', 'features_0'."""
+    spec = exported.call_spec.out_spec
+    assert spec is not None
+    leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths = [path for path, _ in pytree.tree_flatten_with_path(leaves)[0]]
+    names = ["_".join(re.sub(r"\W+", "_", str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k))))) for k in path) for path in paths]
+    return tuple(("output" if not n else f"output_{n}" if n[0].isdigit() else n) for n in names)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _explained(error: BaseException) -> TraceError:
+    """One line: what failed, in which line of the user's code, and what to change."""
+    text = str(error)
+    own = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
+    trail = [(frame.filename, frame.lineno) for frame in _frames(error)] + [(f, int(n)) for f, n, _ in own]
+    user = [(f, n) for f, n in trail if "/torch/" not in f and "/structprune/" not in f and not f.startswith("<")]
+    where = f" at {user[-1][0]}:{user[-1][1]}" if user else ""
+    kind = type(error).__name__
+    if "DataDependent" in kind or "data-dependent" in text or "GuardOnDataDependent" in kind:
+        advice = "the code branches on values of tensors: use torch.where or torch.cond, or compress the part before it"
+    elif isinstance(error, (RuntimeError, TypeError, ValueError)) and ("shape" in text or "size" in text or "argument" in text or "channels" in text):
+        advice = "check the shapes and number of the example inputs (--input on the command line)"
+    else:
+        advice = "make that line traceable by torch.export, or pass the submodule that can be traced"
+    return TraceError(f"the model cannot be traced{where}: {_first_line(error)}; {advice}")
+
+
+def _frames(error: BaseException) -> list[Any]:
+    import traceback
+
+    return list(traceback.extract_tb(error.__traceback__))

@@ -1,0 +1,94 @@
+"""`Graph`: a traced model. A torch.fx graph of ATen operators over named tensors, with sizes and source lines."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+_TORCH = str(Path(torch.__file__).parent)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What tracing gives, and what every later stage reads. Nothing changes it.
+
+    `module` holds the user's own tensors, not copies, under their `state_dict` names: its `get_attr` nodes are
+    parameters, buffers and constants, its `placeholder` nodes the model's inputs.
+    """
+
+    module: fx.GraphModule
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    exported: torch.export.ExportedProgram
+    aliases: Mapping[str, tuple[str, ...]]  # a tensor's name in the graph -> all its names in the state_dict
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    dynamic_batch: bool
+    notes: tuple[str, ...] = ()  # what a user should know about how the model was traced
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.module.graph.nodes)
+
+    def tensor(self, node: fx.Node) -> Tensor:
+        """The parameter, buffer or constant behind a `get_attr` node."""
+        return attribute(self.module, str(node.target))
+
+    def flat_inputs(self, args: tuple[Any, ...] | None = None, kwargs: Mapping[str, Any] | None = None) -> list[Any]:
+        """The leaves of a call's arguments (by default the example's), in the order of the placeholders."""
+        values = (self.args, dict(self.kwargs)) if args is None else (args, dict(kwargs or {}))
+        return pytree.tree_leaves(values)
+
+
+def attribute(root: torch.nn.Module, name: str) -> Any:
+    """`root.a.b.c` for the name 'a.b.c'."""
+    return operator.attrgetter(name)(root)
+
+
+def size_of(value: Any) -> int:
+    """A size as a number: a symbolic one by its value on the example inputs."""
+    return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)
+
+
+def shape_of(value: Tensor) -> tuple[int, ...]:
+    """The shape of a (fake) tensor on the example inputs."""
+    return tuple(size_of(s) for s in value.shape)
+
+
+def source_of(node: fx.Node) -> str:
+    """`file.py:line` of the user's code that made a node, or the operator's name where torch does not know."""
+    best = ""
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    for frame in frames:
+        path, line = frame.removeprefix("File ").split(", ")[:2]
+        path = path.strip('"')
+        if not path.startswith(_TORCH) or not best:
+            best = f"{'/'.join(Path(path).parts[-2:])}:{line.removeprefix('line ')}"
+    return best
+
+
+def source_code_of(node: fx.Node) -> str:
+    """The lines of the user's code on the way to a node, as text."""
+    return node.meta.get("stack_trace") or ""
+
+
+def operator_name(node: fx.Node) -> str:
+    """'conv2d' for aten.conv2d.default, 'add' for aten.add_.Tensor; other callables by their own name."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        if node.target.namespace != "aten":
+            return f"{node.target.namespace}::{node.target._opname}"
+        name = node.target._opname
+        return name if name.startswith("__") else name.removesuffix("_") or name
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def owners_of(node: fx.Node) -> list[str]:
+    """Names of the modules whose forward made a node, the innermost first."""
+    return [path for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values())]

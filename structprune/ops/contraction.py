@@ -1,0 +1,229 @@
+"""Operators that multiply and add up: the contracted axes of both operands are equal, the others pass through."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from torch import fx
+
+from structprune.ir.axes import Axis, Shape, product
+from structprune.ops.rules import Equations, Resize, resizer, rule
+
+_WINDOW = "a convolution window slides along this axis"
+
+
+@rule("linear")
+def linear(eq: Equations, x: Shape, weight: Shape, bias: Shape | None = None) -> Shape:
+    out, inner = weight if len(weight) == 2 else (None, weight[0])
+    eq.equate(x[-1], inner)
+    if out is None:
+        eq.macs(*x)
+        return x[:-1]
+    if bias is not None:
+        eq.broadcast((out,), bias)
+    eq.macs(*x, out)
+    return (*x[:-1], out)
+
+
+@rule("bilinear")
+def bilinear(eq: Equations, a: Shape, b: Shape, weight: Shape, bias: Shape | None = None) -> Shape:
+    out, left, right = weight
+    eq.equate(a[-1], left)
+    eq.equate(b[-1], right)
+    if bias is not None:
+        eq.equate(out, bias[0])
+    eq.macs(*a, right, out)
+    return (*eq.broadcast(a[:-1], b[:-1]), out)
+
+
+# --- convolution ----------------------------------------------------------------------------------------------------
+
+
+def _grouped(eq: Equations, channels: Axis, groups: int, inner: Axis) -> Axis:
+    """channels := groups · inner; returns the axis of groups."""
+    outer = eq.fresh(groups)
+    eq.equate(channels, product((outer, inner)))
+    return outer
+
+
+def _window(eq: Equations, space: Shape, out: tuple[int, ...], pointwise: bool) -> Shape:
+    """The spatial axes after a sliding window; they pass through a window of one."""
+    if pointwise:
+        return space
+    eq.freeze(_WINDOW, *space)
+    return tuple(eq.frozen(size, _WINDOW) for size in out)
+
+
+def _all(value: Any, number: int) -> bool:
+    return all(v == number for v in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def conv(
+    eq: Equations, x: Shape, weight: Shape, bias: Shape | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Shape:
+    """x: (batch?, groups·inner, *space); weight: (groups·outer, inner, *window)."""
+    rank = len(weight) - 2
+    *batch, channels = x[:-rank]
+    out, inner, *window = weight
+    group = _grouped(eq, channels, groups, inner)
+    filters = eq.fresh(out.size // groups)
+    eq.equate(out, product((group, filters)))
+    if bias is not None:
+        eq.equate(out, bias[0])
+    eq.freeze(_WINDOW, *window)
+    pointwise = all(w.size == 1 for w in window) and _all(stride, 1) and (padding in ("same", "valid") or _all(padding, 0))
+    space = _window(eq, x[-rank:], eq.out[-rank:], pointwise)
+    eq.macs(*batch, group, filters, inner, *window, *space)
+    return (*batch, out, *space)
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def conv_transpose(
+    eq: Equations, x: Shape, weight: Shape, bias: Shape | None = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
+    groups: int = 1, dilation: Any = 1,
+) -> Shape:  # fmt: skip
+    """x: (batch?, groups·inner, *space); weight: (groups·inner, outer, *window); answer: groups·outer channels."""
+    rank = len(weight) - 2
+    *batch, channels = x[:-rank]
+    own, filters, *window = weight
+    eq.equate(channels, own)
+    inner = eq.fresh(own.size // groups)
+    group = _grouped(eq, own, groups, inner)
+    out = product((group, filters))
+    if bias is not None:
+        eq.equate(out, bias[0])
+    eq.freeze(_WINDOW, *window)
+    space = _window(eq, x[-rank:], eq.out[-rank:], pointwise=False)
+    eq.macs(*batch, group, filters, inner, *window, *x[-rank:])
+    return (*batch, out, *space)
+
+
+@rule("convolution")
+def convolution(
+    eq: Equations, x: Shape, weight: Shape, bias: Shape | None, stride: Any, padding: Any, dilation: Any, transposed: bool,
+    output_padding: Any, groups: int,
+) -> Shape:  # fmt: skip
+    if transposed:
+        return conv_transpose(eq, x, weight, bias, stride, padding, output_padding, groups, dilation)
+    return conv(eq, x, weight, bias, stride, padding, dilation, groups)
+
+
+@resizer("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
+def conv_groups(new: Resize, node: fx.Node) -> None:
+    """As many groups as there are kept channels per kept input channel of one group."""
+    groups = new.argument(node, "groups")
+    if groups == 1:
+        return
+    weight = new.argument(node, "weight")
+    transposed = "transpose" in str(node.target) or (new.has(node, "transposed") and new.argument(node, "transposed"))
+    if transposed:
+        channels = new.kept(weight, 0)
+        per_group = int(weight.meta["val"].shape[0]) // groups
+        new.set(node, "groups", len({int(c) // per_group for c in channels}))
+    else:
+        rank = len(weight.meta["val"].shape) - 2
+        x = new.argument(node, "input")
+        new.set(node, "groups", new.size(x, new.rank(x) - rank - 1) // new.size(weight, 1))
+
+
+# --- matrix products ------------------------------------------------------------------------------------------------
+
+
+@rule("matmul", "mm", "bmm", "mv", "dot")
+def matmul(eq: Equations, a: Shape, b: Shape) -> Shape:
+    inner = b[-2] if len(b) > 1 else b[0]
+    eq.equate(a[-1], inner)
+    batch = eq.broadcast(a[:-2], b[:-2])
+    rows, columns = a[-2:-1], b[-1:] if len(b) > 1 else ()
+    eq.macs(*batch, *rows, inner, *columns)
+    return (*batch, *rows, *columns)
+
+
+@rule("addmm", "baddbmm", "addmv")
+def addmm(eq: Equations, bias: Shape, a: Shape, b: Shape, **_: Any) -> Shape:
+    out = matmul(eq, a, b)
+    eq.broadcast(out, bias)
+    return out
+
+
+@rule("outer", "ger")
+def outer(eq: Equations, a: Shape, b: Shape) -> Shape:
+    return (*a, *b)
+
+
+@rule("einsum")
+def einsum(eq: Equations, equation: str, operands: list[Shape], **_: Any) -> Shape:
+    """Axes under one letter are equal; '...' broadcasts."""
+    terms, _arrow, answer = equation.replace(" ", "").partition("->")
+    letters: dict[str, Axis] = {}
+    ellipses: list[Shape] = []
+    for term, shape in zip(terms.split(","), operands, strict=True):
+        names = re.findall(r"\.\.\.|[A-Za-z]", term)
+        wild = len(shape) - sum(n != "..." for n in names)
+        position = 0
+        for name in names:
+            if name == "...":
+                ellipses.append(shape[position : position + wild])
+                position += wild
+                continue
+            axis = shape[position]
+            known = letters.setdefault(name, axis)
+            if known.size == 1:
+                letters[name] = axis
+            elif axis.size != 1:
+                eq.equate(known, axis)
+            position += 1
+    shared = eq.broadcast(*ellipses)
+    if not _arrow:
+        once = sorted(n for n in letters if terms.count(n) == 1)
+        answer = ("..." if ellipses else "") + "".join(once)
+    if len(operands) > 1:
+        eq.macs(*shared, *letters.values())
+    out: list[Axis] = []
+    for name in re.findall(r"\.\.\.|[A-Za-z]", answer):
+        out.extend(shared if name == "..." else (letters[name],))
+    return tuple(out)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+@rule("scaled_dot_product_attention")
+def attention(
+    eq: Equations, query: Shape, key: Shape, value: Shape, attn_mask: Shape | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    *, scale: float | None = None, enable_gqa: bool = False,
+) -> Shape:  # fmt: skip
+    """softmax(q kᵀ) v over (..., heads, tokens, width). Grouped-query heads: query heads = key heads · repeats."""
+    *q_batch, tokens, width = query
+    *k_batch, memory, k_width = key
+    *v_batch, v_memory, v_width = value
+    eq.equate(width, k_width)
+    eq.equate(memory, v_memory)
+    eq.freeze("a softmax runs along this axis", memory)
+    if is_causal:
+        eq.freeze("a causal mask orders this axis", tokens)
+    if enable_gqa and q_batch[-1].size != k_batch[-1].size:
+        eq.equate(k_batch[-1], v_batch[-1])
+        repeats = eq.fresh(q_batch[-1].size // k_batch[-1].size)
+        eq.equate(q_batch[-1], product((k_batch[-1], repeats)))
+        heads = q_batch[-1]
+        batch = (*eq.broadcast(tuple(q_batch[:-1]), tuple(k_batch[:-1]), tuple(v_batch[:-1])), heads)
+    else:
+        batch = eq.broadcast(tuple(q_batch), tuple(k_batch), tuple(v_batch))
+    if isinstance(attn_mask, tuple):
+        eq.broadcast((*batch, tokens, memory), attn_mask)
+    eq.macs(*batch, tokens, memory, width)
+    eq.macs(*batch, tokens, memory, v_width)
+    return (*batch, tokens, v_width)
+
+
+@resizer("scaled_dot_product_attention")
+def attention_scale(new: Resize, node: fx.Node) -> None:
+    """The scale stays what it was: 1/√width of the original, written out where it was left to the operator."""
+    query = new.argument(node, "query")
+    width = int(query.meta["val"].shape[-1])
+    if new.argument(node, "scale") is None and new.size(query, new.rank(query) - 1) != width:
+        new.set(node, "scale", 1 / math.sqrt(width))

@@ -1,0 +1,168 @@
+"""Operators that rearrange axes without touching values: permutations and views.
+
+A view is one equation: the row-major product of the axes before is the product of the axes after.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from structprune.ir.axes import UNIT, Shape, product
+from structprune.ir.graph import size_of
+from structprune.ops.rules import Equations, Resize, Unsupported, axis_index, resizer, rule
+
+# --- permutations -----------------------------------------------------------------------------------------------------
+
+
+@rule("permute")
+def permute(eq: Equations, x: Shape, dims: list[int]) -> Shape:
+    return tuple(x[axis_index(d, len(x))] for d in dims)
+
+
+@rule("transpose", "swapaxes", "swapdims")
+def transpose(eq: Equations, x: Shape, a: int, b: int) -> Shape:
+    axes = list(x)
+    a, b = axis_index(a, len(x)), axis_index(b, len(x))
+    axes[a], axes[b] = axes[b], axes[a]
+    return tuple(axes)
+
+
+@rule("t", "numpy_T", "mT", "matrix_H", "adjoint")
+def t(eq: Equations, x: Shape) -> Shape:
+    return (*x[:-2], *reversed(x[-2:])) if eq.node.target._opname in ("mT", "adjoint") else tuple(reversed(x))  # type: ignore[union-attr]
+
+
+@rule("movedim", "moveaxis")
+def movedim(eq: Equations, x: Shape, source: Any, target: Any) -> Shape:
+    sources = [axis_index(d, len(x)) for d in (source if isinstance(source, (list, tuple)) else [source])]
+    targets = [axis_index(d, len(x)) for d in (target if isinstance(target, (list, tuple)) else [target])]
+    rest = iter(i for i in range(len(x)) if i not in sources)
+    order = [sources[targets.index(i)] if i in targets else next(rest) for i in range(len(x))]
+    return tuple(x[i] for i in order)
+
+
+@rule("unsqueeze")
+def unsqueeze(eq: Equations, x: Shape, dim: int) -> Shape:
+    dim = axis_index(dim, len(x) + 1)
+    return (*x[:dim], UNIT, *x[dim:])
+
+
+@rule("squeeze")
+def squeeze(eq: Equations, x: Shape, dim: Any = None) -> Shape:
+    dims = range(len(x)) if dim is None else [axis_index(d, len(x)) for d in (dim if isinstance(dim, (list, tuple)) else [dim])] if x else []
+    return tuple(a for i, a in enumerate(x) if i not in dims or len(eq.out) == len(x) or a.size != 1)
+
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+
+def _as(eq: Equations, x: Shape) -> Shape:
+    """The axes of `x` laid out anew in the sizes of the answer; axes that stand unchanged at both ends pass through."""
+    sizes = list(eq.out)
+    if 0 in sizes:
+        eq.freeze("an empty tensor", *x)
+        return tuple(eq.frozen(s, "an empty tensor") for s in sizes)
+    out = tuple(eq.fresh(s) for s in sizes)
+    eq.equate_products(x, out)
+    return out
+
+
+@rule("view", "reshape", "_unsafe_view", "_reshape_alias", "view_copy")
+def view(eq: Equations, x: Shape, *_: Any, **__: Any) -> Shape:
+    return _as(eq, x)
+
+
+@rule("flatten", "ravel")
+def flatten(eq: Equations, x: Shape, start: int = 0, end: int = -1) -> Shape:
+    if not x:
+        return (UNIT,)
+    start, end = axis_index(start, len(x)), axis_index(end, len(x))
+    return (*x[:start], product(x[start : end + 1]), *x[end + 1 :])
+
+
+@rule("unflatten")
+def unflatten(eq: Equations, x: Shape, dim: int, sizes: Any) -> Shape:
+    return _as(eq, x)
+
+
+@rule("view_as", "reshape_as")
+def view_as(eq: Equations, x: Shape, other: Shape) -> Shape:
+    eq.equate_products(x, other)
+    return other
+
+
+@rule("expand")
+def expand(eq: Equations, x: Shape, *_: Any, **__: Any) -> Shape:
+    """An axis of size 1 becomes a fresh one, of copies."""
+    lead = len(eq.out) - len(x)
+    return tuple(
+        x[i - lead] if i >= lead and x[i - lead].size == size else eq.fresh(size) for i, size in enumerate(eq.out)
+    )  # fmt: skip
+
+
+@rule("repeat", "tile")
+def repeat(eq: Equations, x: Shape, repeats: list[Any]) -> Shape:
+    """Each axis becomes copies · itself. The number of copies stays: a copy has no channels of its own."""
+    padded = (*(UNIT,) * (len(eq.out) - len(x)), *x)
+    return tuple(product((eq.frozen(size // axis.size, "copies of the same entries"), axis)) for axis, size in zip(padded, eq.out, strict=True))
+
+
+@rule("repeat_interleave")
+def repeat_interleave(eq: Equations, x: Shape, repeats: Any, dim: int | None = None, **_: Any) -> Shape:
+    if not isinstance(repeats, int):
+        raise Unsupported("a different number of copies for each entry")
+    if dim is None:
+        return (product((*x, eq.fresh(repeats))),)
+    dim = axis_index(dim, len(x))
+    return (*x[:dim], product((x[dim], eq.fresh(repeats))), *x[dim + 1 :])
+
+
+@resizer("repeat_interleave")
+def interleavesize_of(new: Resize, node: fx.Node) -> None:
+    dim, x = new.argument(node, "dim"), new.argument(node, "self")
+    if dim is not None:
+        dim = axis_index(dim, new.rank(x))
+        new.set(node, "repeats", new.size(node, dim) // new.size(x, dim))
+
+
+# --- literal sizes ------------------------------------------------------------------------------------------------------
+
+
+def _sizes(new: Resize, node: fx.Node, name: str, first: int = 0) -> None:
+    """Write the sizes of the answer's axes, from axis `first` on, into the list argument `name`.
+
+    A size that is computed (from a dynamic batch, say) is scaled: its dynamic part is not ours to know.
+    """
+    old = list(new.argument(node, name))
+    sizes: list[Any] = []
+    shape = node.meta["val"].shape
+    for i, size in enumerate(old):
+        dim = first + i + (len(shape) - first - len(old) if node.target._opname == "expand" else 0)  # type: ignore[union-attr]
+        kept = new.size(node, dim)
+        whole = size_of(shape[dim])
+        if kept == whole or size == -1 and not isinstance(size, fx.Node):
+            sizes.append(size)
+        elif isinstance(size, fx.Node):
+            graph = node.graph
+            with graph.inserting_before(node):
+                scaled = graph.call_function(operator.mul, (size, kept))
+                sizes.append(graph.call_function(operator.floordiv, (scaled, whole)))
+        else:
+            sizes.append(kept)
+    new.set(node, name, sizes)
+
+
+@resizer("view", "reshape", "_unsafe_view", "_reshape_alias", "view_copy", "expand", "new_zeros", "new_ones", "new_full", "new_empty",
+         "zeros", "ones", "full", "empty")  # fmt: skip
+def whole_shape(new: Resize, node: fx.Node) -> None:
+    _sizes(new, node, "size" if new.has(node, "size") else "shape")
+
+
+@resizer("unflatten")
+def part_of_shape(new: Resize, node: fx.Node) -> None:
+    x = new.argument(node, "self")
+    _sizes(new, node, "sizes", first=axis_index(new.argument(node, "dim"), new.rank(x)))
+

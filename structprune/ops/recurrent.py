@@ -1,0 +1,70 @@
+"""LSTM, GRU and plain recurrent layers.
+
+Their weights are gates · hidden units. All layers and directions hand their states over in one tensor (layers, batch, hidden),
+so their hidden units are one axis.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from structprune.ir.axes import Axis, Shape, concat, product
+from structprune.ops.rules import Equations, Unsupported, rule
+
+
+def _recurrent(
+    eq: Equations, gates: int, x: Shape, states: list[Shape], weights: list[Shape], biases: bool, layers: int, bidirectional: bool
+) -> tuple[Shape, Axis]:
+    """State the equations of the stacked layers; returns the shape of the sequence of answers, and the hidden axis.
+
+    `weights` holds, for each layer and direction, w_ih (gates·hidden, input), w_hh (gates·hidden, output), then b_ih and
+    b_hh, then, where the answer is projected, w_hr (output, hidden). x is (…, input); states are (layers, batch, hidden).
+    """
+    directions = 2 if bidirectional else 1
+    each = len(weights) // (layers * directions)
+    projected = each == 2 + 2 * biases + 1
+    out = states[0][-1]
+    hidden = states[1][-1] if projected else out
+    feature = x[-1]
+    groups = iter(weights[i : i + each] for i in range(0, len(weights), each))
+    for _ in range(layers):
+        for _ in range(directions):
+            w_ih, w_hh, *rest = next(groups)
+            gate = eq.frozen(gates, "gates of a recurrent layer")
+            for axis in (w_ih[0], w_hh[0], *(b[0] for b in rest[: 2 * biases])):
+                eq.equate(axis, product((gate, hidden)))
+            eq.equate(w_ih[1], feature)
+            eq.equate(w_hh[1], out)
+            eq.macs(*x[:-1], gate, hidden, feature)
+            eq.macs(*x[:-1], gate, hidden, out)
+            if projected:
+                eq.equate(rest[-1][0], out)
+                eq.equate(rest[-1][1], hidden)
+                eq.macs(*x[:-1], out, hidden)
+        feature = concat([out] * directions)
+    eq.freeze("time runs along this axis", *x[:-1])
+    return (*x[:-1], feature), hidden
+
+
+def _unpacked(x: Shape) -> None:
+    if len(x) < 2:
+        raise Unsupported("a packed sequence")
+
+
+@rule("lstm")
+def lstm(eq: Equations, x: Shape, states: list[Shape], weights: list[Shape], biases: bool, layers: int, dropout: float, train: bool, bidirectional: bool, *_: Any) -> list[Shape]:
+    _unpacked(x)
+    out, _hidden = _recurrent(eq, 4, x, states, weights, biases, layers, bidirectional)
+    return [out, states[0], states[1]]
+
+
+@rule("gru")
+def gru(eq: Equations, x: Shape, state: Shape, weights: list[Shape], biases: bool, layers: int, dropout: float, train: bool, bidirectional: bool, *_: Any) -> list[Shape]:
+    _unpacked(x)
+    return [_recurrent(eq, 3, x, [state], weights, biases, layers, bidirectional)[0], state]
+
+
+@rule("rnn_tanh", "rnn_relu")
+def rnn(eq: Equations, x: Shape, state: Shape, weights: list[Shape], biases: bool, layers: int, dropout: float, train: bool, bidirectional: bool, *_: Any) -> list[Shape]:
+    _unpacked(x)
+    return [_recurrent(eq, 1, x, [state], weights, biases, layers, bidirectional)[0], state]
