@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from structprune.errors import TraceError
-from structprune.ir.graph import Graph
+from structprune.ir.graph import Graph, attribute, has_effect
 
 _log = logging.getLogger(__name__)
 _GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -71,7 +71,7 @@ def from_exported(
     aliases = {
         target: tuple(names[id(tensor)])
         for target in attributes
-        if isinstance(tensor := _lookup(module, target), Tensor) and id(tensor) in names
+        if isinstance(tensor := attribute(module, target), Tensor) and id(tensor) in names
     }
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     batched = [n.meta["val"] for n in placeholders if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].dim()]
@@ -99,6 +99,8 @@ def fold_parametrizations(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
+            # A copy shares the class that holds its parametrized properties, and removing one would break the original.
+            module.__class__ = type(type(module).__name__, type(module).__bases__, dict(vars(type(module))))
             assert isinstance(module.parametrizations, nn.ModuleDict)
             for name in list(module.parametrizations):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
@@ -145,19 +147,12 @@ def _unlifted(exported: ExportedProgram) -> fx.GraphModule:
     return module
 
 
-def _lookup(module: nn.Module, name: str) -> Any:
-    value: Any = module
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def _inline_grad_modes(module: fx.GraphModule) -> None:
     """Replace regions under torch.no_grad by their operators; a detach keeps gradients out as the region did."""
     graph = module.graph
     for node in [n for n in graph.nodes if n.target is _GRAD_MODE]:
         enabled, region, *inputs = node.args
-        body = _lookup(module, str(region.target)).graph
+        body = attribute(module, str(region.target)).graph
         mapping = dict(zip([n for n in body.nodes if n.op == "placeholder"], inputs, strict=True))
         with graph.inserting_before(node):
             outputs = graph.graph_copy(body, mapping)
@@ -182,14 +177,9 @@ def _drop_checks(module: fx.GraphModule) -> None:
         name = str(node.target)
         if node.op == "call_module" and name == "_guards_fn" or "_assert" in name and not node.users:
             graph.erase_node(node)
-    graph.eliminate_dead_code(lambda n: n.op == "placeholder" or n.op == "output" or _mutates(n))
+    graph.eliminate_dead_code(has_effect)
     graph.lint()
     module.recompile()
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
 
 
 def _output_names(exported: ExportedProgram) -> tuple[str, ...]:

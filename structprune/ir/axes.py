@@ -83,6 +83,7 @@ Keep: TypeAlias = "Mapping[Atom, np.ndarray]"
 
 UNIT = Product(())
 EMPTY = Sum(())
+_MANY = 64  # pieces of a sum that are equated one by one; more are taken for a layout that we do not understand
 
 
 def product(factors: Iterable[Axis]) -> Axis:
@@ -204,7 +205,7 @@ class Solver:
                 else:
                     yours.insert(0, right.pop())
             try:
-                self._zip(mine, yours)
+                self._zip(list(mine), list(yours))
             except Unsolved:
                 self._give_up(mine + yours)
 
@@ -221,10 +222,14 @@ class Solver:
             outer_axis, inner_axis = self.fresh(axis.size // inner), self.fresh(inner)
             self._refine(axis, Product((outer_axis, inner_axis)))
             return outer_axis, inner_axis
-        if isinstance(axis, Sum):  # (a + b) = (a' + b')·inner, where both share the inner factor
-            if any(t.size % inner for t in axis.terms):
+        if isinstance(axis, Sum):
+            if not any(t.size % inner for t in axis.terms):  # a'·inner + b'·inner = (a' + b')·inner
+                outers, inners = zip(*(self.divide(t, inner) for t in axis.terms), strict=True)
+            elif axis.size // inner <= _MANY:  # cut across the terms: inner + inner + ... = (1 + 1 + ...)·inner
+                inners = tuple(self.split(axis, [inner] * (axis.size // inner)))
+                outers = (UNIT,) * len(inners)
+            else:
                 raise Unsolved(f"{axis} has no common factor of {inner}")
-            outers, inners = zip(*(self.divide(t, inner) for t in axis.terms), strict=True)
             for other in inners[1:]:
                 self.equate(inners[0], other)
             return concat(outers), inners[0]

@@ -92,3 +92,9 @@ def operator_name(node: fx.Node) -> str:
 def owners_of(node: fx.Node) -> list[str]:
     """Names of the modules whose forward made a node, the innermost first."""
     return [path for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values())]
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether a node matters even where nobody reads its answer: inputs, outputs, and operators that write in place."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op in ("placeholder", "output") or bool(schema is not None and schema.is_mutable)

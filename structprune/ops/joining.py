@@ -228,11 +228,12 @@ def _gathered(eq: Equations, axis: Axis, source: Any, index: Shape) -> Axis:
             raise Unsupported("an index of truth values")
         eq.freeze("read by index", axis)
         return index[0] if index else product(())
+    eq.freeze("an index: its numbers are counted anew, not removed", index[0])
     numbers = [int(v) % axis.size for v in values.tolist()]
     breaks = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
     if len(breaks) >= _MANY_RUNS:
         eq.freeze("read by a constant index in no regular order", axis)
-        return eq.frozen(len(numbers), "read by a constant index in no regular order")
+        return index[0]
     runs = [(numbers[a], numbers[b - 1] + 1) for a, b in zip([0, *breaks], [*breaks, len(numbers)], strict=True)]
     for place in sorted({p for run in runs for p in run}):
         eq.cut(axis, place)

@@ -24,7 +24,7 @@ def _recurrent(
     each = len(weights) // (layers * directions)
     projected = each == 2 + 2 * biases + 1
     out = states[0][-1]
-    hidden = states[1][-1] if projected else out
+    hidden = states[-1][-1] if projected else eq.equate(states[-1][-1], out)
     feature = x[-1]
     groups = iter(weights[i : i + each] for i in range(0, len(weights), each))
     for _ in range(layers):

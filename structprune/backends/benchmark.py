@@ -1,0 +1,447 @@
+"""Latency side by side: every candidate runs in every round, in random order, and is compared with the first one.
+
+    comparison = benchmark({"dense": dense, "pruned": "pruned.onnx"}, (torch.randn(1, 3, 224, 224),))
+    print(comparison)
+
+A machine changes its speed while it is measured (clocks, neighbours, heat). Two measurements one after the other charge
+that to the models; a ratio *within a round* does not, so ratios come from paired rounds, and their interval says what is
+left. Candidates also disturb each other: idle threads of one runtime that spin take cores from the next candidate. On
+two cores that made an interleaved ratio of 0.27 read 0.19, hence `session.force_spinning_stop` and `REST_SECONDS` below.
+"""
+
+import copy
+import gc
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
+
+from structprune.errors import InputError
+
+Runner = Callable[[], float]
+"""One run of one candidate, its inputs already in place; returns seconds. A runner ends when the outputs exist."""
+
+MIN_ROUNDS = 5
+WARMUP_RUNS, WARMUP_SECONDS = 3, 0.1
+SHORTEST_TIMING = 2e-3  # seconds; shorter candidates run several times a round, so that timer noise stays below 1 %
+REST_SECONDS = 10e-3  # OpenMP threads of torch spin for about 8 ms after a run
+RESAMPLES = 2000
+NOTICEABLE = 1.005  # what shows at the two digits of a verdict; less counts as no difference
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+ONNX_TYPES = {
+    torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16", torch.float64: "DOUBLE", torch.bool: "BOOL",
+    torch.int64: "INT64", torch.int32: "INT32", torch.int16: "INT16", torch.int8: "INT8", torch.uint8: "UINT8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """time(candidate) / time(first candidate): the median over rounds and its bootstrap 95 % interval. Below 1 is faster."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One candidate on one runtime, in milliseconds a run: the median over rounds and its bootstrap 95 % interval.
+
+    `runtime` is 'onnxruntime-cpu', '-cuda' or '-tensorrt', 'torch-cpu' or 'torch-cuda'; `samples` is the number of rounds.
+    """
+
+    name: str
+    runtime: str
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All candidates against the first one. `ratios` has every candidate, the first with exactly 1; prints as a table."""
+
+    latencies: tuple[Latency, ...]
+    ratios: Mapping[str, Ratio]
+    device: str
+    threads: int
+    machine: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    def verdict(self, name: str) -> str:
+        """One candidate in words: faster by how much, no gain, or slower. Faster is claimed only if the whole interval is."""
+        baseline, ratio = self.latencies[0].name, self.ratios[name]
+        if name == baseline:
+            return f"{name}: the baseline"
+        if 1 / ratio.high >= NOTICEABLE:
+            return f"{name}: {1 / ratio.median:.2f}x faster ({1 / ratio.high:.2f}-{1 / ratio.low:.2f})"
+        word = "slower" if ratio.low >= NOTICEABLE else "no gain"
+        return f"{name}: {word}: {ratio.median:.2f}x the time of {baseline} ({ratio.low:.2f}-{ratio.high:.2f})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON: the fields, and `verdicts` by name."""
+        return {
+            "latencies": [asdict(latency) for latency in self.latencies],
+            "ratios": {name: asdict(ratio) for name, ratio in self.ratios.items()},
+            "verdicts": {name: self.verdict(name) for name in self.ratios},
+            "device": self.device,
+            "threads": self.threads,
+            "machine": dict(self.machine),
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        rows = [("candidate", "runtime", "median ms", "95 % interval", "time ratio", "95 % interval", "rounds")]
+        for latency in self.latencies:
+            ratio = self.ratios[latency.name]
+            rows.append((
+                latency.name, latency.runtime,
+                f"{latency.median_ms:.3f}", f"{latency.low_ms:.3f}-{latency.high_ms:.3f}",
+                f"{ratio.median:.3f}", f"{ratio.low:.3f}-{ratio.high:.3f}", str(latency.samples),
+            ))  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  ".join([*map(str.ljust, row[:2], widths[:2]), *map(str.rjust, row[2:], widths[2:])]) for row in rows]
+        processor = self.machine["cpu"] if self.device == "cpu" else ", ".join(self.machine["gpus"])
+        plural = "" if self.threads == 1 else "s"
+        where = f"on {self.device} ({processor}), {self.threads} thread{plural}"
+        return "\n".join([*table, *map(self.verdict, self.ratios), where, *(f"note: {note}" for note in self.notes)])
+
+
+def benchmark(
+    candidates: Mapping[str, nn.Module | str | Path],
+    inputs: Sequence[Tensor],
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    rounds: int = 200,
+    seconds: float = 10.0,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Comparison:
+    """Time every candidate on the same inputs and compare it with the first one, the baseline.
+
+    A candidate is a module (a copy of it runs, in evaluation and inference mode; the original is left untouched), an
+    `.onnx` file (or a directory with a `model.onnx`), run by ONNX Runtime, or a `.pt2` file. `inputs` are fed by position.
+
+    `device` is 'cpu', 'cuda', 'cuda:N', or 'tensorrt' (ONNX files only by TensorRT, modules then run on CUDA). `threads`
+    holds for both runtimes; as torch is set if not given, and put back afterwards. Timing stops after `rounds` rounds or
+    `seconds` seconds, warm-up not counted, but not before 5 rounds. `progress` receives a line at each step.
+
+    Raises InputError for a missing or unreadable file, a device or provider that is not there, inputs that do not fit a
+    candidate (naming the input), and a candidate that fails on them.
+    """
+    say = progress or (lambda line: None)
+    threads = torch.get_num_threads() if threads is None else threads
+    if not candidates:
+        raise InputError("benchmark: no candidates; give at least a baseline, such as {'dense': model}")
+    if not isinstance(inputs, tuple | list) or not all(isinstance(tensor, Tensor) for tensor in inputs):
+        raise InputError("benchmark: inputs must be a tuple of tensors; write (x,) for one tensor x")
+    if threads < 1:
+        raise InputError(f"benchmark: threads must be at least 1, not {threads}")
+    device = str(device)
+    place = _place(device)
+
+    names = list(candidates)
+    runtimes, runners = zip(*[_runner(name, candidates[name], inputs, device, place, threads) for name in names], strict=True)
+    mixed = len(set(runtimes)) > 1
+    with _steady(threads), torch.inference_mode():
+        repeats = []
+        for name, run in zip(names, runners, strict=True):
+            say(f"benchmark: warming up {name}")
+            repeats.append(_warm_up(name, run))
+        say(f"benchmark: timing {len(names)} candidate(s), at most {rounds} rounds or {seconds:g} s")
+        rest = REST_SECONDS if mixed and place.type == "cpu" and threads > 1 else 0.0
+        times = _time_rounds(runners, repeats, rounds, seconds, rest, seed)
+
+    samples = len(times)
+    machine = environment()
+    milliseconds = [_bootstrap(times[:, column] * 1e3, seed) for column in range(len(names))]
+    return Comparison(
+        latencies=tuple(
+            Latency(name, runtime, *interval, samples) for name, runtime, interval in zip(names, runtimes, milliseconds, strict=True)
+        ),
+        ratios={name: Ratio(*_bootstrap(times[:, column] / times[:, 0], seed)) for column, name in enumerate(names)},
+        device=device,
+        threads=threads,
+        machine=machine,
+        notes=_notes(samples, rounds, seconds, threads, machine["cores"], mixed),
+    )
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the runtimes that a measurement holds for; plain JSON, and nothing that identifies user or host.
+
+    `cores` are those this process may use; `providers` are the execution providers ONNX Runtime was built with.
+    """
+    return {
+        "os": f"{platform.system()} {platform.release()}",
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "providers": onnxruntime.get_available_providers(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else [],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- candidates → runners
+
+
+def _place(device: str) -> torch.device:
+    """Where tensors live for `device`. InputError unless it names a device that PyTorch sees."""
+    if device == "cpu":
+        return torch.device("cpu")
+    match = re.fullmatch(r"tensorrt|cuda(?::(\d+))?", device)
+    if match is None:
+        raise InputError(f"device '{device}' is unknown: use 'cpu', 'cuda', 'cuda:N' or 'tensorrt'")
+    if not torch.cuda.is_available():
+        raise InputError(f"device '{device}': PyTorch {torch.__version__} finds no CUDA GPU; check the driver and that PyTorch is a CUDA build")
+    place = torch.device("cuda", int(match[1]) if match[1] else torch.cuda.current_device())
+    if place.index >= torch.cuda.device_count():
+        raise InputError(f"device '{device}': PyTorch finds only {torch.cuda.device_count()} GPU(s), numbered from 0")
+    return place
+
+
+def _runner(
+    name: str, candidate: nn.Module | str | Path, inputs: Sequence[Tensor], device: str, place: torch.device, threads: int
+) -> tuple[str, Runner]:
+    """The runtime's name and the runner of one candidate. InputError if it cannot be loaded or the inputs do not fit."""
+    if isinstance(candidate, nn.Module):
+        return _torch_runner(_evaluation_copy(name, candidate), inputs, place)
+    if not isinstance(candidate, str | Path):
+        raise InputError(f"{name}: a module or a path to an .onnx or .pt2 file is needed, not {type(candidate).__name__}")
+    path = Path(candidate)
+    if path.is_dir():
+        path /= "model.onnx"
+    if not path.is_file():
+        raise InputError(f"{name}: no such file: {path}")
+    if path.suffix == ".onnx":
+        return _onnx_runner(name, path, inputs, device, place, threads)
+    if path.suffix == ".pt2":
+        return _torch_runner(_load_exported(name, path, place), inputs, place)
+    raise InputError(f"{name}: {path}: cannot run a '{path.suffix}' file; export it to .onnx, or give the module itself")
+
+
+def _evaluation_copy(name: str, module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, so that the mode, the device and whatever the original caches in forward stay as they are.
+
+    Tensors that are results of computation (the masked weights of torch.nn.utils.prune) refuse to be copied: they are detached.
+    """
+    attributes = [value for part in module.modules() for value in vars(part).values()]
+    results = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
+    try:
+        duplicate = copy.deepcopy(module, {id(value): value.detach().clone() for value in results})
+    except Exception as error:  # whatever the module's own attributes raise
+        raise InputError(f"{name}: the module cannot be copied (copy.deepcopy): {_first_line(error)}") from error
+    with suppress(NotImplementedError):  # modules of torch.export were traced in one mode and refuse to change it
+        duplicate.eval()
+    return duplicate
+
+
+def _load_exported(name: str, path: Path, place: torch.device) -> nn.Module:
+    """The module of a .pt2 file. Its graph holds device names too, which `Module.to` would not change."""
+    try:
+        program = torch.export.load(path)
+        return (program if place.type == "cpu" else move_to_device_pass(program, place)).module()
+    except Exception as error:  # torch.export.load raises zip, pickle, key and assertion errors alike
+        raise InputError(f"{name}: {path}: torch.export cannot load it: {_first_line(error)}") from error
+
+
+def _torch_runner(module: nn.Module, inputs: Sequence[Tensor], place: torch.device) -> tuple[str, Runner]:
+    """Run `module`, which becomes the runner's own, on copies of the inputs: it may write into them."""
+    module = module.to(place)
+    arguments = [tensor.detach().to(place, copy=True) for tensor in inputs]
+
+    def run_on_cpu() -> float:
+        start = time.perf_counter_ns()
+        module(*arguments)
+        return (time.perf_counter_ns() - start) * 1e-9
+
+    if place.type == "cpu":
+        return "torch-cpu", run_on_cpu
+
+    stream = torch.cuda.current_stream(place)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(place)
+
+    def run_on_cuda() -> float:
+        start.record(stream)
+        module(*arguments)
+        end.record(stream)
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+    return "torch-cuda", run_on_cuda
+
+
+def _onnx_runner(
+    name: str, path: Path, inputs: Sequence[Tensor], device: str, place: torch.device, threads: int
+) -> tuple[str, Runner]:
+    """Run the file with ONNX Runtime, inputs and outputs bound on the device, so that no run copies between host and GPU."""
+    kind = device.partition(":")[0]
+    session = _session(name, path, kind, place.index or 0, threads)
+    _check_inputs(name, path, session, inputs)
+
+    tensors = [tensor.detach().to(place).contiguous() for tensor in inputs]
+    binding = session.io_binding()
+    for node, tensor in zip(session.get_inputs(), tensors, strict=True):
+        element = onnx.TensorProto.DataType.Value(ONNX_TYPES[tensor.dtype])
+        binding.bind_input(node.name, place.type, place.index or 0, element, tuple(tensor.shape), tensor.data_ptr())
+    for node in session.get_outputs():
+        binding.bind_output(node.name, place.type, place.index or 0)
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+
+    def run(keep_alive: Sequence[Tensor] = tensors) -> float:  # the binding holds bare addresses
+        start = time.perf_counter_ns()
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return (time.perf_counter_ns() - start) * 1e-9
+
+    return f"onnxruntime-{kind}", run
+
+
+def _session(name: str, path: Path, kind: str, index: int, threads: int) -> Any:
+    """An ONNX Runtime session on `kind` ('cpu', 'cuda' or 'tensorrt'). InputError if the file or the provider does not load."""
+    provider = PROVIDERS[kind]
+    if provider not in onnxruntime.get_available_providers():
+        raise InputError(f"{name}: device '{kind}': ONNX Runtime {onnxruntime.__version__} was built without {provider}; install onnxruntime-gpu")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # Within a run threads spin as by default. Between runs they must not: they would spin on for up to a second, on the
+    # cores of the candidate that is next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # What TensorRT does not take falls to CUDA, and what CUDA does not take to the CPU, as in any deployment.
+    wanted = [provider] + [PROVIDERS["cuda"]] * (kind == "tensorrt")
+    providers: list[Any] = [] if kind == "cpu" else [(each, {"device_id": index}) for each in wanted]
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=[*providers, PROVIDERS["cpu"]])
+    except Exception as error:  # the classes of ONNX Runtime have no common base of their own
+        raise InputError(f"{name}: {path}: ONNX Runtime cannot load it: {_first_line(error)}") from error
+    if provider not in session.get_providers():  # ONNX Runtime falls back with a warning only
+        raise InputError(f"{name}: device '{kind}': {provider} did not start; its libraries (CUDA, cuDNN, TensorRT) are missing or do not match")
+    return session
+
+
+def _check_inputs(name: str, path: Path, session: Any, inputs: Sequence[Tensor]) -> None:
+    """InputError, naming the input, unless number, element type, rank and every fixed size match the file's declaration."""
+    nodes = session.get_inputs()
+    if len(nodes) != len(inputs):
+        listed = ", ".join(f"'{node.name}'" for node in nodes)
+        missing = f"; none is left for '{nodes[len(inputs)].name}'" if len(inputs) < len(nodes) else ""
+        raise InputError(f"{name}: {path.name} takes {len(nodes)} input(s) ({listed}), {len(inputs)} given{missing}")
+    for node, tensor in zip(nodes, inputs, strict=True):
+        where = f"{name}: input '{node.name}' of {path.name}"
+        given = f"tensor({ONNX_TYPES.get(tensor.dtype, 'unsupported').lower()})"
+        if node.type != given:
+            raise InputError(f"{where} is {node.type}, the tensor given is {tensor.dtype}")
+        if not node.shape:
+            continue  # a scalar, or a rank that the file does not declare: ONNX Runtime shows both as []
+        declared = "x".join("?" if size is None else str(size) for size in node.shape)
+        if len(node.shape) != tensor.dim():
+            raise InputError(f"{where} has rank {len(node.shape)} ({declared}), the tensor given has rank {tensor.dim()} {tuple(tensor.shape)}")
+        if any(isinstance(size, int) and size != got for size, got in zip(node.shape, tensor.shape, strict=True)):
+            raise InputError(f"{where} has shape {declared}, the tensor given has {'x'.join(map(str, tensor.shape))}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- timing
+
+
+@contextmanager
+def _steady(threads: int) -> Iterator[None]:
+    """`threads` threads in torch and no garbage collection inside the block; both as before after it."""
+    before, collecting = torch.get_num_threads(), gc.isenabled()
+    torch.set_num_threads(threads)
+    gc.disable()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if collecting:
+            gc.enable()
+
+
+def _warm_up(name: str, run: Runner) -> int:
+    """Run a candidate until allocators, kernels and caches are warm. Returns how many runs make a timing of 2 ms or more."""
+    durations: list[float] = []
+    started = time.perf_counter()
+    try:
+        while len(durations) < WARMUP_RUNS or time.perf_counter() - started < WARMUP_SECONDS:
+            durations.append(run())
+    except Exception as error:  # whatever the candidate's own code raises
+        raise InputError(f"{name}: does not run on these inputs: {_first_line(error)}") from error
+    return math.ceil(SHORTEST_TIMING / max(min(durations), 1e-7))
+
+
+def _time_rounds(
+    runners: Sequence[Runner], repeats: Sequence[int], rounds: int, seconds: float, rest: float, seed: int
+) -> np.ndarray:
+    """Seconds a run, [rounds, candidates]. Every candidate has one turn a round, in an order drawn anew for each round.
+
+    A turn is `repeats` runs in a row, each timed by itself. `rest` seconds of sleep precede every turn.
+    """
+    random = np.random.default_rng(seed)
+    started = time.perf_counter()
+    times: list[list[float]] = []
+    while len(times) < MIN_ROUNDS or (len(times) < rounds and time.perf_counter() - started < seconds):
+        row = [0.0] * len(runners)
+        for index in random.permutation(len(runners)):
+            if rest:
+                time.sleep(rest)
+            row[index] = sum(runners[index]() for _ in range(repeats[index])) / repeats[index]
+        times.append(row)
+    return np.array(times)
+
+
+def _bootstrap(values: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """Median of `values` [rounds], and the 2.5th and 97.5th percentile of the medians of resamples with replacement.
+
+    This is Efron's percentile bootstrap; it takes rounds as independent, so slow drift of a machine is not in the interval.
+    """
+    resamples = values[np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))]
+    low, high = np.percentile(np.median(resamples, axis=1), [2.5, 97.5])
+    return float(np.median(values)), float(low), float(high)
+
+
+def _notes(samples: int, rounds: int, seconds: float, threads: int, cores: int, mixed: bool) -> tuple[str, ...]:
+    """What a reader of the numbers should know about how they came about."""
+    remarks = {
+        f"stopped after {samples} of {rounds} rounds, at the limit of {seconds:g} s": samples < rounds,
+        f"only {samples} rounds: the intervals are rough": samples < 15,
+        f"{threads} threads on {cores} core(s): threads wait for each other": threads > cores,
+        "the candidates run on different runtimes: a ratio compares the runtimes too, not the models alone": mixed,
+    }
+    return tuple(remark for remark, holds in remarks.items() if holds)
+
+
+def _cpu_model() -> str:
+    """The processor's name as the system tells it, or its architecture."""
+    with suppress(OSError):
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if match:
+            return match[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error's text, or its class where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,174 @@
+"""How many channels each group keeps: the uniform allocation, and the share of it that meets the targets.
+
+The place for other allocations: each is a function from groups and targets to widths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from structprune.decide.targets import Target
+from structprune.errors import TargetError
+from structprune.ir.axes import Atom, Axis, Product, Shape, Sum, kept_size
+from structprune.ir.group import Groups
+
+Widths = Mapping[Atom, int]
+
+_SAME_SHARE = 0.02  # allocations whose worst axis is this much nearer to the target share are told apart
+_SAME_COST = 0.01
+
+
+class Uniform:
+    """Every prunable axis keeps about the same share of its entries.
+
+    An axis of several free factors (heads × width, groups × inner) keeps that share overall. Which factor gives? Both
+    orders are tried: the outer ones first (whole heads, whole groups), or the inner ones first; the one that comes
+    nearest to the share wins, then the one with fewer multiply-accumulates (grouped convolutions: the inner widths, for they
+    enter the work twice), then the outer ones (heads: their width, and what depends on it, stays).
+    """
+
+    def __init__(self, groups: Groups):
+        self._groups = groups
+        free = {g.atom for g in groups}
+        self._products = _products(groups, free)
+        self._clusters = _clusters(free, self._products)
+        self._work = {atom: [axes for axes in groups.work if any(atom in _atoms(a) for a in axes)] for c in self._clusters if len(c) > 1 for atom in c}
+
+    def widths(self, share: float) -> Widths:
+        """Channels to keep for every group when each axis keeps `share` of its entries, at least one."""
+        widths: dict[Atom, int] = {}
+        for cluster in self._clusters:
+            if len(cluster) == 1:
+                widths[cluster[0]] = _rounded(cluster[0].size * share)
+            else:
+                widths |= self._shared_out(cluster, share)
+        return widths
+
+    def _shared_out(self, cluster: Sequence[Atom], share: float) -> Widths:
+        products = [p for p in self._products if any(a in cluster for a in _atoms(p))]
+        outer_first = _fit(cluster, products, share)
+        inner_first = _fit(cluster[::-1], products, share)
+
+        def miss(widths: Widths) -> float:
+            return max(abs(_share(p, widths) - share) for p in products)
+
+        def cost(widths: Widths) -> int:
+            work = {id(axes): axes for atom in cluster for axes in self._work[atom]}
+            return sum(math.prod(kept_size(a, widths) for a in axes) for axes in work.values())
+
+        if abs(miss(outer_first) - miss(inner_first)) > _SAME_SHARE:
+            return min(outer_first, inner_first, key=miss)
+        return inner_first if cost(inner_first) < (1 - _SAME_COST) * cost(outer_first) else outer_first
+
+
+def _fit(order: Sequence[Atom], products: Sequence[Product], share: float) -> Widths:
+    """Give the atoms their widths in turn: each takes what the axes that it stands in still have to give."""
+    widths: dict[Atom, int] = {}
+    for i, atom in enumerate(order):
+        mine = [p for p in products if atom in _atoms(p)]
+        missing = max((share / _share(p, widths) for p in mine), default=1.0)
+        wanted = atom.size * min(1.0, missing)
+        last = all(not _later(p, order[i + 1 :]) for p in mine)
+        widths[atom] = _rounded(wanted) if last else max(1, math.ceil(wanted - 1e-9))
+    return widths
+
+
+def _later(axis: Axis, atoms: Sequence[Atom]) -> bool:
+    return any(a in atoms for a in _atoms(axis))
+
+
+def _share(axis: Axis, widths: Widths) -> float:
+    return kept_size(axis, widths) / axis.size
+
+
+def _rounded(value: float) -> int:
+    return max(1, math.floor(value + 0.5))
+
+
+def _atoms(axis: Axis) -> list[Atom]:
+    if isinstance(axis, Atom):
+        return [axis]
+    return [a for part in (axis.factors if isinstance(axis, Product) else axis.terms) for a in _atoms(part)]
+
+
+def _products(groups: Groups, free: set[Atom]) -> list[Product]:
+    """The products with more than one free atom in the axes of the model's tensors."""
+    found: dict[Product, None] = {}
+
+    def visit(axis: Axis) -> None:
+        if isinstance(axis, Sum):
+            for term in axis.terms:
+                visit(term)
+        elif isinstance(axis, Product) and len(free.intersection(_atoms(axis))) > 1:
+            found[axis] = None
+            for factor in axis.factors:
+                visit(factor)
+
+    shapes: list[Shape] = list(groups.axes.values())
+    for shape in shapes:
+        for axis in shape:
+            visit(axis)
+    return list(found)
+
+
+def _clusters(free: set[Atom], products: Sequence[Product]) -> list[list[Atom]]:
+    """Atoms that share a product, transitively; each cluster from the outermost to the innermost atom."""
+    parent: dict[Atom, Atom] = {a: a for a in free}
+
+    def root(atom: Atom) -> Atom:
+        while parent[atom] is not atom:
+            atom = parent[atom]
+        return atom
+
+    depth: dict[Atom, int] = dict.fromkeys(free, 0)
+    for axis in products:
+        atoms = [a for a in _atoms(axis) if a in free]
+        for place, factor in enumerate(axis.factors):
+            for atom in _atoms(factor):
+                if atom in free:
+                    depth[atom] = max(depth[atom], place)
+        for atom in atoms[1:]:
+            parent[root(atom)] = root(atoms[0])
+    clusters: dict[Atom, list[Atom]] = {}
+    for atom in sorted(free, key=lambda a: a.number):
+        clusters.setdefault(root(atom), []).append(atom)
+    return [sorted(c, key=lambda a: (depth[a], a.number)) for c in clusters.values()]
+
+
+def allocate(groups: Groups, targets: Sequence[Target]) -> Widths:
+    """The widest uniform allocation that meets every target.
+
+    Raises TargetError, with the closest that can be reached, where even one channel a group is too much.
+    """
+    uniform = Uniform(groups)
+    share = 1.0
+    smallest = uniform.widths(1e-9)
+    for target in targets:
+        if target.key == "channels":
+            share = min(share, target.value)
+            total = sum(g.size for g in groups)
+            reached = sum(smallest.values()) / total if total else 1.0
+            if target.value < reached:
+                raise TargetError(f"channels={target.value:g} cannot be reached: with one channel in every group {reached:.3g} of the channels stay")
+            continue
+        measure = groups.macs if target.key == "macs" else groups.params
+        limit, original, least = target.limit(measure()), measure(), measure(smallest)
+        if least > limit:
+            raise TargetError(
+                f"{target.key}={limit:.4g} cannot be reached: with one channel in every group {least:,} of {original:,} {target.key} "
+                f"({least / original:.3g}) stay; `structprune inspect` lists the frozen axes"
+            )
+        share = min(share, _widest(uniform, measure, limit))
+    return uniform.widths(share)
+
+
+def _widest(uniform: Uniform, measure: Callable[[Widths], int], limit: float) -> float:
+    """The largest share within a limit, by bisection down to less than one channel in any group."""
+    low, high = 0.0, 1.0
+    if measure(uniform.widths(1.0)) <= limit:
+        return 1.0
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if measure(uniform.widths(middle)) <= limit else (low, middle)
+    return low

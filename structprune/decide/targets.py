@@ -1,0 +1,49 @@
+"""Targets as the user writes them: 'macs=0.5', 'params=5M,channels=0.8'."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from structprune.errors import InputError
+
+SUPPORTED = ("channels", "macs", "params")
+PLANNED = ("latency", "memory", "size")
+_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+@dataclass(frozen=True)
+class Target:
+    """`key` may use at most `value`: a share of the original, or an absolute number where `absolute`."""
+
+    key: str
+    value: float
+    absolute: bool
+
+    def limit(self, original: float) -> float:
+        """The budget in the unit of `original`."""
+        return self.value if self.absolute else self.value * original
+
+
+def parse_target(text: str) -> tuple[Target, ...]:
+    """Read 'key=value[,key=value...]'. A value of at most 1 without a unit is a share of the original.
+
+    Raises InputError that names the part that cannot be read.
+    """
+    targets = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([a-z]+)\s*=\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", part)
+        if match is None:
+            raise InputError(f"target {part.strip()!r}: write it as key=value, such as macs=0.5 or params=5M")
+        key, number, unit = match[1], float(match[2]), match[3].upper()
+        if key in PLANNED:
+            raise InputError(f"target {key}= is not supported yet; use one of {', '.join(SUPPORTED)}")
+        if key not in SUPPORTED:
+            raise InputError(f"unknown target {key!r}; use one of {', '.join(SUPPORTED)}")
+        if unit not in _UNITS or key == "channels" and unit:
+            raise InputError(f"target {part.strip()!r}: unknown unit {match[3]!r}; K, M, G and T are understood for macs and params")
+        absolute = bool(unit) or number > 1
+        if number <= 0 or key == "channels" and number > 1:
+            raise InputError(f"target {part.strip()!r}: a share lies above 0 and at most at 1")
+        targets.append(Target(key, number * _UNITS[unit], absolute))
+    return tuple(targets)

@@ -1,0 +1,55 @@
+"""`TracedModule`: a graph as an ordinary torch module, which trains, evaluates, copies and moves like any other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+# operators that behave differently in training, and the position of the argument that says so
+_TRAINING_FLAG = {
+    aten.dropout.default: 2,
+    aten.dropout_.default: 2,
+    aten.alpha_dropout.default: 2,
+    aten.feature_dropout.default: 2,
+    aten.feature_alpha_dropout.default: 2,
+    aten.batch_norm.default: 5,
+    aten.lstm.input: 6,
+    aten.gru.input: 6,
+    aten.rnn_tanh.input: 6,
+    aten.rnn_relu.input: 6,
+    aten.rrelu.default: 3,
+}
+
+
+class TracedModule(fx.GraphModule):
+    """A GraphModule on which `train()` and `eval()` switch dropout and batch norm, and `to()` moves what the graph creates."""
+
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    def train(self, mode: bool = True) -> TracedModule:
+        super().train(mode)
+        changed = False
+        for node in self.graph.nodes:
+            flag = _TRAINING_FLAG.get(node.target) if node.op == "call_function" else None
+            if flag is not None and len(node.args) > flag and node.args[flag] is not mode:
+                node.update_arg(flag, mode)
+                changed = True
+        if changed:
+            self.recompile()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = next((t.device for t in [*self.parameters(), *self.buffers()]), None)
+        changed = False
+        for node in self.graph.nodes:
+            if device is not None and isinstance(node.kwargs.get("device"), torch.device) and node.kwargs["device"] != device:
+                node.update_kwarg("device", device)
+                changed = True
+        if changed:
+            self.recompile()
+        return moved

@@ -1,0 +1,140 @@
+"""Plan → a physically smaller graph: tensors are sliced, and literal sizes in the graph written anew."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from structprune.analysis.infer import Types
+from structprune.ir.axes import Atom, Axis, Keep, Product, kept_entries
+from structprune.ir.graph import Graph, has_effect, operator_name
+from structprune.ir.plan import Cut
+from structprune.ir.traced import TracedModule
+from structprune.ops import RESIZERS
+from structprune.ops.rules import Resize
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """The small graph as a module; the small tensors by the identity of the old; and which numbers changed where."""
+
+    module: TracedModule
+    tensors: Mapping[int, Tensor]
+    literals: Mapping[fx.Node, list[tuple[int, int]]]
+
+
+def operate(graph: Graph, types: Types, keep: Keep, cuts: Mapping[str, Cut]) -> Surgery:
+    """Build the small model. Tensors with a name follow `cuts`, constants of the graph their types; nothing of `graph` changes."""
+    fresh = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = fresh.graph_copy(graph.module.graph, copies, return_output_node=True)
+    assert output is not None
+    fresh.output(output[0])
+    fresh._codegen = copy.deepcopy(graph.module.graph._codegen)
+    originals = {new: old for old, new in copies.items()}
+
+    tensors = {str(n.target): graph.tensor(n) for n in graph.nodes if n.op == "get_attr"}
+    sliced: dict[int, Tensor] = {}
+    held: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op != "get_attr":
+            continue
+        name = str(node.target)
+        tensor = tensors[name]
+        if not isinstance(tensor, Tensor):
+            held[name] = tensor
+            continue
+        if id(tensor) not in sliced:
+            alias = graph.aliases.get(name)
+            cut = cuts.get(alias[0]) if alias else _cut_of(types.shape(node), keep)
+            sliced[id(tensor)] = _sliced(tensor, cut)
+        held[name] = sliced[id(tensor)]
+
+    def kept(value: Any) -> Any:
+        return _Kept(types.shape(originals[value]), keep)
+
+    def constant(value: Any) -> Tensor | None:
+        return tensors.get(str(value.target)) if isinstance(value, fx.Node) and value.op == "get_attr" else None
+
+    def add_constant(before: fx.Node, value: Tensor) -> fx.Node:
+        name = f"_constant_{len(held)}"
+        held[name] = value
+        with fresh.inserting_before(before):
+            return fresh.get_attr(name)
+
+    resize = Resize(kept, constant, add_constant)
+    for node in list(fresh.nodes):
+        resizer = RESIZERS.get(operator_name(node)) if node.op == "call_function" else None
+        if resizer is not None and any(_shrinks(types.nodes.get(originals[n]), types, keep) for n in (node, *node.all_input_nodes) if n in originals):
+            resizer(resize, node)
+    fresh.eliminate_dead_code(has_effect)
+    fresh.lint()
+    return Surgery(traced_module(held, fresh), sliced, {originals[n]: changes for n, changes in resize.literals.items()})
+
+
+def traced_module(held: Mapping[str, Any], graph: fx.Graph) -> TracedModule:
+    """A module that runs `graph` over the tensors in `held`, in evaluation mode."""
+    root = nn.Module()
+    for name, value in held.items():
+        owner = root
+        *path, leaf = name.split(".")
+        for part in path:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        if isinstance(value, nn.Parameter):
+            owner.register_parameter(leaf, value)
+        elif isinstance(value, Tensor):
+            owner.register_buffer(leaf, value)
+        else:
+            setattr(owner, leaf, value)
+    module = TracedModule(root, graph)
+    return module.eval()  # type: ignore[return-value]
+
+
+class _Kept:
+    """kept[dim]: the entries that stay of an axis, worked out when asked for."""
+
+    def __init__(self, shape: Any, keep: Keep):
+        self._shape, self._keep = shape, keep
+
+    def __getitem__(self, index: int) -> Any:
+        if isinstance(self._shape, list):
+            return _Kept(self._shape[index], self._keep)
+        return kept_entries(self._shape[index], self._keep)
+
+    def __len__(self) -> int:
+        return len(self._shape)
+
+
+def _cut_of(shape: Any, keep: Keep) -> Cut:
+    return Cut(tuple(a.size for a in shape), {d: tuple(kept_entries(a, keep).tolist()) for d, a in enumerate(shape) if _touched(a, keep)})
+
+
+def _sliced(tensor: Tensor, cut: Cut | None) -> Tensor:
+    """A copy of the kept entries; parameters stay parameters, with their requires_grad."""
+    value = tensor.detach()
+    for dim, keep in (cut.keep if cut else {}).items():
+        value = value.index_select(dim, torch.as_tensor(np.asarray(keep, dtype=np.int64), device=value.device))
+    if value.data_ptr() == tensor.data_ptr():
+        value = value.clone()
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def _touched(axis: Axis, keep: Keep) -> bool:
+    if isinstance(axis, Atom):
+        return axis in keep
+    return any(_touched(part, keep) for part in (axis.factors if isinstance(axis, Product) else axis.terms))
+
+
+def _shrinks(found: Any, types: Types, keep: Keep) -> bool:
+    if isinstance(found, list):
+        return any(_shrinks(part, types, keep) for part in found)
+    return isinstance(found, tuple) and any(_touched(types.solver.resolve(axis), keep) for axis in found)
+

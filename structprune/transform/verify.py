@@ -1,0 +1,77 @@
+"""Is the small model the dense one with those channels cut off? Always asked, and answered by a number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from structprune.analysis.infer import Types
+from structprune.errors import VerificationError
+from structprune.ir.axes import Keep
+from structprune.ir.graph import Graph
+from structprune.transform.reference import Exact, Masked, in_double
+
+TOLERANCE = 1e-6  # of what pruning itself changed; one wrong channel among hundreds shows as 1e-5 or more
+_ROUNDING = 1e-9  # of the answer: what float64 arithmetic may lose in a deep network
+
+
+@dataclass(frozen=True)
+class Verification:
+    """`error`: the largest difference between small model and reference, as a share of what pruning changed."""
+
+    error: float
+    tolerance: float
+    outputs: int
+
+
+def verify(graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inputs: Sequence[Any] | None = None) -> Verification:
+    """Compare the small graph with the masked dense one, in float64, on the example inputs or others of their shapes.
+
+    Raises VerificationError, with the output and both numbers, when they differ by more than rounding explains.
+    """
+    flat = [in_double(v) for v in (graph.flat_inputs() if inputs is None else inputs)]
+    with torch.no_grad():
+        dense = floats(Exact(graph.module).run(*flat, enable_io_processing=False))
+        wanted = floats(Masked(graph, types, keep).run(*flat, enable_io_processing=False))
+        try:
+            got = floats(Exact(small).run(*flat, enable_io_processing=False))
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise VerificationError(f"the small model does not run: {str(error).splitlines()[0]}") from error
+    worst = difference(got, wanted, dense, graph.output_names)
+    if not worst <= TOLERANCE:
+        raise VerificationError(f"the small model differs from the reference by {worst:.2g} of what pruning changed (rounding explains {TOLERANCE:g})")
+    return Verification(worst, TOLERANCE, len(wanted))
+
+
+def difference(got: Sequence[Tensor], wanted: Sequence[Tensor], dense: Sequence[Tensor], names: Sequence[str] = ()) -> float:
+    """Largest |got − wanted| over max |wanted − dense|: 0 where nothing but rounding differs.
+
+    Raises VerificationError for answers of another number or shape, or that are not finite.
+    """
+    if len(got) != len(wanted):
+        raise VerificationError(f"the small model gives {len(got)} tensors, the original {len(wanted)}")
+    worst = 0.0
+    for i, (mine, theirs, before) in enumerate(zip(got, wanted, dense, strict=True)):
+        name = names[i] if i < len(names) else str(i)
+        if mine.shape != theirs.shape:
+            raise VerificationError(f"output {name} has shape {tuple(mine.shape)}, in the original {tuple(theirs.shape)}")
+        if not mine.numel():
+            continue
+        if not torch.isfinite(mine).all() and torch.isfinite(theirs).all():
+            raise VerificationError(f"output {name} of the small model is not finite")
+        scale = theirs[torch.isfinite(theirs)].abs().amax().item() if torch.isfinite(theirs).any() else 0.0
+        error = torch.where(mine == theirs, 0.0, (mine - theirs).abs()).amax().item()
+        if not error <= _ROUNDING * max(scale, 1e-9):
+            effect = (theirs - before).abs().amax().item()
+            worst = max(worst, error / max(effect, 1e-7 * scale, 1e-12))
+    return worst
+
+
+def floats(value: Any) -> list[Tensor]:
+    """The floating-point tensors of a model's answer, in a fixed order, in float64."""
+    return [v.double() for v in pytree.tree_leaves(value) if isinstance(v, Tensor) and v.is_floating_point()]
