@@ -1,11 +1,11 @@
 """Everything that structprune raises on purpose.
 
-    StructpruneError              one line for the user; the command line turns it into an exit status
-    ├── InputError         (2)    a file, argument or option that cannot be used
-    │   ├── TraceError            the model cannot be traced into a graph
-    │   └── PlanError             a plan that does not belong to this model
-    ├── TargetError        (3)    the target cannot be reached; says how close it came
-    └── VerificationError  (1)    the small model does not answer as the reference does: our bug, never the user's
+StructpruneError              one line for the user; the command line turns it into an exit status
+├── InputError         (2)    a file, argument or option that cannot be used
+│   ├── TraceError            the model cannot be traced into a graph
+│   └── PlanError             a plan that does not belong to this model
+├── TargetError        (3)    the target cannot be reached; says how close it came
+└── VerificationError  (1)    the small model does not answer as the reference does: our bug, never the user's
 """
 
 

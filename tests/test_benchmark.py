@@ -1,5 +1,6 @@
 """Latency measurement: what ran, in which order, and what is concluded; never how fast this machine is."""
 
+import itertools
 import json
 import time
 
@@ -80,8 +81,9 @@ class Writer(nn.Module):
 
 
 def test_short_candidates_are_repeated_within_a_turn():
-    calls: list[tuple] = []
-    runners = [lambda: calls.append("a") or 0.5, lambda: calls.append("b") or 0.25]
+    calls: list[str] = []
+    interrupted = itertools.cycle([0.25, 0.25, 9.0])
+    runners = [lambda: calls.append("a") or 0.5, lambda: calls.append("b") or next(interrupted)]
     times = module_under_test._time_rounds(runners, [2, 3], rounds=6, seconds=60, rest=0.0, seed=0)
     assert times.shape == (6, 2) and (times == [0.5, 0.25]).all()
     assert calls.count("a") == 12 and calls.count("b") == 18
@@ -123,6 +125,15 @@ def test_bootstrap_is_seeded_and_narrows_with_the_number_of_rounds():
     assert high - low < 0.25 < np.subtract(*module_under_test._bootstrap(few, seed=0)[:0:-1])
     # The large-sample interval of a normal median: 2 * 1.96 * sqrt(pi / 2 / n).
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(np.pi / 2 / 2000), rel=0.3)
+
+
+def test_notes_tell_of_a_busy_machine_and_too_many_threads(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    quiet = {"samples": 20, "rounds": 20, "seconds": 10.0, "threads": 2, "cores": 4, "others": 1.9, "mixed": False}
+    assert module_under_test._notes(**quiet) == ()
+    (note,) = module_under_test._notes(**quiet | {"others": 2.5})
+    assert note == "other processes kept 2.5 cores of this machine busy: repeat this when it is idle"
+    assert module_under_test._notes(**quiet | {"cores": 1}) == ("2 threads on 1 core(s): threads wait for each other",)
 
 
 # -------------------------------------------------------------------------------------------------------------- runtimes
@@ -175,7 +186,7 @@ def test_idle_onnx_threads_do_not_take_cores_from_the_next_candidate(tmp_path):
         before = time.process_time()
         time.sleep(0.05)
         idle.append(time.process_time() - before)
-    assert min(idle) < 0.01
+    assert np.median(idle) < 0.01
 
 
 @pytest.mark.parametrize("threads, mixed, rest", [(2, True, 0.01), (1, True, 0.0), (2, False, 0.0)])

@@ -19,6 +19,8 @@ class Relabelled(nn.Module):
 
 
 class Failing(nn.Module):
+    """A network that answers nothing."""
+
     def forward(self, images: Tensor) -> Tensor:
         raise RuntimeError("no answer")
 
@@ -64,7 +66,7 @@ def test_making_the_model_leaves_the_random_state_alone():
 
 
 def test_accuracy_is_high():
-    assert demo.accuracy(demo.model()) >= FLOOR
+    assert demo.accuracy(demo.model()) >= 0.92
 
 
 def test_accuracy_of_permuted_logits_is_low():

@@ -2,19 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch.nn import Parameter
 
 from structprune.analysis.infer import Types, infer
 from structprune.errors import InputError
-from structprune.ir.axes import Atom, Shape
+from structprune.ir.axes import Atom, Shape, kept_size
 from structprune.ir.graph import Graph
-from structprune.ir.group import Frozen, Group, Groups, Member
+from structprune.ir.group import Frozen, Group, Member
 
 
-def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> tuple[Groups, Types]:
+@dataclass(frozen=True)
+class Groups:
+    """All that a decision needs to know of a model: groups, what is frozen, and the model's cost in their widths."""
+
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    axes: Mapping[str, Shape]  # the type of every named parameter and buffer
+    parameters: frozenset[str]  # which of these names are parameters, each tensor once
+    work: tuple[Shape, ...]  # multiply-accumulates: for each operator the axes whose sizes multiply
+    types: Types = field(repr=False)  # what inference found for every node: surgery and verification go by it
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, name: str) -> Group:
+        return next(g for g in self.groups if g.name == name)
+
+    def macs(self, widths: Mapping[Atom, int] | None = None) -> int:
+        """Multiply-accumulates of one call on the example inputs, when each atom keeps `widths[atom]` entries."""
+        return sum(_volume(axes, widths or {}) for axes in self.work)
+
+    def params(self, widths: Mapping[Atom, int] | None = None) -> int:
+        """Number of parameters, when each atom keeps `widths[atom]` entries."""
+        return sum(_volume(self.axes[name], widths or {}) for name in self.parameters)
+
+    def __str__(self) -> str:
+        """The stable text form: every group with its members, then what is frozen."""
+        lines = []
+        for group in self.groups:
+            note = "" if group.exact else f"   inexact: {group.reason}"
+            lines.append(f"{group.name}  {group.size}{note}")
+            lines.extend(f"    {m.tensor}[{m.dim}] = {self.axes[m.tensor][m.dim]}" for m in group.members)
+        lines.extend(f"frozen {f.name}  {f.channels}  {f.reason}" for f in self.frozen)
+        return "\n".join(lines)
+
+
+def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> Groups:
     """Infer axis types and name the groups.
 
     ignore: names or shell patterns of modules or tensors; their axes keep all channels. Raises InputError for one
@@ -44,15 +84,13 @@ def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> tuple[Groups, Types
             groups.append(Group(names.of(where), atom, tuple(where), atom not in inexact, inexact.get(atom, "")))
         elif any(m.dim < 2 for m in where):  # kernel windows are no channels
             frozen.append(Frozen(_owner(where), atom.size, reason.why, reason.at, tuple(where)))
-    return (
-        Groups(
-            groups=tuple(groups),
-            frozen=tuple(frozen),
-            axes=axes,
-            parameters=frozenset(graph.aliases[str(n.target)][0] for n in graph.nodes if n.op == "get_attr" and isinstance(graph.tensor(n), Parameter)),
-            work=tuple(tuple(map(types.solver.resolve, w.axes)) for w in types.work),
-        ),
-        types,
+    return Groups(
+        groups=tuple(groups),
+        frozen=tuple(frozen),
+        axes=axes,
+        parameters=frozenset(graph.aliases[str(n.target)][0] for n in graph.nodes if n.op == "get_attr" and isinstance(graph.tensor(n), Parameter)),
+        work=tuple(tuple(map(types.solver.resolve, w.axes)) for w in types.work),
+        types=types,
     )
 
 
@@ -92,3 +130,10 @@ class _Names:
         owner = _owner(members)
         number = self._taken[owner] = self._taken.get(owner, 0) + 1
         return owner if number == 1 else f"{owner}#{number}"
+
+
+def _volume(axes: Shape, widths: Mapping[Atom, int]) -> int:
+    total = 1
+    for axis in axes:
+        total *= kept_size(axis, widths)
+    return total

@@ -109,7 +109,7 @@ def _apply(solver: Solver, node: fx.Node, types: dict[fx.Node, Any], constant: A
 
 
 def _has_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value)
+    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value))
 
 
 def _sizes_map(value: Any, function: Any) -> Any:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ Runner = Callable[[], float]
 
 MIN_ROUNDS = 5
 WARMUP_RUNS, WARMUP_SECONDS = 3, 0.1
-SHORTEST_TIMING = 2e-3  # seconds; shorter candidates run several times a round, so that timer noise stays below 1 %
+SHORTEST_TIMING = 2e-3  # seconds; shorter candidates run several times a round, to beat timer noise
 REST_SECONDS = 10e-3  # OpenMP threads of torch spin for about 8 ms after a run
 RESAMPLES = 2000
 NOTICEABLE = 1.005  # what shows at the two digits of a verdict; less counts as no difference
@@ -166,20 +167,20 @@ def benchmark(
             repeats.append(_warm_up(name, run))
         say(f"benchmark: timing {len(names)} candidate(s), at most {rounds} rounds or {seconds:g} s")
         rest = REST_SECONDS if mixed and place.type == "cpu" and threads > 1 else 0.0
+        cores_busy_elsewhere = _watch_others()
         times = _time_rounds(runners, repeats, rounds, seconds, rest, seed)
+        others = cores_busy_elsewhere()
 
     samples = len(times)
     machine = environment()
     milliseconds = [_bootstrap(times[:, column] * 1e3, seed) for column in range(len(names))]
     return Comparison(
-        latencies=tuple(
-            Latency(name, runtime, *interval, samples) for name, runtime, interval in zip(names, runtimes, milliseconds, strict=True)
-        ),
+        latencies=tuple(Latency(name, runtime, *interval, samples) for name, runtime, interval in zip(names, runtimes, milliseconds, strict=True)),
         ratios={name: Ratio(*_bootstrap(times[:, column] / times[:, 0], seed)) for column, name in enumerate(names)},
         device=device,
         threads=threads,
         machine=machine,
-        notes=_notes(samples, rounds, seconds, threads, machine["cores"], mixed),
+        notes=_notes(samples, rounds, seconds, threads, machine["cores"], others, mixed),
     )
 
 
@@ -291,9 +292,7 @@ def _torch_runner(module: nn.Module, inputs: Sequence[Tensor], place: torch.devi
     return "torch-cuda", run_on_cuda
 
 
-def _onnx_runner(
-    name: str, path: Path, inputs: Sequence[Tensor], device: str, place: torch.device, threads: int
-) -> tuple[str, Runner]:
+def _onnx_runner(name: str, path: Path, inputs: Sequence[Tensor], device: str, place: torch.device, threads: int) -> tuple[str, Runner]:
     """Run the file with ONNX Runtime, inputs and outputs bound on the device, so that no run copies between host and GPU."""
     kind = device.partition(":")[0]
     session = _session(name, path, kind, place.index or 0, threads)
@@ -327,7 +326,7 @@ def _session(name: str, path: Path, kind: str, index: int, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    # Within a run threads spin as by default. Between runs they must not: they would spin on for up to a second, on the
+    # Within a run threads spin as by default. Between runs they must not: they would spin on for 30 ms and more, on the
     # cores of the candidate that is next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # What TensorRT does not take falls to CUDA, and what CUDA does not take to the CPU, as in any deployment.
@@ -381,7 +380,7 @@ def _steady(threads: int) -> Iterator[None]:
 
 
 def _warm_up(name: str, run: Runner) -> int:
-    """Run a candidate until allocators, kernels and caches are warm. Returns how many runs make a timing of 2 ms or more."""
+    """Run a candidate until allocators, kernels and caches are warm. Returns how many runs take 2 ms or more together."""
     durations: list[float] = []
     started = time.perf_counter()
     try:
@@ -392,12 +391,11 @@ def _warm_up(name: str, run: Runner) -> int:
     return math.ceil(SHORTEST_TIMING / max(min(durations), 1e-7))
 
 
-def _time_rounds(
-    runners: Sequence[Runner], repeats: Sequence[int], rounds: int, seconds: float, rest: float, seed: int
-) -> np.ndarray:
+def _time_rounds(runners: Sequence[Runner], repeats: Sequence[int], rounds: int, seconds: float, rest: float, seed: int) -> np.ndarray:
     """Seconds a run, [rounds, candidates]. Every candidate has one turn a round, in an order drawn anew for each round.
 
-    A turn is `repeats` runs in a row, each timed by itself. `rest` seconds of sleep precede every turn.
+    A turn is `repeats` runs in a row and counts with their median, so that one interrupted run does not spoil it. `rest`
+    seconds of sleep precede every turn.
     """
     random = np.random.default_rng(seed)
     started = time.perf_counter()
@@ -407,7 +405,7 @@ def _time_rounds(
         for index in random.permutation(len(runners)):
             if rest:
                 time.sleep(rest)
-            row[index] = sum(runners[index]() for _ in range(repeats[index])) / repeats[index]
+            row[index] = median([runners[index]() for _ in range(repeats[index])])
         times.append(row)
     return np.array(times)
 
@@ -422,15 +420,31 @@ def _bootstrap(values: np.ndarray, seed: int) -> tuple[float, float, float]:
     return float(np.median(values)), float(low), float(high)
 
 
-def _notes(samples: int, rounds: int, seconds: float, threads: int, cores: int, mixed: bool) -> tuple[str, ...]:
-    """What a reader of the numbers should know about how they came about."""
+def _notes(samples: int, rounds: int, seconds: float, threads: int, cores: int, others: float, mixed: bool) -> tuple[str, ...]:
+    """What a reader of the numbers should know about how they came about. `others` is how many cores other processes used."""
     remarks = {
         f"stopped after {samples} of {rounds} rounds, at the limit of {seconds:g} s": samples < rounds,
         f"only {samples} rounds: the intervals are rough": samples < 15,
         f"{threads} threads on {cores} core(s): threads wait for each other": threads > cores,
+        # A thread that waits for one that another process displaced can lose a whole time slice at every operator.
+        f"other processes kept {others:.1f} cores of this machine busy: repeat this when it is idle": others + threads > (os.cpu_count() or 1) + 0.2,
         "the candidates run on different runtimes: a ratio compares the runtimes too, not the models alone": mixed,
     }
     return tuple(remark for remark, holds in remarks.items() if holds)
+
+
+def _watch_others() -> Callable[[], float]:
+    """Start watching; the answer, called later, is how many cores other processes and guests kept busy since then, on average."""
+    started, all_busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
+    return lambda: (_busy_seconds() - all_busy - (time.process_time() - own)) / (time.perf_counter() - started)
+
+
+def _busy_seconds() -> float:
+    """Processor seconds since boot of all processes and of other guests of the host; 0 where the system does not tell."""
+    with suppress(OSError, ValueError):
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def _cpu_model() -> str:

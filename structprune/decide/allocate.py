@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from structprune.analysis.groups import Groups
 from structprune.decide.targets import Target
 from structprune.errors import TargetError
 from structprune.ir.axes import Atom, Axis, Product, Shape, Sum, kept_size
-from structprune.ir.group import Groups
 
 Widths = Mapping[Atom, int]
 
@@ -33,7 +33,9 @@ class Uniform:
         free = {g.atom for g in groups}
         self._products = _products(groups, free)
         self._clusters = _clusters(free, self._products)
-        self._work = {atom: [axes for axes in groups.work if any(atom in _atoms(a) for a in axes)] for c in self._clusters if len(c) > 1 for atom in c}
+        self._work = {
+            atom: [axes for axes in groups.work if any(atom in _atoms(a) for a in axes)] for c in self._clusters if len(c) > 1 for atom in c
+        }
 
     def widths(self, share: float) -> Widths:
         """Channels to keep for every group when each axis keeps `share` of its entries, at least one."""

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from structprune.analysis.groups import Groups
 from structprune.errors import InputError
 from structprune.ir.axes import positions
-from structprune.ir.group import Group, Groups
+from structprune.ir.group import Group
 
 Scores: TypeAlias = Mapping[str, np.ndarray]
 Criterion: TypeAlias = Callable[[Groups, Mapping[str, Tensor]], Scores]

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from structprune.analysis.groups import Groups
 from structprune.decide.allocate import Widths, allocate
 from structprune.decide.criteria import Scores, criterion_of
 from structprune.decide.targets import parse_target
 from structprune.errors import InputError, PlanError
 from structprune.ir.axes import Atom, Keep, Shape, kept_entries
 from structprune.ir.graph import Graph
-from structprune.ir.group import Groups
 from structprune.ir.plan import Cut, Plan, PlannedGroup
 
 
-def plan(graph: Graph, groups: Groups, target: str, criterion: Any = "auto", *, model: nn.Module | None = None, seed: int = 0) -> Plan:
+def plan(
+    graph: Graph, groups: Groups, target: str, criterion: Any = "auto", *, model: nn.Module | None = None, ignore: Sequence[str] = (), seed: int = 0
+) -> Plan:
     """Decide which channels stay: widths from the target, the best channels of each group by the criterion.
 
     Raises InputError for a target or criterion that cannot be read and TargetError for a target that cannot be reached.
@@ -31,7 +34,7 @@ def plan(graph: Graph, groups: Groups, target: str, criterion: Any = "auto", *, 
     widths = allocate(groups, targets)
     scores = score(groups, named_tensors(graph))
     keep = best_channels(groups, widths, scores)
-    return planned(groups, keep, target=target, criterion=name, inputs=_described(graph))
+    return planned(groups, keep, target=target, criterion=name, inputs=described_inputs(graph.args, graph.kwargs), ignore=tuple(ignore))
 
 
 def named_tensors(graph: Graph) -> dict[str, Tensor]:
@@ -51,8 +54,8 @@ def best_channels(groups: Groups, widths: Widths, scores: Scores) -> Keep:
     return keep
 
 
-def planned(groups: Groups, keep: Keep, *, target: str = "", criterion: str = "", inputs: tuple[Any, ...] = ()) -> Plan:
-    """Write down what a choice of channels means for every tensor."""
+def planned(groups: Groups, keep: Keep, **origin: Any) -> Plan:
+    """Write down what a choice of channels means for every tensor. `origin`: the fields of Plan that say where it comes from."""
     return Plan(
         tensors=cuts(groups.axes, keep),
         groups=tuple(
@@ -60,9 +63,7 @@ def planned(groups: Groups, keep: Keep, *, target: str = "", criterion: str = ""
             for g in groups
         ),
         frozen=groups.frozen,
-        target=target,
-        criterion=criterion,
-        inputs=inputs,
+        **origin,
     )
 
 
@@ -99,7 +100,29 @@ def atoms_of(plan: Plan, groups: Groups) -> Keep:
     return keep
 
 
-def _described(graph: Graph) -> tuple[Any, ...]:
-    """Shape and dtype of each example input, so that a plan can be replayed without them."""
-    leaves = graph.flat_inputs()
-    return tuple({"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} if isinstance(v, torch.Tensor) else v for v in leaves)
+def described_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The example inputs as JSON: shape and dtype in the place of each tensor."""
+
+    def leaf(value: Any) -> Any:
+        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")} if isinstance(value, Tensor) else value
+
+    return {"args": pytree.tree_map(leaf, list(args)), "kwargs": pytree.tree_map(leaf, dict(kwargs))}
+
+
+def example_inputs(described: Mapping[str, Any], seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs such as `described_inputs` describes: noise for floating-point tensors, zeros and ones for integers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def is_tensor(value: Any) -> bool:
+        return isinstance(value, dict) and value.keys() == {"shape", "dtype"}
+
+    def tensor(value: Any) -> Any:
+        if not is_tensor(value):
+            return value
+        dtype = getattr(torch, value["dtype"])
+        if dtype.is_floating_point:
+            return torch.randn(value["shape"], generator=generator).to(dtype)
+        return torch.randint(0, 2, value["shape"], generator=generator).to(dtype)
+
+    made = pytree.tree_map(tensor, {"args": described.get("args", []), "kwargs": described.get("kwargs", {})}, is_leaf=is_tensor)
+    return tuple(made["args"]), made["kwargs"]

@@ -40,10 +40,10 @@ def parse_target(text: str) -> tuple[Target, ...]:
             raise InputError(f"target {key}= is not supported yet; use one of {', '.join(SUPPORTED)}")
         if key not in SUPPORTED:
             raise InputError(f"unknown target {key!r}; use one of {', '.join(SUPPORTED)}")
-        if unit not in _UNITS or key == "channels" and unit:
+        if unit not in _UNITS or (key == "channels" and unit):
             raise InputError(f"target {part.strip()!r}: unknown unit {match[3]!r}; K, M, G and T are understood for macs and params")
         absolute = bool(unit) or number > 1
-        if number <= 0 or key == "channels" and number > 1:
+        if number <= 0 or (key == "channels" and number > 1):
             raise InputError(f"target {part.strip()!r}: a share lies above 0 and at most at 1")
         targets.append(Target(key, number * _UNITS[unit], absolute))
     return tuple(targets)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch_pruning._helpers import GroupItem
 from torch_pruning.dependency import Dependency, Group, Node
 
+from structprune.analysis.groups import Groups
 from structprune.decide.criteria import Criterion, magnitude
 from structprune.ir import group as ours
 from structprune.ir.axes import positions
-from structprune.ir.group import Groups
 
 # for each layer type, what pruning dimension 0 and 1 of its weight is called there
 _FUNCTIONS: tuple[tuple[type[nn.Module], tuple[Any, Any]], ...] = (

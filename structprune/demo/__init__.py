@@ -1,6 +1,6 @@
 """The built-in demo: a small trained residual network, labelled images to score it on, and unlabelled ones to calibrate with.
 
-    model()        the trained network, ready to compress
+    model()        the trained network, ready to compress; 92.0% of the 10,000 test images right
     samples()      500 test images, 50 of each class, and their labels; never seen in training
     calibration()  256 training images without labels
     accuracy(m)    share of the samples that `m` classifies correctly

@@ -95,7 +95,7 @@ def load(spec: str, *, arch: str | None = None, inputs: Sequence[str] = (), trus
 
 
 def _is_file(spec: str) -> bool:
-    return spec != "demo" and (os.path.exists(spec) or ":" not in spec and Path(spec).suffix.lower() in (*_SUFFIXES, ".onnx"))
+    return spec != "demo" and (os.path.exists(spec) or (":" not in spec and Path(spec).suffix.lower() in (*_SUFFIXES, ".onnx")))
 
 
 def _is_constructor(spec: str) -> bool:
@@ -243,7 +243,7 @@ def _head(path: Path) -> bytes:
 
 
 def _program(path: Path) -> nn.Module:
-    from structprune.transform.traced import load_program
+    from structprune.frontends.program import load_program
 
     try:
         return load_program(path)
@@ -498,7 +498,7 @@ def _failure(model: nn.Module, args: tuple[Tensor, ...]) -> str | None:
         model.eval()
         with torch.no_grad():
             model(*args)
-    except Exception as error:  # noqa: BLE001 - the model's own code may raise anything; whatever it is, this input is not the one
+    except Exception as error:
         return _reason(error)
     finally:
         for module in training:

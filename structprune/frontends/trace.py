@@ -69,9 +69,7 @@ def from_exported(
         names.setdefault(id(tensor), []).append(name)
     attributes = {str(n.target): n for n in module.graph.nodes if n.op == "get_attr"}
     aliases = {
-        target: tuple(names[id(tensor)])
-        for target in attributes
-        if isinstance(tensor := attribute(module, target), Tensor) and id(tensor) in names
+        target: tuple(names[id(tensor)]) for target in attributes if isinstance(tensor := attribute(module, target), Tensor) and id(tensor) in names
     }
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     batched = [n.meta["val"] for n in placeholders if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].dim()]
@@ -175,7 +173,7 @@ def _drop_checks(module: fx.GraphModule) -> None:
     graph = module.graph
     for node in reversed(list(graph.nodes)):
         name = str(node.target)
-        if node.op == "call_module" and name == "_guards_fn" or "_assert" in name and not node.users:
+        if (node.op == "call_module" and name == "_guards_fn") or ("_assert" in name and not node.users):
             graph.erase_node(node)
     graph.eliminate_dead_code(has_effect)
     graph.lint()

@@ -38,9 +38,8 @@ class PlannedGroup:
 class Plan:
     """Every tensor that changes size, the groups behind the changes, and what stays and why.
 
-    `inputs` describes the example inputs (shape and dtype of each leaf), so that the plan can be replayed on a fresh
-    instance of the class without them; `attributes` lists the integers of the user's own modules that follow the new sizes,
-    by module name, where a comparison has shown that the class then runs right.
+    `inputs` describes the example inputs ({"args": ..., "kwargs": ...} with shape and dtype in the place of each tensor) and
+    `ignore` what was to stay, so that the plan can be replayed on a fresh instance of the class.
     """
 
     tensors: Mapping[str, Cut]
@@ -48,8 +47,8 @@ class Plan:
     frozen: tuple[Frozen, ...]
     target: str = ""
     criterion: str = ""
-    inputs: tuple[Any, ...] = ()
-    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    ignore: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON: see the format in docs/plan.md."""
@@ -57,7 +56,8 @@ class Plan:
             "format": FORMAT,
             "target": self.target,
             "criterion": self.criterion,
-            "inputs": list(self.inputs),
+            "inputs": dict(self.inputs),
+            "ignore": list(self.ignore),
             "tensors": {
                 name: {"shape": list(cut.shape), "keep": {str(dim): list(keep) for dim, keep in cut.keep.items()}}
                 for name, cut in self.tensors.items()
@@ -69,7 +69,6 @@ class Plan:
                 for g in self.groups
             ],
             "frozen": [{"name": f.name, "channels": f.channels, "reason": f.reason, "at": f.at} for f in self.frozen],
-            "attributes": {module: dict(values) for module, values in self.attributes.items()},
         }
 
     @staticmethod
@@ -93,8 +92,8 @@ class Plan:
                 frozen=tuple(Frozen(f["name"], f["channels"], f["reason"], f["at"]) for f in data["frozen"]),
                 target=data.get("target", ""),
                 criterion=data.get("criterion", ""),
-                inputs=tuple(data.get("inputs", ())),
-                attributes=data.get("attributes", {}),
+                inputs=data.get("inputs", {}),
+                ignore=tuple(data.get("ignore", ())),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"not a structprune plan: {type(error).__name__} {error}") from error
@@ -115,7 +114,12 @@ class Plan:
         """A table: one line a group, its channels before and after, and the tensors that shrink with it."""
         rows = [("group", "channels", "kept", "in")]
         rows += [
-            (g.name, str(g.channels), str(len(g.keep)) + ("" if g.exact else "*"), ", ".join(f"{m.tensor}[{m.dim}]" for m in g.members[:3]) + (" …" if len(g.members) > 3 else ""))
+            (
+                g.name,
+                str(g.channels),
+                str(len(g.keep)) + ("" if g.exact else "*"),
+                ", ".join(f"{m.tensor}[{m.dim}]" for m in g.members[:3]) + (" …" if len(g.members) > 3 else ""),
+            )
             for g in self.groups
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]

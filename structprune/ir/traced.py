@@ -25,6 +25,17 @@ _TRAINING_FLAG = {
 }
 
 
+_CREATE = {
+    aten.zeros.default,
+    aten.ones.default,
+    aten.full.default,
+    aten.empty.memory_format,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+}
+
+
 class TracedModule(fx.GraphModule):
     """A GraphModule on which `train()` and `eval()` switch dropout and batch norm, and `to()` moves what the graph creates."""
 
@@ -43,13 +54,20 @@ class TracedModule(fx.GraphModule):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = next((t.device for t in [*self.parameters(), *self.buffers()]), None)
+        """`to()`, `double()`, `cuda()`: what the graph creates follows the parameters in type and place."""
+        before = next(self.parameters(), None)
+        was = before.dtype if before is not None else None
+        moved = super()._apply(fn, recurse)
+        after = next(self.parameters(), None)
         changed = False
-        for node in self.graph.nodes:
-            if device is not None and isinstance(node.kwargs.get("device"), torch.device) and node.kwargs["device"] != device:
-                node.update_kwarg("device", device)
-                changed = True
+        for node in self.graph.nodes if after is not None else ():
+            follow = {"device": after.device} if isinstance(node.kwargs.get("device"), torch.device) else {}
+            if node.kwargs.get("dtype") is was and node.target in _CREATE:
+                follow["dtype"] = after.dtype
+            for name, value in follow.items():
+                if node.kwargs[name] != value:
+                    node.update_kwarg(name, value)
+                    changed = True
         if changed:
             self.recompile()
         return moved

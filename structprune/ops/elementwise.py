@@ -84,5 +84,3 @@ def diff(eq: Equations, x: Shape, n: int = 1, dim: int = -1, *_: Any) -> Shape:
     dim = axis_index(dim, len(x))
     eq.freeze(_WHY_ORDER, x[dim])
     return (*x[:dim], eq.frozen(eq.out[dim], _WHY_ORDER), *x[dim + 1 :])
-
-

@@ -58,15 +58,19 @@ def split(eq: Equations, x: Shape, _how: Any, dim: int = 0) -> list[Shape]:
 
 @resizer("split_with_sizes", "split", "chunk", "tensor_split", "split_copy", "split_with_sizes_copy")
 def split_sizes(new: Resize, node: fx.Node) -> None:
-    """The pieces may now differ in size, so each is written out."""
+    """Where the pieces now differ in size, each is written out."""
     x, dim = new.argument(node, "self"), new.argument(node, "dim")
     dim = axis_index(dim, new.rank(x))
     sizes = [new.size(node, dim, part) for part in range(len(node.meta["val"]))]
-    if sizes != [size_of(piece.shape[dim]) for piece in node.meta["val"]]:
-        if node.target is aten.split_with_sizes.default:
-            new.set(node, "split_sizes", sizes)
-        else:
-            new.retarget(node, aten.split_with_sizes.default, (x, sizes, dim))
+    old = [size_of(piece.shape[dim]) for piece in node.meta["val"]]
+    if sizes == old:
+        return
+    if node.target is aten.split_with_sizes.default:
+        new.set(node, "split_sizes", sizes)
+    elif node.target is aten.split.Tensor and len(set(sizes)) == 1:
+        new.set(node, "split_size", sizes[0])
+    elif node.target is not aten.chunk.default or len(set(sizes)) > 1 or len(set(old)) > 1:
+        new.retarget(node, aten.split_with_sizes.default, (x, sizes, dim))
 
 
 @rule("slice", "narrow")
@@ -138,7 +142,9 @@ def unbind(eq: Equations, x: Shape, dim: int = 0) -> list[Shape]:
 
 @rule("roll")
 def roll(eq: Equations, x: Shape, shifts: Any, dims: Any = ()) -> Shape:
-    eq.freeze("rolled by a number of places", *(x[axis_index(d, len(x))] for d in (dims if isinstance(dims, (list, tuple)) else [dims]) or range(len(x))))
+    eq.freeze(
+        "rolled by a number of places", *(x[axis_index(d, len(x))] for d in (dims if isinstance(dims, (list, tuple)) else [dims]) or range(len(x)))
+    )
     return x
 
 

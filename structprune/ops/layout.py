@@ -143,16 +143,26 @@ def _sizes(new: Resize, node: fx.Node, name: str, first: int = 0) -> None:
         dim = first + i + (len(shape) - first - len(old) if node.target._opname == "expand" else 0)  # type: ignore[union-attr]
         kept = new.size(node, dim)
         whole = size_of(shape[dim])
-        if kept == whole or size == -1 and not isinstance(size, fx.Node):
+        if kept == whole or (size == -1 and not isinstance(size, fx.Node)):
             sizes.append(size)
         elif isinstance(size, fx.Node):
-            graph = node.graph
-            with graph.inserting_before(node):
-                scaled = graph.call_function(operator.mul, (size, kept))
-                sizes.append(graph.call_function(operator.floordiv, (scaled, whole)))
+            sizes.append(_scaled(new, node, size, kept, whole))
         else:
             sizes.append(kept)
     new.set(node, name, sizes)
+
+
+def _scaled(new: Resize, before: fx.Node, size: fx.Node, kept: int, whole: int) -> fx.Node:
+    """A node for size · kept / whole; batch · 12 heads becomes batch · 6."""
+    graph = before.graph
+    with graph.inserting_before(before):
+        if size.target is operator.mul:
+            number = next((a for a in size.args if isinstance(a, int) and a * kept % whole == 0), None)
+            other = next((a for a in size.args if isinstance(a, fx.Node)), None)
+            if number is not None and other is not None:
+                new.literals.setdefault(before, []).append((number, number * kept // whole))
+                return graph.call_function(operator.mul, (other, number * kept // whole))
+        return graph.call_function(operator.floordiv, (graph.call_function(operator.mul, (size, kept)), whole))
 
 
 @resizer("view", "reshape", "_unsafe_view", "_reshape_alias", "view_copy", "expand", "new_zeros", "new_ones", "new_full", "new_empty",
@@ -165,4 +175,3 @@ def whole_shape(new: Resize, node: fx.Node) -> None:
 def part_of_shape(new: Resize, node: fx.Node) -> None:
     x = new.argument(node, "self")
     _sizes(new, node, "sizes", first=axis_index(new.argument(node, "dim"), new.rank(x)))
-

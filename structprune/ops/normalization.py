@@ -15,7 +15,9 @@ from structprune.ops.rules import Equations, Resize, axis_index, resizer, rule
 
 
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "instance_norm")
-def batch_norm(eq: Equations, x: Shape, weight: Shape | None, bias: Shape | None, mean: Shape | None = None, var: Shape | None = None, *_: Any) -> Shape:
+def batch_norm(
+    eq: Equations, x: Shape, weight: Shape | None, bias: Shape | None, mean: Shape | None = None, var: Shape | None = None, *_: Any
+) -> Shape:
     for parameter in (weight, bias, mean, var):
         if parameter is not None:
             eq.equate(x[1], parameter[0])
@@ -155,5 +157,3 @@ def _opname(eq: Equations) -> str:
 
 def _runs(eq: Equations) -> str:
     return f"{_opname(eq)} runs along this axis"
-
-

@@ -52,19 +52,34 @@ def _unpacked(x: Shape) -> None:
 
 
 @rule("lstm")
-def lstm(eq: Equations, x: Shape, states: list[Shape], weights: list[Shape], biases: bool, layers: int, dropout: float, train: bool, bidirectional: bool, *_: Any) -> list[Shape]:
+def lstm(
+    eq: Equations,
+    x: Shape,
+    states: list[Shape],
+    weights: list[Shape],
+    biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    *_: Any,
+) -> list[Shape]:
     _unpacked(x)
     out, _hidden = _recurrent(eq, 4, x, states, weights, biases, layers, bidirectional)
     return [out, states[0], states[1]]
 
 
 @rule("gru")
-def gru(eq: Equations, x: Shape, state: Shape, weights: list[Shape], biases: bool, layers: int, dropout: float, train: bool, bidirectional: bool, *_: Any) -> list[Shape]:
+def gru(
+    eq: Equations, x: Shape, state: Shape, weights: list[Shape], biases: bool, layers: int, dropout: float, train: bool, bidirectional: bool, *_: Any
+) -> list[Shape]:
     _unpacked(x)
     return [_recurrent(eq, 3, x, [state], weights, biases, layers, bidirectional)[0], state]
 
 
 @rule("rnn_tanh", "rnn_relu")
-def rnn(eq: Equations, x: Shape, state: Shape, weights: list[Shape], biases: bool, layers: int, dropout: float, train: bool, bidirectional: bool, *_: Any) -> list[Shape]:
+def rnn(
+    eq: Equations, x: Shape, state: Shape, weights: list[Shape], biases: bool, layers: int, dropout: float, train: bool, bidirectional: bool, *_: Any
+) -> list[Shape]:
     _unpacked(x)
     return [_recurrent(eq, 1, x, [state], weights, biases, layers, bidirectional)[0], state]

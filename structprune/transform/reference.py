@@ -1,12 +1,13 @@
 """The reference: the dense graph, run operator by operator, in which every removed channel counts for nothing.
 
 It knows axis types and which entries of each atom stay, but nothing of slicing, of resized literals or of the small graph:
-after each operator the entries of removed channels are set to zero, so that whoever reads them ignores them. Means and norms over
-a pruned axis are computed from their definition, over the kept entries.
+wherever an operator reads across channels, it reads zeros for the removed ones. Means and norms over a pruned axis are computed
+from their definition, over the kept entries.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor, fx
 
 from structprune.analysis.infer import Types
 from structprune.ir.axes import Axis, Keep, kept_entries
-from structprune.ir.graph import Graph, operator_name
+from structprune.ir.graph import Graph, has_effect, operator_name
+from structprune.ops import RULES, elementwise, layout, normalization
 
 
 def in_double(value: Any) -> Any:
@@ -30,7 +32,9 @@ class Exact(fx.Interpreter):
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
-        return in_double(value).clone() if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):  # a copy, for the graph may write to its buffers
+            return value.double() if value.is_floating_point() and value.dtype != torch.float64 else value.clone()
+        return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = fx.node.map_aggregate(args, in_double), fx.node.map_aggregate(kwargs, in_double)
@@ -38,7 +42,11 @@ class Exact(fx.Interpreter):
 
 
 class Masked(Exact):
-    """`Exact`, with removed channels counting for nothing."""
+    """`Exact`, in which every operator that reads a removed channel reads zero.
+
+    Operators that work entry by entry, or only rearrange entries, do not read across channels: what they make of a removed
+    channel is itself removed, and is ignored by whoever reads it next.
+    """
 
     def __init__(self, graph: Graph, types: Types, keep: Keep):
         super().__init__(graph.module)
@@ -46,30 +54,32 @@ class Masked(Exact):
         self._masks: dict[int, tuple[Axis, Tensor | None]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        special = _OVER_KEPT.get(operator_name(n)) if n.op == "call_function" else None
+        name = operator_name(n)
+        if n.op != "call_function" or name in _ENTRY_BY_ENTRY or n.target is operator.getitem:
+            return super().run_node(n)
+        written = n.args[0] if n.args and has_effect(n) else None  # an operator in place needs the tensor itself
+        args = fx.map_arg(n.args, lambda a: self.env[a] if a is written else self._read(a))
+        kwargs = fx.map_arg(n.kwargs, self._read)
         operand = n.args[0] if n.args else None
-        if special is not None and isinstance(operand, fx.Node) and any(m is not None for m in self._masks_of(self._types.nodes[operand])):
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if name in _OVER_KEPT and isinstance(operand, fx.Node):
             masks = self._masks_of(self._types.nodes[operand])
-            schema = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
-            named = dict(zip(schema, args, strict=False)) | kwargs
-            result = special(masks, *named.values())
-        else:
-            result = super().run_node(n)
-        return self._forget(result, self._types.nodes.get(n))
+            if any(mask is not None for mask in masks):
+                schema = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
+                return _OVER_KEPT[name](masks, *(dict(zip(schema, args, strict=False)) | kwargs).values())
+        return self.call_function(n.target, args, kwargs)
 
-    def _forget(self, result: Any, found: Any) -> Any:
-        """Set the removed entries of an answer to zero, in place where other tensors may share its memory."""
-        if isinstance(result, (list, tuple)) and isinstance(found, list):
-            return type(result)(self._forget(r, f) for r, f in zip(result, found, strict=True))
-        if not isinstance(result, Tensor) or not isinstance(found, tuple) or not (result.is_floating_point() or result.is_complex()):
-            return result
-        for dim, mask in enumerate(self._masks_of(found)):
-            if mask is not None:
-                if any(stride == 0 and size > 1 for stride, size in zip(result.stride(), result.shape, strict=True)):
-                    result = result.clone()
-                result.index_fill_(dim, mask.logical_not().nonzero().flatten(), 0)
-        return result
+    def _read(self, node: fx.Node) -> Any:
+        """A node's answer with the entries of removed channels set to zero."""
+        return self._without(self.env[node], self._types.nodes.get(node))
+
+    def _without(self, value: Any, found: Any) -> Any:
+        if isinstance(value, (list, tuple)) and isinstance(found, list):
+            return type(value)(self._without(v, f) for v, f in zip(value, found, strict=True))
+        if isinstance(value, Tensor) and isinstance(found, tuple) and (value.is_floating_point() or value.is_complex()):
+            for dim, mask in enumerate(self._masks_of(found)):
+                if mask is not None:
+                    value = value.masked_fill(mask.logical_not().view([-1 if d == dim else 1 for d in range(value.dim())]), 0)
+        return value
 
     def _masks_of(self, shape: tuple[Axis, ...]) -> list[Tensor | None]:
         """For every axis the truth of 'this entry stays', or None where all do."""
@@ -142,3 +152,10 @@ _OVER_KEPT: dict[str, Callable[..., Tensor]] = {
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
 }
+
+_ENTRY_BY_ENTRY = frozenset(
+    name
+    for name, function in RULES.items()
+    if function in (elementwise.unary, elementwise.broadcasting, elementwise.assignment, elementwise.prelu, normalization.batch_norm)
+    or function.__module__ == layout.__name__
+) - {"instance_norm"}

@@ -137,4 +137,3 @@ def _shrinks(found: Any, types: Types, keep: Keep) -> bool:
     if isinstance(found, list):
         return any(_shrinks(part, types, keep) for part in found)
     return isinstance(found, tuple) and any(_touched(types.solver.resolve(axis), keep) for axis in found)
-

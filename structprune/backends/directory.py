@@ -1,0 +1,144 @@
+"""The output directory: everything that a deployment needs, written all or none, and checked again from the files alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from structprune.backends import onnx
+from structprune.errors import InputError, VerificationError
+from structprune.frontends.program import load_program
+from structprune.ir.plan import Plan
+from structprune.ir.traced import TracedModule
+
+FILES = ("original.onnx", "model.onnx", "model.pt2", "model.safetensors", "plan.json", "report.json", "report.html")
+
+
+def check_writable(directory: Path) -> None:
+    """Raise InputError, before any work is done, for a directory that could not be written at the end."""
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file; choose another output directory")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / "plan.json").exists():
+        raise InputError(f"{directory} holds other files; choose an empty or new output directory")
+    place = next(p for p in [directory, *directory.absolute().parents] if p.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{directory} cannot be written: no permission for {place}")
+
+
+@contextmanager
+def all_or_none(directory: Path) -> Iterator[Path]:
+    """A folder beside `directory` to write into; it takes its place when the block ends well, and goes when it does not."""
+    check_writable(directory)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    except OSError as error:
+        raise InputError(f"{directory} cannot be written: {error.strerror}") from error
+    try:
+        yield work
+        work.chmod(0o755)
+        if directory.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
+            directory.rename(old / directory.name)
+            work.rename(directory)
+            shutil.rmtree(old)
+        else:
+            work.rename(directory)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def save_weights(module: torch.nn.Module, path: Path) -> None:
+    """The state_dict as safetensors; a tensor under two names is written twice."""
+    save_file({name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()}, str(path))
+
+
+def load(directory: str | Path) -> TracedModule:
+    """The small model of an output directory: a trainable module that needs neither its class nor pickle."""
+    directory = Path(directory)
+    if not (directory / "model.pt2").is_file():
+        raise InputError(f"{directory} is no output directory of structprune: it holds no model.pt2")
+    return load_program(directory / "model.pt2")
+
+
+def verify_directory(directory: str | Path) -> dict[str, Any]:
+    """Every check again, from the saved files alone; returns what was found, as the report's `verification`.
+
+    model.pt2 holds the weights of model.safetensors, in the sizes that plan.json says. model.onnx answers as model.pt2. The program in
+    original.onnx, with the removed slices of its weights set to zero, holds the same remaining weights. Raises
+    InputError for a missing or broken file and VerificationError, naming the file, for a difference.
+    """
+    directory = Path(directory)
+    for name in FILES:
+        if not (directory / name).is_file():
+            raise InputError(f"{directory}: {name} is missing; `structprune compress` writes {', '.join(FILES)}")
+    plan = Plan.load(directory / "plan.json")
+    module = load(directory)
+    _same_weights(module, directory / "model.safetensors")
+    _planned_sizes(module, plan)
+    args, kwargs = _inputs(module, plan)
+    flat = torch.utils._pytree.tree_leaves((args, kwargs))
+    error = onnx.check(directory / "model.onnx", module, args, kwargs, flat)
+    matched = _same_slices(directory, plan)
+    report = _json(directory / "report.json")
+    found = report.get("verification", {})
+    return {**found, "onnx_error": error, "tensors": len(plan.tensors), "tensors_matched_in_original_onnx": matched}
+
+
+def _inputs(module: TracedModule, plan: Plan) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    from structprune.decide.plan import example_inputs
+
+    return module.example_inputs or example_inputs(plan.inputs)
+
+
+def _same_weights(module: TracedModule, path: Path) -> None:
+    try:
+        saved = load_file(str(path))
+    except Exception as error:  # safetensors raises its own error type, which it does not export
+        raise InputError(f"{path.name} cannot be read: {error}") from error
+    mine = module.state_dict()
+    if saved.keys() != mine.keys():
+        raise VerificationError(f"{path.name} and model.pt2 hold different tensors: {sorted(saved.keys() ^ mine.keys())[0]}")
+    for name, tensor in mine.items():
+        if tensor.shape != saved[name].shape or not torch.equal(tensor.nan_to_num(), saved[name].nan_to_num()):
+            raise VerificationError(f"{name} differs between {path.name} and model.pt2")
+
+
+def _planned_sizes(module: TracedModule, plan: Plan) -> None:
+    tensors = module.state_dict()
+    for name, cut in plan.tensors.items():
+        wanted = tuple(len(cut.keep.get(dim, range(size))) for dim, size in enumerate(cut.shape))
+        if name in tensors and tuple(tensors[name].shape) != wanted:
+            raise VerificationError(f"{name} has shape {tuple(tensors[name].shape)}, the plan says {wanted}")
+
+
+def _same_slices(directory: Path, plan: Plan) -> int:
+    """Compare the small weights with the plan's slices of the original ones, by name; returns how many both files name."""
+    before, after = onnx.weights(directory / "original.onnx"), onnx.weights(directory / "model.onnx")
+    matched = 0
+    for name, cut in plan.tensors.items():
+        if name in before and name in after and before[name].shape == cut.shape:
+            sliced = before[name]
+            for dim, keep in cut.keep.items():
+                sliced = np.take(sliced, keep, axis=dim)
+            if sliced.shape != after[name].shape or not np.array_equal(sliced, after[name], equal_nan=True):
+                raise VerificationError(f"{name} in model.onnx is not the plan's slice of {name} in original.onnx")
+            matched += 1
+    return matched
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        return json.loads(path.read_text())  # type: ignore[no-any-return]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error

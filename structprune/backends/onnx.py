@@ -1,0 +1,102 @@
+"""ExportedProgram → ONNX file: simplified, checked, with the names of the model's inputs and outputs. The only user of onnx."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import onnxslim
+import torch
+from torch import Tensor
+
+from structprune.errors import StructpruneError, VerificationError
+
+TOLERANCE = 1e-3  # of the largest answer: ONNX Runtime fuses and reorders float32 arithmetic
+
+
+class ExportError(StructpruneError):
+    """The model has an operator that cannot be written as ONNX."""
+
+
+def export(
+    program: torch.export.ExportedProgram, path: Path, inputs: Sequence[str], outputs: Sequence[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write `program` to `path`. Axes that are dynamic in the program are dynamic in the file.
+
+    Raises ExportError, with the operator, for what torch's exporter cannot translate.
+    """
+    with _quiet():
+        try:
+            exported = torch.onnx.export(
+                program, (), dynamo=True, verbose=False, input_names=list(inputs), output_names=list(outputs), external_data=False
+            )
+        except Exception as error:  # the exporter wraps whatever it meets
+            reason = next((line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()), type(error).__name__)
+            raise ExportError(f"the model cannot be written as ONNX: {reason[:200]}") from error
+        assert exported is not None
+        model = exported.model_proto
+        with contextlib.suppress(onnx.shape_inference.InferenceError):  # simplification is a bonus: the plain file is right too
+            model = onnxslim.slim(model, skip_fusion_patterns=["FusionGelu"]) or model
+    for key, value in (metadata or {}).items():
+        model.metadata_props.add(key=key, value=value)
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+
+
+def check(
+    path: Path, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], flat: Sequence[Any], wanted: Sequence[Tensor] | None = None
+) -> float:
+    """Largest difference between ONNX Runtime and torch, as a share of the largest answer.
+
+    Raises VerificationError where it is more than float32 arithmetic in another order explains.
+    """
+    answers = run(path, flat)
+    if wanted is None:
+        with torch.no_grad():
+            wanted = [v for v in torch.utils._pytree.tree_leaves(module(*args, **kwargs)) if isinstance(v, Tensor)]
+    worst = 0.0
+    if len(answers) != len(wanted):
+        raise VerificationError(f"{path.name} gives {len(answers)} tensors, the model {len(wanted)}")
+    for got, want in zip(answers, wanted, strict=True):
+        if tuple(got.shape) != tuple(want.shape):
+            raise VerificationError(f"{path.name} answers with shape {tuple(got.shape)}, the model with {tuple(want.shape)}")
+        if want.is_floating_point() and want.numel():
+            expected = want.detach().double().numpy()
+            finite = np.isfinite(expected)
+            scale = np.abs(expected[finite]).max(initial=0.0) + 1e-6
+            worst = max(worst, float(np.abs(got.astype(np.float64) - expected)[finite].max(initial=0.0) / scale))
+    if not worst <= TOLERANCE:
+        raise VerificationError(f"{path.name}: ONNX Runtime differs from torch by {worst:.2g} of the largest answer")
+    return worst
+
+
+def run(path: Path, flat: Sequence[Any]) -> list[np.ndarray]:
+    """The answers of an ONNX file to the leaves of a call's arguments, by position."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    values = [v.detach().cpu().numpy() for v in flat if isinstance(v, Tensor)]
+    return session.run(None, {i.name: v for i, v in zip(session.get_inputs(), values, strict=False)})  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """The exporter and the simplifier talk on stdout and through warnings; what matters of it comes back as an error."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def weights(path: Path) -> dict[str, np.ndarray]:
+    """The named initializers of an ONNX file."""
+    return {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(str(path)).graph.initializer}

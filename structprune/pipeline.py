@@ -1,0 +1,242 @@
+"""The way of a model through structprune: `compress` is one line a stage. Read this file first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structprune import decide
+from structprune.analysis.groups import Groups, find_groups
+from structprune.backends import directory as out
+from structprune.backends import onnx
+from structprune.backends.benchmark import benchmark, environment
+from structprune.backends.report import Report
+from structprune.errors import InputError
+from structprune.frontends.trace import fold_parametrizations, trace
+from structprune.ir.graph import Graph
+from structprune.ir.plan import Plan
+from structprune.ir.traced import TracedModule
+from structprune.transform.own_class import attributes_of, own_class
+from structprune.transform.surgery import operate
+from structprune.transform.verify import Verification, verify
+
+Progress = Callable[[str], None]
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Tensor,
+    target: str = "macs=0.5",
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    calibration: Iterable[Any] | None = None,
+    criterion: Any = "auto",
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Make `model` smaller, and prove it: the result has passed verification, or an error is raised.
+
+    model: in any mode, with any forward that torch.export can trace; it is left untouched.
+    example_inputs: positional inputs of one call, the batch on the first axis; `example_kwargs` the keyword ones.
+    target: what must hold, such as 'channels=0.5', 'macs=2G' or 'params=0.3'; several, joined by commas, hold together.
+    criterion: which channels matter: 'random', 'l1', 'l2' ('auto'), 'bn_scale', a torch_pruning Importance, or a
+        callable (Groups, tensors by name) -> {group name: score of each channel}.
+    ignore: names or shell patterns of modules or tensors that keep their channels.
+
+    Raises TraceError, InputError, TargetError or VerificationError; see structprune.errors.
+    """
+    if calibration is not None:
+        raise InputError("calibration= is not used by any criterion yet; leave it out")
+    decide.parse_target(target)
+    clock = Clock(progress)
+    with clock("trace"):
+        folded = fold_parametrizations(model)
+        graph = trace(folded, example_inputs, example_kwargs)
+    with clock("infer"):
+        groups = find_groups(graph, ignore)
+    with clock("plan"):
+        plan = decide.plan(graph, groups, target, criterion, model=folded, ignore=ignore, seed=seed)
+    return realise(folded, graph, groups, plan, clock, seed=seed)
+
+
+def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> nn.Module:
+    """Replay a plan on a fresh instance of the model that it was made for, with every check of `compress`.
+
+    Raises PlanError for a plan of another model.
+    """
+    args, kwargs = decide.example_inputs(plan.inputs)
+    clock = Clock(progress)
+    with clock("trace"):
+        folded = fold_parametrizations(model)
+        graph = trace(folded, args, kwargs)
+    with clock("infer"):
+        groups = find_groups(graph, plan.ignore)
+    return realise(folded, graph, groups, plan, clock).model
+
+
+def inspect(model: nn.Module, example_inputs: tuple[Any, ...] | Tensor, *, example_kwargs: Mapping[str, Any] | None = None) -> Groups:
+    """What can be pruned, what cannot, and why: groups, sizes, costs, frozen axes with reason and source line."""
+    return find_groups(trace(fold_parametrizations(model), example_inputs, example_kwargs))
+
+
+def realise(model: nn.Module, graph: Graph, groups: Groups, plan: Plan, clock: Clock, *, seed: int = 0) -> Result:
+    """Carry out a plan: surgery, verification, and the user's own class where it follows."""
+    keep = decide.atoms_of(plan, groups)
+    with clock("surgery"):
+        surgery = operate(graph, groups.types, keep, plan.tensors)
+    with clock("verify"):
+        verification = verify(graph, groups.types, keep, surgery.module)
+    with clock("rebuild"):
+        attributes = attributes_of(model, surgery.tensors, surgery.literals)
+        own, note = own_class(model, graph, surgery.module, surgery.tensors, attributes)
+    report = _report(graph, groups, plan, verification, own is not None, note, clock, seed)
+    return Result(own if own is not None else surgery.module, plan, report, graph, surgery.module, clock)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A verified small model, with the plan that made it and the report of what was done."""
+
+    model: nn.Module
+    plan: Plan
+    report: Report
+    graph: Graph = field(repr=False)
+    small: TracedModule = field(repr=False)  # the same weights as `model`, as a graph
+    clock: Clock = field(repr=False)
+
+    def export_onnx(self, path: str | Path) -> float:
+        """Write the small model, with its present weights, as ONNX; returns ONNX Runtime's largest relative difference from it."""
+        return self._export(self._program(), Path(path))
+
+    def save(self, directory: str | Path, *, latency: bool = True, evaluate: Callable[[nn.Module], float] | None = None, original: nn.Module | None = None,
+             model_name: str = "", notes: Sequence[str] = ()) -> Report:  # fmt: skip
+        """Write the output directory (all files or none) and return the full report.
+
+        latency: measure both ONNX files. evaluate: a score of a model, for the report, taken of `original` and of the small one.
+        Raises InputError for a directory that cannot be written, and VerificationError where ONNX Runtime disagrees with torch.
+        """
+        data = self.report.to_dict() | {"model": model_name, "notes": [*notes, *self.report.data["notes"]]}
+        with out.all_or_none(Path(directory)) as work:
+            with self.clock("export"):
+                program = self._program()
+                torch.export.save(program, work / "model.pt2")
+                out.save_weights(self.small, work / "model.safetensors")
+                self.plan.save(work / "plan.json")
+            with self.clock("onnx"):
+                onnx.export(self.graph.exported, work / "original.onnx", self.graph.input_names, self.graph.output_names)
+                data["verification"]["onnx_error"] = self._export(program, work / "model.onnx")
+            data["onnx_bytes"] = {"before": (work / "original.onnx").stat().st_size, "after": (work / "model.onnx").stat().st_size}
+            if evaluate is not None and original is not None:
+                with self.clock("evaluate"):
+                    data["accuracy"] = {"before": evaluate(original), "after": evaluate(self.model)}
+            if latency:
+                with self.clock("benchmark"):
+                    data["latency_ms"] = measure(work / "original.onnx", work / "model.onnx", self.graph.flat_inputs())
+            data["seconds"] = dict(self.clock.seconds)
+            report = Report(data)
+            report.save_json(work / "report.json")
+            report.save_html(work / "report.html")
+        return report
+
+    def _program(self) -> torch.export.ExportedProgram:
+        if self.small is not self.model:  # the user may have trained the model since
+            self.small.load_state_dict(self.model.state_dict(), strict=False)
+        return trace(self.small, self.graph.args, self.graph.kwargs, dynamic=self.graph.dynamic_batch).exported
+
+    def _export(self, program: torch.export.ExportedProgram, path: Path) -> float:
+        graph = self.graph
+        onnx.export(program, path, graph.input_names, graph.output_names, {"structprune.target": self.plan.target})
+        error = onnx.check(path, self.small, graph.args, graph.kwargs, graph.flat_inputs())
+        if graph.dynamic_batch:
+            args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t[:1] if t.dim() else t, (graph.args, dict(graph.kwargs)))
+            error = max(error, onnx.check(path, self.small, args, kwargs, graph.flat_inputs(args, kwargs)))
+        return error
+
+
+class Clock:
+    """Seconds of each stage, and word of it to whoever shows progress."""
+
+    def __init__(self, progress: Progress | None = None):
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        if self._progress is not None:
+            self._progress(stage)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+def measure(dense: Path, pruned: Path, inputs: Sequence[Any]) -> dict[str, Any]:
+    """Latency of two ONNX files on the CPU, and on the GPU where there is one: runtime -> before, after, ratio, verdict."""
+    tensors = tuple(t for t in inputs if isinstance(t, Tensor))
+    found = {}
+    for device in ["cpu"] + (["cuda"] if "CUDAExecutionProvider" in environment()["providers"] and torch.cuda.is_available() else []):
+        compared = benchmark({"dense": dense, "pruned": pruned}, tensors, device=device)
+        before, after = compared.latencies
+        ratio = compared.ratios["pruned"]
+        found[after.runtime] = {
+            "before": {"median": before.median_ms, "low": before.low_ms, "high": before.high_ms},
+            "after": {"median": after.median_ms, "low": after.low_ms, "high": after.high_ms},
+            "ratio": {"median": ratio.median, "low": ratio.low, "high": ratio.high},
+            "verdict": compared.verdict("pruned"),
+            "threads": compared.threads,
+            "device": device,
+            "notes": list(compared.notes),
+        }
+    return found
+
+
+def _report(graph: Graph, groups: Groups, plan: Plan, verification: Verification, own: bool, note: str, clock: Clock, seed: int) -> Report:
+    widths = {g.atom: len(p.keep) for g, p in zip(groups, plan.groups, strict=True)}
+    return Report(
+        {
+            "format": "structprune-report/1",
+            "model": "",
+            "target": plan.target,
+            "criterion": plan.criterion,
+            "seed": seed,
+            "params": {"before": groups.params(), "after": groups.params(widths)},
+            "macs": {"before": groups.macs(), "after": groups.macs(widths)},
+            "onnx_bytes": None,
+            "latency_ms": {},
+            "accuracy": None,
+            "verification": {
+                "masked_error": verification.error,
+                "tolerance": verification.tolerance,
+                "onnx_error": None,
+                "exact": all(g.exact or len(g.keep) == g.channels for g in plan.groups),
+                "inexact": [{"name": g.name, "reason": g.reason} for g in plan.groups if not g.exact and len(g.keep) < g.channels],
+                "module": "the user's own class" if own else "traced graph",
+                "module_note": note,
+                "dynamic_batch": graph.dynamic_batch,
+            },
+            "groups": [
+                {
+                    "name": g.name,
+                    "channels": g.channels,
+                    "kept": len(g.keep),
+                    "exact": g.exact,
+                    "reason": g.reason,
+                    "members": [f"{m.tensor}[{m.dim}]" for m in g.members],
+                }
+                for g in plan.groups
+            ],
+            "frozen": [{"name": f.name, "channels": f.channels, "reason": f.reason, "at": f.at} for f in plan.frozen],
+            "notes": list(graph.notes),
+            "seconds": dict(clock.seconds),
+            "environment": environment(),
+        }
+    )

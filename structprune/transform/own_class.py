@@ -1,0 +1,161 @@
+"""The small model as an instance of the user's own class, where it still runs right.
+
+A copy of the user's module gets the small tensors, and the integers among its attributes that the graph shows to be
+sizes (a head count in a reshape, the groups of a convolution) follow. Nothing of this is assumed to work: the copy is compared
+with the small graph, and is dropped unless it answers the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from structprune.errors import VerificationError
+from structprune.ir.graph import Graph, owners_of, source_code_of
+from structprune.ir.traced import TracedModule
+from structprune.transform.reference import Exact, in_double
+from structprune.transform.verify import difference, floats
+
+_log = logging.getLogger(__name__)
+
+Attributes = dict[str, dict[str, Any]]  # module name -> attribute -> new value
+
+_TOLERANCE = 1e-6
+_TOLERANCE_SINGLE = 1e-3  # for classes that do not run in float64
+
+
+def rebuild(model: nn.Module, tensors: Mapping[int, Tensor], attributes: Attributes) -> nn.Module:
+    """A copy of `model` that holds `tensors` (by the identity of the original ones) and the given attributes.
+
+    What is replaced is never copied: the copy costs the memory of the small model.
+    """
+    small = copy.deepcopy(model, dict(tensors))
+    for name, values in attributes.items():
+        module = small.get_submodule(name)
+        for attribute, value in values.items():
+            setattr(module, attribute, value)
+    return small
+
+
+def attributes_of(model: nn.Module, tensors: Mapping[int, Tensor], literals: Mapping[fx.Node, list[tuple[int, int]]]) -> Attributes:
+    """The attributes of the user's modules that hold sizes which changed.
+
+    A number that changed in the graph is looked for in the modules whose forward made the node, the innermost first;
+    where several attributes have that value, those that the source line mentions are meant.
+    """
+    found: Attributes = {}
+    for node, changes in literals.items():
+        for old, new in changes:
+            for owner in owners_of(node):
+                try:
+                    module = model.get_submodule(owner)
+                except AttributeError:
+                    continue
+                names = [n for n, v in vars(module).items() if _holds(v, old)]
+                code = source_code_of(node)
+                names = [n for n in names if n in code] or names
+                for name in names:
+                    value = found.get(owner, {}).get(name, getattr(module, name))
+                    found.setdefault(owner, {})[name] = _replaced(value, old, new)
+                if names:
+                    break
+    for name, module in model.named_modules():
+        for attribute, value in _described_sizes(module, tensors, found.get(name, {})).items():
+            if getattr(module, attribute, value) != value:
+                found.setdefault(name, {})[attribute] = value
+    return found
+
+
+def own_class(
+    model: nn.Module, graph: Graph, small: TracedModule, tensors: Mapping[int, Tensor], attributes: Attributes
+) -> tuple[nn.Module | None, str]:
+    """The small model in the user's class, or None; and in words what the comparison found."""
+    if isinstance(model, fx.GraphModule):
+        return None, "the model came as a graph"
+    try:
+        candidate = rebuild(model, tensors, attributes).eval()
+        error = _compare(candidate, graph, small)
+        if _has_unseen_parameters(model, tensors):
+            _runs_in_training(candidate, graph)
+    except VerificationError as error_found:
+        return None, f"the user's class does not follow the new sizes: {error_found}"
+    except Exception as raised:  # the user's code may raise anything when its sizes change
+        _log.debug("the user's class does not run at the new sizes", exc_info=True)
+        return None, f"the user's class does not run at the new sizes: {type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:160]}"
+    return candidate, f"the user's class agrees with the small graph to {error:.1g}"
+
+
+def _compare(candidate: nn.Module, graph: Graph, small: TracedModule) -> float:
+    inputs = graph.flat_inputs()
+    with torch.no_grad():
+        try:
+            wide_args, wide_kwargs = fx.node.map_aggregate((graph.args, dict(graph.kwargs)), in_double)  # type: ignore[arg-type, misc]
+            got = floats(copy.deepcopy(candidate).double()(*wide_args, **wide_kwargs))
+            wanted = floats(Exact(small).run(*map(in_double, inputs), enable_io_processing=False))
+            tolerance = _TOLERANCE
+        except RuntimeError as error:
+            if "dtype" not in str(error) and "type" not in str(error):
+                raise
+            got = floats(candidate(*graph.args, **graph.kwargs))
+            wanted = floats(fx.Interpreter(small).run(*inputs, enable_io_processing=False))
+            tolerance = _TOLERANCE_SINGLE
+    error = difference(got, wanted, lambda: [torch.zeros(()).double()] * len(wanted), graph.output_names)
+    if not error <= tolerance:
+        raise VerificationError(f"it differs by {error:.2g}")
+    return error
+
+
+def _runs_in_training(candidate: nn.Module, graph: Graph) -> None:
+    """Layers that evaluation never reaches (auxiliary heads) may not fit the small ones: then training would fail."""
+    with torch.no_grad():
+        copy.deepcopy(candidate).train()(*graph.args, **graph.kwargs)
+
+
+def _has_unseen_parameters(model: nn.Module, tensors: Mapping[int, Tensor]) -> bool:
+    return any(id(p) not in tensors for p in model.parameters())
+
+
+def _holds(value: Any, number: int) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(type(v) is int and v == number for v in value)
+    return type(value) is int and value == number
+
+
+def _replaced(value: Any, old: int, new: int) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(new if v == old else v for v in value)
+    return new if value == old else value
+
+
+def _described_sizes(module: nn.Module, tensors: Mapping[int, Tensor], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """What torch's own layers say of their sizes, read off their small tensors."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        tensor = getattr(module, name)
+        return tuple(tensors.get(id(tensor), tensor).shape)
+
+    if isinstance(module, nn.modules.conv._ConvNd):
+        groups = changed.get("groups", module.groups)
+        first, second, *_ = shape("weight")
+        return (
+            {"in_channels": first, "out_channels": second * groups} if module.transposed else {"in_channels": second * groups, "out_channels": first}
+        )
+    if isinstance(module, nn.Linear):
+        return {"out_features": shape("weight")[0], "in_features": shape("weight")[1]}
+    if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) and isinstance(module.weight, Tensor):
+        return {"num_channels" if isinstance(module, nn.GroupNorm) else "num_features": shape("weight")[0]}
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return {"num_embeddings": shape("weight")[0], "embedding_dim": shape("weight")[1]}
+    if isinstance(module, nn.RNNBase):
+        sizes = {"input_size": shape("weight_ih_l0")[1], "hidden_size": shape("weight_hh_l0")[0] // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)}
+        return sizes | ({"proj_size": shape("weight_hr_l0")[0]} if module.proj_size else {})
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": shape("weight")[0]}
+    if isinstance(module, nn.LayerNorm) and isinstance(module.weight, Tensor):
+        return {"normalized_shape": shape("weight")}
+    return {}
