@@ -83,7 +83,7 @@ def train(images: Tensor, labels: Tensor) -> nn.Module:
 
 def lasso(network: nn.Module) -> Tensor:
     """Sum over channels c of sqrt(sum over the coupled norms n of scale[n, c]^2 + shift[n, c]^2): it empties whole channels."""
-    groups = [[tensor for name in names for tensor in network.get_submodule(name).parameters()] for names in COUPLED]
+    groups: list[list[Tensor]] = [[tensor for name in names for tensor in network.get_submodule(name).parameters()] for names in COUPLED]
     return torch.cat([torch.stack(group).norm(dim=0) for group in groups]).sum()
 
 

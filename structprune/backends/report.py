@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,15 +115,14 @@ def _latency(runtime: str, measured: Mapping[str, Any]) -> _Row:
     if not before and not after:
         return _Row(what, remark="not measured")
     claim, evidence = _speed(measured)
-    spread = f"{_percent(ratio['low'])} to {_percent(ratio['high'])}" if "low" in ratio and "high" in ratio else ""
     return _Row(
         what,
         *(f"{_digits(v['median'])} ms" if v else _UNKNOWN for v in (before, after)),
         _percent(ratio.get("median")),
         f"{claim} ({evidence})" if evidence else claim,
         ratio.get("median"),
-        (*(f"{_digits(v['low'])}–{_digits(v['high'])}" if v and "low" in v and "high" in v else "" for v in (before, after)), spread),
-    )  # type: ignore[arg-type]
+        (_interval(before, _digits), _interval(after, _digits), _interval(ratio, _percent)),
+    )
 
 
 def _accuracy(values: Mapping[str, Any] | None) -> _Row:
@@ -147,7 +147,7 @@ def _speed(measured: Mapping[str, Any]) -> tuple[str, str]:
 def _headline(data: Mapping[str, Any]) -> str:
     """Is it faster? Where, and where not."""
     claims = [f"{_speed(measured)[0]} with {_runtime(runtime)}" for runtime, measured in (data.get("latency_ms") or {}).items()]
-    text = ", ".join(claims) or "smaller by the numbers below; latency was not measured"
+    text = ", ".join(claims) or "latency was not measured, so whether it is faster is unknown"
     return text[0].upper() + text[1:]
 
 
@@ -172,7 +172,14 @@ def _verified(verification: Mapping[str, Any]) -> str:
     if tolerance is None or not error <= tolerance:
         return f"Not verified: it differs from the masked original by {error:.2g} (tolerance {_or_unknown(tolerance)})."
     exported = "The ONNX file was not compared." if onnx is None else f"The ONNX file agrees with it to {onnx:.2g}."
-    return f"Verified: it answers as the original with the removed channels masked (difference {error:.2g}, tolerance {tolerance:g}). {exported}"
+    inexact = verification.get("inexact") or ()
+    reasons = dict.fromkeys(entry["reason"] for entry in inexact)
+    exceptions = f" Groups whose removal is not what a zero mask gives: {len(inexact)} ({'; '.join(reasons)})." if inexact else ""
+    return f"Verified: it answers as the original with the removed channels masked (difference {error:.2g}, tolerance {tolerance:g}). {exported}{exceptions}"
+
+
+def _interval(measured: Mapping[str, float] | None, form: Callable[[float], str]) -> str:
+    return f"{form(measured['low'])}–{form(measured['high'])}" if measured and {"low", "high"} <= measured.keys() else ""
 
 
 def _runtime(key: str) -> str:
@@ -216,10 +223,6 @@ def _or_unknown(value: Any) -> str:
     return "not recorded" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun if number == 1 else noun.replace('axis', 'axe') + 's'}"
-
-
 # --- the summary for a terminal ---------------------------------------------------------------------------------------
 
 
@@ -233,7 +236,7 @@ def _summary(data: Mapping[str, Any]) -> str:
         lines.append(f"{what:<{first}}  {numbers}  {remark}".rstrip())
     reasons = Counter(f["reason"] for f in data.get("frozen") or ())
     remarks = [
-        ("frozen", "; ".join(f"{reason} ({_plural(n, 'axis')})" for reason, n in reasons.items()) or "nothing"),
+        ("frozen", "; ".join(reason if n == 1 else f"{reason} ×{n}" for reason, n in reasons.items()) or "nothing"),
         ("checked", _verified(data.get("verification") or {})),
         *(("note", note) for note in data.get("notes") or ()),
     ]
@@ -270,7 +273,6 @@ def _page(data: Mapping[str, Any]) -> str:
         ("Seconds per stage", _seconds(data.get("seconds") or {})),
         ("Environment", _environment(data.get("environment") or {})),
     ]
-    slower = any(_speed(measured)[0] == "slower" for measured in (data.get("latency_ms") or {}).values())
     # The policy forbids what the page does not need anyway: scripts, and requests of any kind.
     head = Html(
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -282,8 +284,8 @@ def _page(data: Mapping[str, Any]) -> str:
         tag(
             "header",
             tag("p", _settings(data), class_="quiet"),
-            tag("h1", f"{_headline(data)}.", class_="slower" if slower else "verdict"),
-            tag("p", " ".join(_verdict(data))),
+            tag("h1", f"{_headline(data)}."),
+            tag("p", _unbroken(" ".join(_verdict(data)))),
         ),
         *(tag("section", tag("h2", title), content) for title, content in sections),
     )
@@ -291,15 +293,20 @@ def _page(data: Mapping[str, Any]) -> str:
     return f"<!doctype html>\n{tag('html', tag('head', head, title, tag('style', style)), body, lang='en')}\n"
 
 
-def _table(heads: Sequence[Html], rows: Iterable[Html], **attributes: object) -> Html:
+def _unbroken(text: str) -> str:
+    """Prose in which no line ends between a number and its unit, or inside a number."""
+    return re.sub(r"(?<=\d)e-(?=\d)", "e\u2011", re.sub(r"(?<=\d) (?=[%KMGTP]|points)", "\u00a0", text))
+
+
+def _table(heads: Sequence[Html], rows: Iterable[Html], style: str) -> Html:
     """A table in a box of its own that scrolls; one line of source a row."""
     head = (tag("thead", tag("tr", *heads)),) if heads else ()
-    return tag("div", tag("table", *head, tag("tbody", Html("\n".join(rows))), **attributes), class_="scroll")
+    return tag("div", tag("table", *head, tag("tbody", Html("\n".join(rows)))), class_=f"scroll {style}")
 
 
 def _facts(facts: Iterable[tuple[str, str]]) -> Html:
     """Names and values."""
-    return _table((), (tag("tr", tag("th", name, scope="row"), tag("td", value)) for name, value in facts), class_="facts")
+    return _table((), (tag("tr", tag("th", name, scope="row"), tag("td", value)) for name, value in facts), "facts")
 
 
 def _name(text: str) -> Html:
@@ -316,7 +323,7 @@ def _shortened(items: Sequence[str], shown: int = 2) -> Html:
     start = Html(", ".join(map(_name, items[:shown])))
     if len(items) <= shown:
         return start
-    return tag("details", tag("summary", start, f" + {len(items) - shown} more"), tag("div", "\n".join(items), class_="all"))
+    return tag("details", tag("summary", start, f" +\u00a0{len(items) - shown}\u00a0more"), tag("div", "\n".join(items), class_="all"))
 
 
 def _comparison(data: Mapping[str, Any]) -> Html:
@@ -332,7 +339,7 @@ def _comparison(data: Mapping[str, Any]) -> Html:
             for value, interval in zip_longest((row.before, row.after, row.kept), row.intervals)
         ]
         rows.append(tag("tr", name, *cells, tag("td", *([] if row.share is None else [_meter(row.share)]), class_="share")))
-    return _table(heads, rows, class_="comparison")
+    return _table(heads, rows, "comparison")
 
 
 def _chart(groups: Sequence[Mapping[str, Any]]) -> Html:
@@ -357,16 +364,12 @@ def _chart(groups: Sequence[Mapping[str, Any]]) -> Html:
         "svg", *grid, Html("\n".join(bars)),
         viewBox=f"0 0 {len(groups)} {top}", preserveAspectRatio="none", role="img", aria_label="channels of each group before and after pruning",
     )  # fmt: skip
-    stages = tag("div", *(tag("span", tag("small", name, title=name), style=f"flex-grow:{n}") for name, n in _stages([g["name"] for g in groups])))
-    wide = f"min-width:{3 * len(groups)}px"
+    stages = (tag("span", tag("small", name), title=name, style=f"flex-grow:{n}") for name, n in _stages([g["name"] for g in groups]))
+    ticks = (tag("span", f"{value:g}") for value in (top, top / 2, 0))
+    plot = tag("div", drawing, tag("div", *stages, class_="stages"), style=f"min-width:{3 * len(groups)}px")
     return tag(
         "figure",
-        tag(
-            "div",
-            tag("div", *(tag("span", f"{value:g}") for value in (top, top / 2, 0)), class_="axis quiet"),
-            tag("div", tag("div", drawing, Html(stages.replace("<div>", '<div class="stages">', 1)), style=wide), class_="plot"),
-            class_="chart",
-        ),
+        tag("div", tag("div", *ticks, class_="axis quiet"), tag("div", plot, class_="plot"), class_="chart"),
         tag("figcaption", tag("span", class_="key before"), "channels before", tag("span", class_="key after"), "channels after, first layer to last"),
     )
 
@@ -404,7 +407,7 @@ def _groups(groups: Sequence[Mapping[str, Any]]) -> Html:
             tag("td", _meter(share), class_="share"),
             tag("td", _shortened(g.get("members") or ["not recorded"], shown=1), class_="members"),
         ))  # fmt: skip
-    return Html(_table(heads, rows).replace('class="scroll"', 'class="scroll tall"', 1))
+    return _table(heads, rows, "tall")
 
 
 def _frozen(frozen: Sequence[Mapping[str, Any]] | None) -> Html:
@@ -424,13 +427,13 @@ def _frozen(frozen: Sequence[Mapping[str, Any]] | None) -> Html:
             tag("td", _shortened([axis if n == 1 else f"{axis} ×{n}" for axis, n in axes.items()]), class_="members"),
             tag("td", _shortened(sources) if sources else _UNKNOWN),
         ))  # fmt: skip
-    return _table(heads, rows)
+    return _table(heads, rows, "frozen")
 
 
 def _verification(verification: Mapping[str, Any]) -> Html:
     error, tolerance, onnx = (verification.get(key) for key in ("masked_error", "tolerance", "onnx_error"))
     inexact = verification.get("inexact") or ()
-    exact = {True: "exact: it is what a zero mask gives", False: f"{_plural(len(inexact), 'group')} not exact, see below"}
+    exact = {True: "exact: it is what a zero mask gives", False: "not exact for the groups below"}
     dynamic = {True: "free", False: "fixed to that of the example inputs"}
     module, note = verification.get("module"), verification.get("module_note")
     passed = "passed" if error is not None and tolerance is not None and error <= tolerance else "not passed"
@@ -453,7 +456,7 @@ def _seconds(seconds: Mapping[str, float]) -> Html:
     cells = [(stage, f"{taken:.2f}", _meter(taken / total if total else 0.0)) for stage, taken in seconds.items()]
     cells.append(("total", f"{total:.2f}", Html()))
     rows = (tag("tr", tag("th", stage, scope="row"), tag("td", taken, class_="number"), tag("td", bar)) for stage, taken, bar in cells)
-    return _table((), rows, class_="facts")
+    return _table((), rows, "facts")
 
 
 def _environment(environment: Mapping[str, Any]) -> Html:

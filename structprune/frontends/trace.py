@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from structprune.errors import TraceError
-from structprune.ir.graph import Graph, attribute, has_effect
+from structprune.ir.graph import Graph, attribute, has_effect, is_dynamic
 
 _log = logging.getLogger(__name__)
 _GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -73,9 +73,9 @@ def from_exported(
     }
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     batched = [n.meta["val"] for n in placeholders if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].dim()]
-    dynamic = bool(batched) and isinstance(batched[0].shape[0], torch.SymInt)
+    dynamic = bool(batched) and all(is_dynamic(v.shape[0]) for v in batched)
     if not dynamic and not notes:
-        notes = ("static batch: the model's code fixes the first axis of its input",)
+        notes = ("static batch: the model's code fixes the first axis of an input",)
     return Graph(
         module=module,
         args=args,

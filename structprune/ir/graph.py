@@ -57,6 +57,11 @@ def size_of(value: Any) -> int:
     return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)
 
 
+def is_dynamic(value: Any) -> bool:
+    """Whether a size is symbolic, and not pinned to a number by what the model's code does with it."""
+    return isinstance(value, torch.SymInt) and value.node.maybe_as_int() is None
+
+
 def shape_of(value: Tensor) -> tuple[int, ...]:
     """The shape of a (fake) tensor on the example inputs."""
     return tuple(size_of(s) for s in value.shape)
