@@ -19,6 +19,7 @@ from html import escape
 from importlib.resources import files
 from itertools import groupby, zip_longest
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 from structprune.backends.benchmark import NOTICEABLE
@@ -37,7 +38,7 @@ _REFERENCE = (
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of one compression. `data` is plain JSON, its format is in docs/report.md; prints as a summary."""
+    """The outcome of one compression, as `pipeline` puts it together in plain JSON; prints as a summary."""
 
     data: Mapping[str, Any]
 
@@ -105,23 +106,25 @@ def _quantity(what: str, values: Mapping[str, Any] | None, form: Callable[[float
     if before is None and after is None:
         return _Row(what, remark=missing)
     share = after / before if before and after is not None else None
-    return _Row(what, *(_UNKNOWN if v is None else form(v) for v in (before, after)), _percent(share), share=share)
+    return _Row(what, _shown(before, form), _shown(after, form), _shown(share, _percent), share=share)
 
 
 def _latency(runtime: str, measured: Mapping[str, Any]) -> _Row:
-    """One runtime: milliseconds with 95 % intervals. What is kept is the time ratio of paired rounds, not of the two medians."""
+    """One runtime, with 95 % intervals. What is kept is the time ratio of paired rounds, not that of the two medians."""
     what = f"latency, {_runtime(runtime)}"
-    (before, after), ratio = _pair(measured), measured.get("ratio") or {}
+    before, after = _pair(measured)
     if not before and not after:
         return _Row(what, remark="not measured")
     claim, evidence = _speed(measured)
+    ratio = measured.get("ratio") or {}
     return _Row(
         what,
-        *(f"{_digits(v['median'])} ms" if v else _UNKNOWN for v in (before, after)),
-        _percent(ratio.get("median")),
+        _shown(before, lambda latency: f"{_digits(latency['median'])} ms"),
+        _shown(after, lambda latency: f"{_digits(latency['median'])} ms"),
+        _shown(ratio.get("median"), _percent),
         f"{claim} ({evidence})" if evidence else claim,
         ratio.get("median"),
-        (_interval(before, _digits), _interval(after, _digits), _interval(ratio, _percent)),
+        (_interval(before, _digits), _interval(after, _digits), _interval(ratio, lambda share: f"{100 * share:.1f}")),
     )
 
 
@@ -129,8 +132,8 @@ def _accuracy(values: Mapping[str, Any] | None) -> _Row:
     before, after = _pair(values)
     if before is None and after is None:
         return _Row("accuracy", remark="not measured")
-    change = f"{100 * (after - before):+.2f} points" if before is not None and after is not None else ""
-    return _Row("accuracy", *(_UNKNOWN if v is None else f"{100 * v:.2f} %" for v in (before, after)), change)
+    change = "" if before is None or after is None else f"{100 * (after - before):+.2f} points"
+    return _Row("accuracy", _shown(before, lambda v: f"{100 * v:.2f} %"), _shown(after, lambda v: f"{100 * v:.2f} %"), change)
 
 
 def _speed(measured: Mapping[str, Any]) -> tuple[str, str]:
@@ -138,44 +141,61 @@ def _speed(measured: Mapping[str, Any]) -> tuple[str, str]:
     ratio = measured.get("ratio") or {}
     if not {"median", "low", "high"} <= ratio.keys():
         return measured.get("verdict") or "not compared with the original", ""
-    if 1 / ratio["high"] >= NOTICEABLE:
-        return f"{1 / ratio['median']:.2f}× faster", f"95 % interval {1 / ratio['high']:.2f}–{1 / ratio['low']:.2f}"
-    claim = "slower" if ratio["low"] >= NOTICEABLE else "no gain"
-    return claim, f"{ratio['median']:.2f}× the time of the original, 95 % interval {ratio['low']:.2f}–{ratio['high']:.2f}"
+    median, low, high = ratio["median"], ratio["low"], ratio["high"]
+    if 1 / high >= NOTICEABLE:
+        return f"{1 / median:.2f}× faster", f"95 % interval {1 / high:.2f}–{1 / low:.2f}"
+    if low >= NOTICEABLE:
+        return f"slower: {median:.2f}× the time", f"95 % interval {low:.2f}–{high:.2f}"
+    return "no gain", f"{median:.2f}× the time, 95 % interval {low:.2f}–{high:.2f}"
 
 
 def _headline(data: Mapping[str, Any]) -> str:
     """Is it faster? Where, and where not."""
     claims = [f"{_speed(measured)[0]} with {_runtime(runtime)}" for runtime, measured in (data.get("latency_ms") or {}).items()]
-    text = ", ".join(claims) or "latency was not measured, so whether it is faster is unknown"
+    text = "; ".join(claims) or "latency was not measured, so whether it is faster is unknown"
     return text[0].upper() + text[1:]
 
 
-def _verdict(data: Mapping[str, Any]) -> list[str]:
-    """The sentences that follow the headline: size, work, accuracy, verification."""
+def _verdict(data: Mapping[str, Any]) -> str:
+    """What follows the headline: size, work, accuracy, verification."""
     rows = {row.what: row for row in _rows(data)}
     params, macs, onnx, accuracy = (rows[what] for what in ("parameters", "multiply-accumulates", "ONNX file", "accuracy"))
-    return [
+    sentences = [
         f"{params.after} of {params.before} parameters stay ({params.kept})." if params.after else "Parameters were not counted.",
-        f"One answer takes {macs.after} multiply-accumulates instead of {macs.before} ({macs.kept})." if macs.after else "Multiply-accumulates were not counted.",
+        f"A call takes {macs.after} multiply-accumulates instead of {macs.before} ({macs.kept})." if macs.after else "Operations were not counted.",
         f"The ONNX file takes {onnx.after} instead of {onnx.before} ({onnx.kept})." if onnx.after else "No ONNX file was exported.",
         f"Accuracy goes from {accuracy.before} to {accuracy.after} ({accuracy.kept})." if accuracy.after else "Accuracy was not measured.",
         _verified(data.get("verification") or {}),
     ]
+    return " ".join(sentences)
 
 
 def _verified(verification: Mapping[str, Any]) -> str:
-    """How far the small model is proved to be the original without those channels, in one sentence."""
+    """How far the small model is proved to be the original without those channels."""
     error, tolerance, onnx = (verification.get(key) for key in ("masked_error", "tolerance", "onnx_error"))
     if error is None:
         return "Not verified: no comparison with the masked original is recorded."
-    if tolerance is None or not error <= tolerance:
-        return f"Not verified: it differs from the masked original by {error:.2g} (tolerance {_or_unknown(tolerance)})."
-    exported = "The ONNX file was not compared." if onnx is None else f"The ONNX file agrees with it to {onnx:.2g}."
+    numbers = f"difference {_scientific(error)}, tolerance {_shown(tolerance, _scientific, 'not recorded')}"
+    if not _passed(verification):
+        return f"Not verified: it differs from the original with the removed channels masked ({numbers})."
+    exported = "The ONNX file was not compared." if onnx is None else f"The ONNX file agrees with it to {_scientific(onnx)}."
     inexact = verification.get("inexact") or ()
-    reasons = dict.fromkeys(entry["reason"] for entry in inexact)
-    exceptions = f" Groups whose removal is not what a zero mask gives: {len(inexact)} ({'; '.join(reasons)})." if inexact else ""
-    return f"Verified: it answers as the original with the removed channels masked (difference {error:.2g}, tolerance {tolerance:g}). {exported}{exceptions}"
+    reasons = "; ".join(dict.fromkeys(entry["reason"] for entry in inexact))
+    exceptions = f" Groups whose removal is not what a zero mask gives: {len(inexact)} ({reasons})." if inexact else ""
+    return f"Verified: it answers as the original with the removed channels masked ({numbers}). {exported}{exceptions}"
+
+
+def _passed(verification: Mapping[str, Any]) -> bool:
+    error, tolerance = verification.get("masked_error"), verification.get("tolerance")
+    return error is not None and tolerance is not None and error <= tolerance
+
+
+def _notes(data: Mapping[str, Any]) -> list[str]:
+    """What a reader of the numbers should know; those of a benchmark with the runtime they are about."""
+    notes = list(data.get("notes") or ())
+    for runtime, measured in (data.get("latency_ms") or {}).items():
+        notes += [f"latency, {_runtime(runtime)}: {note}" for note in measured.get("notes") or ()]
+    return notes
 
 
 def _interval(measured: Mapping[str, float] | None, form: Callable[[float], str]) -> str:
@@ -195,13 +215,11 @@ def _pair(values: Mapping[str, Any] | None) -> tuple[Any, Any]:
 
 def _count(value: float) -> str:
     """25557032 → '25.6 M'."""
-    if abs(value) < 1000:
-        return f"{value:g}"
-    for unit in "KMGTP":
-        value /= 1000
+    for unit in ("", "K", "M", "G", "T"):
         if round(abs(value), 1) < 1000:
-            break
-    return f"{value:.1f} {unit}"
+            return f"{value:.1f} {unit}" if unit else f"{value:g}"
+        value /= 1000
+    return f"{value:.1f} P"
 
 
 def _bytes(value: float) -> str:
@@ -215,12 +233,17 @@ def _digits(value: float) -> str:
     return f"{value:.{min(max(decimals, 0), 9)}f}"
 
 
-def _percent(share: float | None) -> str:
-    return _UNKNOWN if share is None else f"{100 * share:.1f} %"
+def _scientific(value: float) -> str:
+    """3.2e-07 → '3.2e-7'."""
+    return f"{value:.2g}".replace("e-0", "e-")
 
 
-def _or_unknown(value: Any) -> str:
-    return "not recorded" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _shown(value: Any, form: Callable[[Any], str], missing: str = _UNKNOWN) -> str:
+    return missing if value is None else form(value)
 
 
 # --- the summary for a terminal ---------------------------------------------------------------------------------------
@@ -238,9 +261,10 @@ def _summary(data: Mapping[str, Any]) -> str:
     remarks = [
         ("frozen", "; ".join(reason if n == 1 else f"{reason} ×{n}" for reason, n in reasons.items()) or "nothing"),
         ("checked", _verified(data.get("verification") or {})),
-        *(("note", note) for note in data.get("notes") or ()),
+        *(("note", note) for note in _notes(data)),
     ]
-    return "\n".join([_settings(data), f"{_headline(data)}.", "", *lines, "", *(f"{what:<8} {text}" for what, text in remarks)])
+    wrapped = (fill(text, 110, initial_indent=f"{what:<9}", subsequent_indent=" " * 9) for what, text in remarks)
+    return "\n".join([_settings(data), f"{_headline(data)}.", "", *lines, "", *wrapped])
 
 
 def _settings(data: Mapping[str, Any]) -> str:
@@ -261,6 +285,13 @@ def tag(name: str, *content: str, **attributes: object) -> Html:
     return Html(f"<{name}{written}>{''.join(c if isinstance(c, Html) else escape(c) for c in content)}</{name}>")
 
 
+# The policy forbids what the page does not need anyway: scripts, and requests of any kind.
+_META = Html(
+    '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
+)
+
+
 def _page(data: Mapping[str, Any]) -> str:
     """The whole document."""
     sections = [
@@ -269,28 +300,18 @@ def _page(data: Mapping[str, Any]) -> str:
         ("Groups", _groups(data.get("groups") or ())),
         ("What stays, and why", _frozen(data.get("frozen"))),
         ("Verification", _verification(data.get("verification") or {})),
-        ("Notes", tag("ul", *(tag("li", note) for note in data.get("notes") or ())) if data.get("notes") else tag("p", "None.")),
+        ("Notes", tag("ul", *(tag("li", note) for note in _notes(data) or ["none"]))),
         ("Seconds per stage", _seconds(data.get("seconds") or {})),
         ("Environment", _environment(data.get("environment") or {})),
     ]
-    # The policy forbids what the page does not need anyway: scripts, and requests of any kind.
-    head = Html(
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
-    )
     style = Html(files("structprune.backends").joinpath("report.css").read_text(encoding="utf-8"))
-    body = tag(
-        "body",
-        tag(
-            "header",
-            tag("p", _settings(data), class_="quiet"),
-            tag("h1", f"{_headline(data)}."),
-            tag("p", _unbroken(" ".join(_verdict(data)))),
-        ),
-        *(tag("section", tag("h2", title), content) for title, content in sections),
-    )
-    title = tag("title", f"structprune: {data.get('model') or 'report'}")
-    return f"<!doctype html>\n{tag('html', tag('head', head, title, tag('style', style)), body, lang='en')}\n"
+    head = tag("head", _META, tag("title", f"structprune: {data.get('model') or 'report'}"), tag("style", style))
+    header = tag("header", tag("p", _settings(data), class_="quiet"), tag("h1", f"{_headline(data)}."), tag("p", _unbroken(_verdict(data))))
+    body = tag("body", header, *(tag("section", tag("h2", title), content) for title, content in sections))
+    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+
+
+_NUMBERS = ("before", "after", "kept", "axes")  # columns whose heads stand to the right, as numbers do
 
 
 def _unbroken(text: str) -> str:
@@ -298,9 +319,10 @@ def _unbroken(text: str) -> str:
     return re.sub(r"(?<=\d)e-(?=\d)", "e\u2011", re.sub(r"(?<=\d) (?=[%KMGTP]|points)", "\u00a0", text))
 
 
-def _table(heads: Sequence[Html], rows: Iterable[Html], style: str) -> Html:
+def _table(heads: Sequence[str], rows: Iterable[Html], style: str) -> Html:
     """A table in a box of its own that scrolls; one line of source a row."""
-    head = (tag("thead", tag("tr", *heads)),) if heads else ()
+    cells = (tag("th", head, scope="col", class_="number" if head in _NUMBERS else "text") for head in heads)
+    head = (tag("thead", tag("tr", *cells)),) if heads else ()
     return tag("div", tag("table", *head, tag("tbody", Html("\n".join(rows)))), class_=f"scroll {style}")
 
 
@@ -310,8 +332,9 @@ def _facts(facts: Iterable[tuple[str, str]]) -> Html:
 
 
 def _name(text: str) -> Html:
-    """A dotted name that may break after its dots and slashes, and nowhere else."""
-    return tag("code", Html(escape(text).replace(".", ".<wbr>").replace("/", "/<wbr>")))
+    """A path or a dotted name, whose lines may end between its parts only."""
+    separator = "/" if "/" in text else "."
+    return tag("code", Html(escape(text).replace(separator, f"{separator}<wbr>")))
 
 
 def _meter(share: float) -> Html:
@@ -327,7 +350,6 @@ def _shortened(items: Sequence[str], shown: int = 2) -> Html:
 
 
 def _comparison(data: Mapping[str, Any]) -> Html:
-    heads = [tag("th", scope="col"), *(tag("th", head, scope="col", class_="number") for head in ("before", "after", "kept")), tag("th", scope="col")]
     rows = []
     for row in _rows(data):
         if not row.before:
@@ -339,7 +361,7 @@ def _comparison(data: Mapping[str, Any]) -> Html:
             for value, interval in zip_longest((row.before, row.after, row.kept), row.intervals)
         ]
         rows.append(tag("tr", name, *cells, tag("td", *([] if row.share is None else [_meter(row.share)]), class_="share")))
-    return _table(heads, rows, "comparison")
+    return _table(("", "before", "after", "kept", ""), rows, "comparison")
 
 
 def _chart(groups: Sequence[Mapping[str, Any]]) -> Html:
@@ -370,7 +392,7 @@ def _chart(groups: Sequence[Mapping[str, Any]]) -> Html:
     return tag(
         "figure",
         tag("div", tag("div", *ticks, class_="axis quiet"), tag("div", plot, class_="plot"), class_="chart"),
-        tag("figcaption", tag("span", class_="key before"), "channels before", tag("span", class_="key after"), "channels after, first layer to last"),
+        tag("figcaption", tag("span", class_="key before"), "channels before", tag("span", class_="key after"), "after, first layer to last"),
     )
 
 
@@ -390,15 +412,10 @@ def _stages(names: Sequence[str]) -> list[tuple[str, int]]:
 def _groups(groups: Sequence[Mapping[str, Any]]) -> Html:
     if not groups:
         return tag("p", "None.")
-    heads = [
-        tag("th", "group", scope="col"),
-        *(tag("th", head, scope="col", class_="number") for head in ("before", "after")),
-        tag("th", "kept", scope="col"),
-        tag("th", "shrinks together", scope="col"),
-    ]
     rows = []
     for g in groups:
-        remark = [] if g.get("exact", True) else [tag("small", f"not exact: {g.get('reason') or 'no reason recorded'}")]
+        exact = g.get("exact", True) or g["kept"] == g["channels"]
+        remark = [] if exact else [tag("small", f"not exact: {g.get('reason') or 'no reason recorded'}")]
         share = g["kept"] / g["channels"] if g["channels"] else 1.0
         rows.append(tag(
             "tr",
@@ -407,14 +424,13 @@ def _groups(groups: Sequence[Mapping[str, Any]]) -> Html:
             tag("td", _meter(share), class_="share"),
             tag("td", _shortened(g.get("members") or ["not recorded"], shown=1), class_="members"),
         ))  # fmt: skip
-    return _table(heads, rows, "tall")
+    return _table(("group", "before", "after", "share", "shrinks together"), rows, "tall")
 
 
 def _frozen(frozen: Sequence[Mapping[str, Any]] | None) -> Html:
     """One row a reason: the axes that it holds for, and the source lines where it was met."""
     if not frozen:
         return tag("p", "Not recorded." if frozen is None else "Nothing: every axis can be pruned.")
-    heads = [tag("th", "reason", scope="col"), tag("th", "axes", scope="col", class_="number"), tag("th", "where", scope="col"), tag("th", "source", scope="col")]
     rows = []
     for reason in dict.fromkeys(f["reason"] for f in frozen):
         held = [f for f in frozen if f["reason"] == reason]
@@ -427,22 +443,19 @@ def _frozen(frozen: Sequence[Mapping[str, Any]] | None) -> Html:
             tag("td", _shortened([axis if n == 1 else f"{axis} ×{n}" for axis, n in axes.items()]), class_="members"),
             tag("td", _shortened(sources) if sources else _UNKNOWN),
         ))  # fmt: skip
-    return _table(heads, rows, "frozen")
+    return _table(("reason", "axes", "where", "source"), rows, "frozen")
 
 
 def _verification(verification: Mapping[str, Any]) -> Html:
-    error, tolerance, onnx = (verification.get(key) for key in ("masked_error", "tolerance", "onnx_error"))
+    recorded = {key: _shown(verification.get(key), _scientific, "not recorded") for key in ("masked_error", "tolerance")}
+    result = "passed" if _passed(verification) else "not passed"
     inexact = verification.get("inexact") or ()
-    exact = {True: "exact: it is what a zero mask gives", False: "not exact for the groups below"}
-    dynamic = {True: "free", False: "fixed to that of the example inputs"}
-    module, note = verification.get("module"), verification.get("module_note")
-    passed = "passed" if error is not None and tolerance is not None and error <= tolerance else "not passed"
     facts = [
-        ("against the masked original", f"{passed}: largest difference {_or_unknown(error)}, tolerance {_or_unknown(tolerance)}"),
-        ("ONNX file against the model", "not compared" if onnx is None else f"largest difference {onnx:.2g} in ONNX Runtime"),
-        ("arithmetic", exact.get(verification.get("exact"), "not recorded")),  # type: ignore[arg-type]
-        ("the module you get", ": ".join(filter(None, (module, note))) or "not recorded"),
-        ("batch size", dynamic.get(verification.get("dynamic_batch"), "not recorded")),  # type: ignore[arg-type]
+        ("against the masked original", f"{result}: largest difference {recorded['masked_error']}, tolerance {recorded['tolerance']}"),
+        ("ONNX file against the model", _shown(verification.get("onnx_error"), lambda e: f"largest difference {_scientific(e)}", "not compared")),
+        ("arithmetic", _shown(verification.get("exact"), lambda yes: "what a zero mask gives" if yes else "not exact, see below", "not recorded")),
+        ("the module you get", ": ".join(filter(None, (verification.get("module"), verification.get("module_note")))) or "not recorded"),
+        ("batch size", _shown(verification.get("dynamic_batch"), lambda yes: "free" if yes else "as in the example inputs", "not recorded")),
     ]
     for reason in dict.fromkeys(entry["reason"] for entry in inexact):
         facts.append((f"not exact: {reason}", _shortened([entry["name"] for entry in inexact if entry["reason"] == reason])))
@@ -462,4 +475,5 @@ def _seconds(seconds: Mapping[str, float]) -> Html:
 def _environment(environment: Mapping[str, Any]) -> Html:
     if not environment:
         return tag("p", "Not recorded.")
-    return _facts((name, ", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)) for name, value in environment.items())
+    listed = {name: value if isinstance(value, list | tuple) else [value] for name, value in environment.items()}
+    return _facts((name, ", ".join(map(str, values)) or "none") for name, values in listed.items())

@@ -15,6 +15,7 @@ from structprune.ir.axes import Atom, Axis, Product, Shape, Sum, kept_size
 
 Widths = Mapping[Atom, int]
 
+ALIGN = 8  # ONNX Runtime's convolutions on x86 run in blocks of 8 or 16 channels: a width between two multiples costs as much as the next
 _SAME_SHARE = 0.02  # allocations whose worst axis is this much nearer to the target share are told apart
 _SAME_COST = 0.01
 
@@ -28,8 +29,9 @@ class Uniform:
     enter the work twice), then the outer ones (heads: their width, and what depends on it, stays).
     """
 
-    def __init__(self, groups: Groups):
-        self._groups = groups
+    def __init__(self, groups: Groups, align: int = 1):
+        """align: widths of wide enough groups are multiples of this; runtimes work in blocks of channels."""
+        self._align = align
         free = {g.atom for g in groups}
         self._products = _products(groups, free)
         self._clusters = _clusters(free, self._products)
@@ -42,10 +44,15 @@ class Uniform:
         widths: dict[Atom, int] = {}
         for cluster in self._clusters:
             if len(cluster) == 1:
-                widths[cluster[0]] = _rounded(cluster[0].size * share)
+                widths[cluster[0]] = self._aligned(cluster[0], share)
             else:
                 widths |= self._shared_out(cluster, share)
         return widths
+
+    def _aligned(self, atom: Atom, share: float) -> int:
+        if self._align == 1 or atom.size < 2 * self._align or atom.size % self._align:
+            return _rounded(atom.size * share)
+        return self._align * _rounded(atom.size * share / self._align)
 
     def _shared_out(self, cluster: Sequence[Atom], share: float) -> Widths:
         products = [p for p in self._products if any(a in cluster for a in _atoms(p))]
@@ -141,36 +148,43 @@ def _clusters(free: set[Atom], products: Sequence[Product]) -> list[list[Atom]]:
 def allocate(groups: Groups, targets: Sequence[Target]) -> Widths:
     """The widest uniform allocation that meets every target.
 
+    `channels=` asks for shares, and gets them to the channel. A budget leaves the widths to us: they are multiples of ALIGN.
+
     Raises TargetError, with the closest that can be reached, where even one channel a group is too much.
     """
-    uniform = Uniform(groups)
-    share = 1.0
-    smallest = uniform.widths(1e-9)
+    uniform = Uniform(groups, 1 if any(t.key == "channels" for t in targets) else ALIGN)
+    share, smallest = 1.0, uniform.widths(1e-9)
     for target in targets:
         if target.key == "channels":
             share = min(share, target.value)
             total = sum(g.size for g in groups)
-            reached = sum(smallest.values()) / total if total else 1.0
-            if target.value < reached:
-                raise TargetError(f"channels={target.value:g} cannot be reached: with one channel in every group {reached:.3g} of the channels stay")
-            continue
-        measure = groups.macs if target.key == "macs" else groups.params
-        limit, original, least = target.limit(measure()), measure(), measure(smallest)
-        if least > limit:
-            raise TargetError(
-                f"{target.key}={limit:.4g} cannot be reached: with one channel in every group {least:,} of {original:,} {target.key} "
-                f"({least / original:.3g}) stay; `structprune inspect` lists the frozen axes"
-            )
-        share = min(share, _widest(uniform, measure, limit))
-    return uniform.widths(share)
+            if target.value < (reached := sum(smallest.values()) / total):
+                raise TargetError(f"channels={target.value:g} cannot be reached: with the least in every group {reached:.3g} of the channels stay")
+    budgets = [_budget(groups, t, smallest) for t in targets if t.key != "channels"]
 
+    def fits(widths: Widths) -> bool:
+        return all(measure(widths) <= limit for measure, limit in budgets)
 
-def _widest(uniform: Uniform, measure: Callable[[Widths], int], limit: float) -> float:
-    """The largest share within a limit, by bisection down to less than one channel in any group."""
-    low, high = 0.0, 1.0
-    if measure(uniform.widths(1.0)) <= limit:
-        return 1.0
+    if fits(widest := uniform.widths(share)):
+        return widest
+    low, high = 0.0, share  # bisection, down to less than one channel in any group
     for _ in range(24):
         middle = (low + high) / 2
-        low, high = (middle, high) if measure(uniform.widths(middle)) <= limit else (low, middle)
-    return low
+        low, high = (middle, high) if fits(uniform.widths(middle)) else (low, middle)
+    widths, wider = dict(uniform.widths(low)), uniform.widths(high)
+    for atom, width in wider.items():  # the step to the next share is taken by the groups for which there is room
+        if fits(widths | {atom: width}):
+            widths[atom] = width
+    return widths
+
+
+def _budget(groups: Groups, target: Target, smallest: Widths) -> tuple[Callable[[Widths], int], float]:
+    """A measure of widths and its limit. Raises TargetError where the smallest widths are above it."""
+    measure = groups.macs if target.key == "macs" else groups.params
+    limit, original, least = target.limit(measure()), measure(), measure(smallest)
+    if least > limit:
+        raise TargetError(
+            f"{target.key}={limit:.4g} cannot be reached: with the least in every group {least:,} of {original:,} {target.key} "
+            f"({least / original:.3g}) stay; `structprune inspect` lists the frozen axes"
+        )
+    return measure, limit

@@ -388,7 +388,7 @@ def _with_inputs(made: Loaded, texts: Sequence[str], generator: torch.Generator)
     """The same model with the inputs asked for, else its own, else the first invented ones that it accepts."""
     model = made.model
     if texts:
-        args, kwargs = _tensors(texts, model, generator)
+        args, kwargs = input_tensors(texts, generator, _device(model))
         return replace(made, args=args, kwargs=kwargs)
     if made.args or made.kwargs:
         return made
@@ -397,7 +397,7 @@ def _with_inputs(made: Loaded, texts: Sequence[str], generator: torch.Generator)
         return _noted(replace(made, args=own[0], kwargs=own[1]), f"input {_described(*own)} from the model's example_inputs")
     failures = []
     for candidate, source in _candidates(model):
-        args, _ = _tensors(candidate, model, generator)
+        args, _ = input_tensors(candidate, generator, _device(model))
         failure = _failure(model, args)
         if failure is None:
             return _noted(replace(made, args=args), f"input {_described(args)} from {source}")
@@ -410,9 +410,13 @@ def _with_inputs(made: Loaded, texts: Sequence[str], generator: torch.Generator)
     raise InputError(f"the inputs of {made.name} cannot be inferred: {why}; pass --input for each, such as --input 1x3x224x224 or --input 1x16:int64")
 
 
-def _tensors(texts: Sequence[str], model: nn.Module, generator: torch.Generator) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Positional and keyword inputs, on the model's device: normal where floating, else 0 and 1 (valid as indices)."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+def input_tensors(
+    texts: Sequence[str], generator: torch.Generator, device: torch.device | str = "cpu"
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Positional and keyword inputs such as '1x3x224x224', '2x16:int64' and 'mask=1x16:bool'.
+
+    Floating-point ones are normal noise, the others 0 and 1, which are valid as indices. Raises InputError.
+    """
     args: list[Tensor] = []
     kwargs: dict[str, Tensor] = {}
     for text in texts:
@@ -432,6 +436,10 @@ def _tensors(texts: Sequence[str], model: nn.Module, generator: torch.Generator)
         else:
             args.append(value)
     return tuple(args), kwargs
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _own_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

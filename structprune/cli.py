@@ -1,0 +1,218 @@
+"""`structprune` on the command line: arguments → pipeline. No logic lives here.
+
+Progress goes to stderr and the summary to stdout, so that both can be piped. Exit status: 0 done and verified, 2 bad input or
+usage, 3 the target cannot be reached, 1 an error of our own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from structprune.errors import InputError, StructpruneError
+
+app = typer.Typer(
+    help="Make a trained network smaller and measurably faster: prune whole channels, verify, export to ONNX, benchmark.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelSpec = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="a file (.pt .pth .pt2 .safetensors), `demo`, or a constructor: timm:NAME, torchvision:NAME, package.module:function",
+    ),
+]
+Arch = Annotated[str | None, typer.Option("--arch", help="constructor for a state_dict or safetensors file")]
+Inputs = Annotated[list[str] | None, typer.Option("--input", help="shape of an example input, such as 1x3x224x224 or 2x16:int64; once for each input")]
+Trust = Annotated[bool, typer.Option("--trust-pickle", help="load a pickled module: this runs code of whoever wrote the file")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of the summary")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+Ignore = Annotated[list[str] | None, typer.Option("--ignore", help="name or pattern of modules or tensors that keep their channels; repeatable")]
+Seed = Annotated[int, typer.Option("--seed", help="seed of everything random")]
+
+_state = {"debug": False}
+
+
+@app.command()
+def compress(
+    model: ModelSpec,
+    target: Annotated[str, typer.Option("--target", help="what must hold: channels=0.5, macs=0.5, macs=2G, params=5M; several joined by commas")] = "macs=0.5",
+    criterion: Annotated[str, typer.Option("--criterion", help="which channels matter: auto, l1, l2, bn_scale, random")] = "auto",
+    out: Annotated[Path | None, typer.Option("--out", help="output directory; by default structprune-NAME here")] = None,
+    arch: Arch = None,
+    input: Inputs = None,
+    ignore: Ignore = None,
+    seed: Seed = 0,
+    trust_pickle: Trust = False,
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="measure both ONNX files")] = True,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compress MODEL, verify the result, and write original.onnx, model.onnx, model.pt2, weights, plan and report."""
+    _state["debug"] = debug
+    with _progress() as say:
+        from structprune import pipeline
+        from structprune.backends.directory import check_writable
+        from structprune.frontends.load import load
+
+        directory = out if out is not None else Path("structprune-" + _file_name(model))
+        check_writable(directory)
+        say(f"load {model}")
+        loaded = load(model, arch=arch, inputs=input or (), trust_pickle=trust_pickle, seed=seed)
+        for note in loaded.notes:
+            say(note)
+        result = pipeline.compress(
+            loaded.model, loaded.args, target, example_kwargs=loaded.kwargs, criterion=criterion, ignore=ignore or (), seed=seed, progress=say
+        )
+        report = result.save(
+            directory, latency=latency, evaluate=loaded.evaluate, original=loaded.model, model_name=loaded.name, notes=loaded.notes
+        )
+    print(json.dumps(report.to_dict(), indent=1) if as_json else f"{report}\n\nwritten to {directory}/")
+
+
+@app.command()
+def inspect(
+    model: ModelSpec,
+    arch: Arch = None,
+    input: Inputs = None,
+    seed: Seed = 0,
+    trust_pickle: Trust = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """What can be pruned in MODEL, what cannot, and why."""
+    _state["debug"] = debug
+    with _progress() as say:
+        from structprune import pipeline
+        from structprune.frontends.load import load
+
+        say(f"load {model}")
+        loaded = load(model, arch=arch, inputs=input or (), trust_pickle=trust_pickle, seed=seed)
+        for note in loaded.notes:
+            say(note)
+        say("trace and infer")
+        groups = pipeline.inspect(loaded.model, loaded.args, example_kwargs=loaded.kwargs)
+    if as_json:
+        print(json.dumps(groups.to_dict(), indent=1))
+        return
+    console = Console()
+    table = Table("group", "channels", "stands in", title=f"{len(groups)} groups of coupled channels; {groups.params():,} parameters, {groups.macs():,} MACs")
+    for group in groups:
+        table.add_row(group.name, str(groups.axes[group.members[0].tensor][group.members[0].dim]), ", ".join(f"{m.tensor}[{m.dim}]" for m in group.members))
+    console.print(table)
+    table = Table("frozen", "channels", "reason", "source", title="what stays, and why")
+    for frozen in groups.frozen:
+        table.add_row(frozen.name, str(frozen.channels), frozen.reason, frozen.at)
+    console.print(table)
+
+
+@app.command()
+def bench(
+    candidates: Annotated[list[str], typer.Argument(metavar="A [B ...]", help="ONNX files, .pt2 files or output directories; the first is the baseline")],
+    input: Inputs = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or tensorrt")] = "cpu",
+    threads: Annotated[int | None, typer.Option("--threads", help="threads of the runtime")] = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="time limit")] = 10.0,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Latency side by side: interleaved rounds, ratios with intervals. An output directory alone compares its two ONNX files."""
+    _state["debug"] = debug
+    with _progress() as say:
+        from structprune.backends.benchmark import benchmark
+        from structprune.backends.candidates import example_inputs, named
+
+        chosen = named(candidates)
+        compared = benchmark(chosen, example_inputs(chosen, input or (), seed), device=device, threads=threads, seconds=seconds, seed=seed, progress=say)
+    print(json.dumps(compared.to_dict(), indent=1) if as_json else str(compared))
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="an output directory of `structprune compress`")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Every check again, from the saved files alone."""
+    _state["debug"] = debug
+    with _progress() as say:
+        from structprune.backends.directory import verify_directory
+
+        say(f"verify {directory}")
+        found = verify_directory(directory)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        print("\n".join(f"{name:<36} {value}" for name, value in found.items() if not isinstance(value, (list, dict))))
+        print(f"{directory}: verified")
+
+
+class _progress:
+    """Says on stderr what is being done; libraries' chatter stays out of it."""
+
+    def __enter__(self) -> Callable[[str], None]:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        self._console = Console(stderr=True)
+        self._status = self._console.status("start") if self._console.is_terminal else None
+        if self._status is not None:
+            self._status.start()
+        return self._say
+
+    def _say(self, text: str) -> None:
+        if self._status is not None:
+            self._status.update(text)
+        else:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def __exit__(self, *_: Any) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+
+def _file_name(spec: str) -> str:
+    """A model's name as part of a file name."""
+    stem = Path(spec).stem if Path(spec).suffix in (".pt", ".pth", ".pt2", ".safetensors", ".bin", ".ckpt") else spec
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in stem).strip("-.")
+
+
+def main() -> None:
+    """Run the command line; every error that we raise on purpose is one line and an exit status."""
+    try:
+        app()
+    except StructpruneError as error:
+        _fail(error, error.exit_status)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (MemoryError, OSError) as error:
+        _fail(InputError(f"{type(error).__name__}: {error}"), InputError.exit_status)
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        _fail(error, 1, f"internal error: {type(error).__name__}: {first}; run again with --debug and report it with the traceback")
+
+
+def _fail(error: BaseException, status: int, text: str = "") -> None:
+    if _state["debug"]:
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"structprune: {text or ' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Random networks, random plans: the small model must answer as two oracles do that know nothing of each other.
+
+The first is `verify`, which interprets the traced graph with the axis types that inference found. The second is written down here:
+it knows only the eager module and the plan's `tensors`, sets what the plan removes to zero, and runs norms over what the plan keeps.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, note, settings
+from hypothesis import strategies as st
+from networks import Network, RmsNorm, networks
+from torch import Tensor, nn
+
+from structprune.analysis.groups import Groups, find_groups
+from structprune.decide.plan import atoms_of, planned
+from structprune.frontends.trace import trace
+from structprune.ir.axes import Atom, Keep
+from structprune.ir.graph import operator_name
+from structprune.ir.plan import Cut, Plan
+from structprune.transform.surgery import operate
+from structprune.transform.verify import verify
+
+torch.set_num_threads(1)
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, RmsNorm)
+operators_met: Counter[str] = Counter()
+
+
+@st.composite
+def choices(draw: st.DrawFn, groups: Groups) -> Keep:
+    """For every group the channels that stay, at least one."""
+    keep: dict[Atom, np.ndarray] = {}
+    for group in groups:
+        kept = draw(st.sets(st.integers(0, group.size - 1), min_size=1, max_size=group.size), label=group.name)
+        keep[group.atom] = np.array(sorted(kept))
+    return keep
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(networks(), st.data())
+def test_small_models_answer_as_both_oracles(network: Network, data: st.DataObject):
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    graph = trace(network, (network.example,))
+    operators_met.update(operator_name(n) for n in graph.nodes if n.op == "call_function")
+    groups, types = find_groups(graph)
+    note(str(groups))
+    event(f"{min(len(groups), 5)} groups or more" if len(groups) > 4 else f"{len(groups)} groups")
+    keep = data.draw(choices(groups))
+    plan = planned(groups, keep)
+
+    small = operate(graph, types, keep, plan.tensors).module
+    verify(graph, types, keep, small)
+    if graph.dynamic_batch:
+        verify(graph, types, keep, small, [torch.cat([network.example, network.example[:1]])])
+
+    assert Plan.from_dict(plan.to_dict()) == plan
+    assert {a: k.tolist() for a, k in atoms_of(plan, groups).items()} == {a: k.tolist() for a, k in keep.items() if len(k) < a.size}
+    assert sum(p.numel() for p in small.parameters()) == groups.params({atom: len(kept) for atom, kept in keep.items()})
+    assert_shapes_follow(plan, network, small)
+    if not network.inexact:
+        assert_equals_masked(network, plan.tensors, small)
+        if not any(isinstance(module, RmsNorm) for module in network.modules()):
+            assert all(group.exact for group in groups)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"{name} of the original was changed"
+
+
+def assert_shapes_follow(plan: Plan, network: Network, small: nn.Module) -> None:
+    """Every tensor of the small model has the shape that the plan says."""
+    sizes = {name: tensor.shape for name, tensor in small.state_dict().items()}
+    for name, tensor in network.state_dict().items():
+        if name in sizes:
+            keep = plan.tensors[name].keep if name in plan.tensors else {}
+            assert list(sizes[name]) == [len(keep.get(dim, range(n))) for dim, n in enumerate(tensor.shape)], name
+
+
+# ------------------------------------------------------------------------------------------------------- the second oracle
+
+
+class KeptNorm(nn.Module):
+    """A norm over the kept channels; the others become zero."""
+
+    def __init__(self, norm: nn.Module, kept: Tensor):
+        super().__init__()
+        self.axis = 1 if isinstance(norm, nn.GroupNorm) else -1
+        self.kept, self.small = kept, copy.deepcopy(norm)
+        for name, parameter in list(self.small.named_parameters()):
+            setattr(self.small, name, nn.Parameter(parameter[kept]))
+        if isinstance(norm, nn.GroupNorm):
+            inner = norm.num_channels // norm.num_groups
+            self.small.num_channels, self.small.num_groups = len(kept), len(set((kept // inner).tolist()))
+        elif not isinstance(norm, RmsNorm):
+            self.small.normalized_shape = (len(kept),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x).index_copy(self.axis, self.kept, self.small(x.index_select(self.axis, self.kept)))
+
+
+def masked(network: Network, tensors: Mapping[str, Cut]) -> nn.Module:
+    """The original, in float64, with zeros where the plan cuts."""
+    network = copy.deepcopy(network).double()
+    kept_of_norms = {}
+    for name, cut in tensors.items():
+        owner = network.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, NORMS):
+            kept_of_norms[name.rpartition(".")[0]] = torch.tensor(cut.keep[0])
+        values = network.state_dict()[name]
+        assert values.shape == cut.shape
+        for dim, kept in cut.keep.items():
+            removed = sorted(set(range(cut.shape[dim])) - set(kept))
+            values.index_fill_(dim, torch.tensor(removed), 0)
+    for name, kept in kept_of_norms.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(parent), leaf, KeptNorm(network.get_submodule(name), kept))
+    return network
+
+
+@torch.no_grad()
+def assert_equals_masked(network: Network, tensors: Mapping[str, Cut], small: nn.Module) -> None:
+    x = network.example.double() if network.example.is_floating_point() else network.example
+    wanted, got = masked(network, tensors)(x), copy.deepcopy(small).double()(x)
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item() + 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------- coverage
+
+
+def test_the_random_networks_met_many_operators():
+    if not operators_met:
+        pytest.skip("counts what the test above has met")
+    assert len(operators_met) >= 60, sorted(operators_met)
