@@ -88,6 +88,7 @@ def inspect(
     model: ModelSpec,
     arch: Arch = None,
     input: Inputs = None,
+    why: Annotated[list[str] | None, typer.Option("--why", help="a layer: what it is coupled to; given twice: what couples the two")] = None,
     seed: Seed = 0,
     trust_pickle: Trust = False,
     as_json: AsJson = False,
@@ -104,14 +105,22 @@ def inspect(
         for note in loaded.notes:
             say(note)
         say("trace and infer")
-        groups = pipeline.inspect(loaded.model, loaded.args, example_kwargs=loaded.kwargs)
+        if why:
+            explanation = pipeline.explain(loaded.model, loaded.args, *why[:2], example_kwargs=loaded.kwargs)
+        else:
+            groups = pipeline.inspect(loaded.model, loaded.args, example_kwargs=loaded.kwargs)
+    if why:
+        print(explanation)
+        return
     if as_json:
         print(json.dumps(groups.to_dict(), indent=1))
         return
     console = Console()
     table = Table("group", "channels", "stands in", title=f"{len(groups)} groups of coupled channels; {groups.params():,} parameters, {groups.macs():,} MACs")
     for group in groups:
-        table.add_row(group.name, str(groups.axes[group.members[0].tensor][group.members[0].dim]), ", ".join(f"{m.tensor}[{m.dim}]" for m in group.members))
+        weights = [f"{m.tensor}[{m.dim}]" for m in group.members if len(groups.axes[m.tensor]) > 1]
+        others = len(group.members) - len(weights)
+        table.add_row(group.name, str(group.size), ", ".join(weights) + (f" and {others} vectors" if others else ""))
     console.print(table)
     table = Table("frozen", "channels", "reason", "source", title="what stays, and why")
     for frozen in groups.frozen:

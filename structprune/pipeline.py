@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from structprune import decide
+from structprune.analysis.explain import why
 from structprune.analysis.groups import Groups, find_groups
 from structprune.backends import directory as out
 from structprune.backends import onnx
@@ -85,6 +86,14 @@ def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> 
 def inspect(model: nn.Module, example_inputs: tuple[Any, ...] | Tensor, *, example_kwargs: Mapping[str, Any] | None = None) -> Groups:
     """What can be pruned, what cannot, and why: groups, sizes, costs, frozen axes with reason and source line."""
     return find_groups(trace(fold_parametrizations(model), example_inputs, example_kwargs))
+
+
+def explain(
+    model: nn.Module, example_inputs: tuple[Any, ...] | Tensor, layer: str, other: str | None = None, *, example_kwargs: Mapping[str, Any] | None = None
+) -> str:
+    """In words and source lines: what couples two layers; or what one layer is coupled to, and why its other axes stay."""
+    graph = trace(fold_parametrizations(model), example_inputs, example_kwargs)
+    return why(graph, find_groups(graph), layer, other)
 
 
 def realise(model: nn.Module, graph: Graph, groups: Groups, plan: Plan, clock: Clock, *, seed: int = 0) -> Result:

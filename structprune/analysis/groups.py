@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch.nn import Parameter
 
@@ -42,6 +43,18 @@ class Groups:
     def params(self, widths: Mapping[Atom, int] | None = None) -> int:
         """Number of parameters, when each atom keeps `widths[atom]` entries."""
         return sum(_volume(self.axes[name], widths or {}) for name in self.parameters)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "params": self.params(),
+            "macs": self.macs(),
+            "groups": [
+                {"name": g.name, "channels": g.size, "exact": g.exact, "members": [{"tensor": m.tensor, "dim": m.dim} for m in g.members]}
+                for g in self.groups
+            ],
+            "frozen": [{"name": f.name, "channels": f.channels, "reason": f.reason, "at": f.at} for f in self.frozen],
+        }
 
     def __str__(self) -> str:
         """The stable text form: every group with its members, then what is frozen."""

@@ -59,13 +59,16 @@ def infer(graph: Graph) -> Types:
         solver.site = source_of(node)
         if node.op == "placeholder":
             types[node] = _sizes_map(node.meta.get("val"), lambda s: tuple(solver.fresh(n) for n in s))
+            solver.site = next((source_of(user) for user in node.users), "")
             _freeze(solver, types[node], INPUT)
         elif node.op == "get_attr":
             tensor = graph.tensor(node)
             if isinstance(tensor, Tensor):  # a tensor under two names, or a module called twice, is one variable
                 types[node] = by_tensor.setdefault(id(tensor), tuple(solver.fresh(n) for n in tensor.shape))
         elif node.op == "output":
-            fx.map_arg(node.args, lambda n: _freeze(solver, types[n], OUTPUT))
+            for answer in node.all_input_nodes:
+                solver.site = source_of(answer)
+                _freeze(solver, types[answer], OUTPUT)
         elif node.target is operator.getitem:
             source, index = node.args
             types[node] = types[source][index]  # type: ignore[index]

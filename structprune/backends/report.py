@@ -360,7 +360,7 @@ def _comparison(data: Mapping[str, Any]) -> Html:
             tag("td", value, *([tag("small", interval)] if interval else []), class_="number")
             for value, interval in zip_longest((row.before, row.after, row.kept), row.intervals)
         ]
-        rows.append(tag("tr", name, *cells, tag("td", *([] if row.share is None else [_meter(row.share)]), class_="share")))
+        rows.append(tag("tr", name, *cells, tag("td", *([] if row.share is None else [_meter(row.share)]))))
     return _table(("", "before", "after", "kept", ""), rows, "comparison")
 
 
@@ -421,8 +421,8 @@ def _groups(groups: Sequence[Mapping[str, Any]]) -> Html:
             "tr",
             tag("th", _name(g["name"]), *remark, scope="row"),
             *(tag("td", f"{g[key]}", class_="number") for key in ("channels", "kept")),
-            tag("td", _meter(share), class_="share"),
-            tag("td", _shortened(g.get("members") or ["not recorded"], shown=1), class_="members"),
+            tag("td", _meter(share)),
+            tag("td", _shortened(g.get("members") or ["not recorded"], shown=1)),
         ))  # fmt: skip
     return _table(("group", "before", "after", "share", "shrinks together"), rows, "tall")
 
@@ -440,7 +440,7 @@ def _frozen(frozen: Sequence[Mapping[str, Any]] | None) -> Html:
             "tr",
             tag("th", reason, scope="row"),
             tag("td", f"{len(held)}", class_="number"),
-            tag("td", _shortened([axis if n == 1 else f"{axis} ×{n}" for axis, n in axes.items()]), class_="members"),
+            tag("td", _shortened([axis if n == 1 else f"{axis} ×{n}" for axis, n in axes.items()])),
             tag("td", _shortened(sources) if sources else _UNKNOWN),
         ))  # fmt: skip
     return _table(("reason", "axes", "where", "source"), rows, "frozen")
