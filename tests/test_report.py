@@ -91,7 +91,7 @@ class Page(HTMLParser):
             self.texts.setdefault(tag, []).append("")
 
     def handle_endtag(self, tag):
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open}"
+        assert self.open[-1:] == [tag], f"</{tag}> closes {self.open}"
         self.open.pop()
 
     def handle_data(self, data):
@@ -237,7 +237,8 @@ def test_chart_has_a_tooltip_for_every_group_and_the_stages_of_the_network(tmp_p
     found = page(DATA, tmp_path)
     assert found.texts["title"][1:] == ["conv1: 32 of 64 channels", "layer1.0.conv2: 0 of 256 channels", "layer1.1.conv2: 100 of 100 channels"]
     assert html(DATA, tmp_path).count('class="after"') == len(GROUPS)
-    assert "layer1.0\n" in found.text("small") and "256\n128\n0" in found.text("span")
+    assert "layer1.0\n" in found.text("small")
+    assert "256\n128\n0" in found.text("span")
 
 
 def test_names_from_users_are_text(tmp_path):

@@ -11,8 +11,8 @@ from torch.nn import Parameter
 
 from structprune.analysis.infer import Types, infer
 from structprune.errors import InputError
-from structprune.ir.axes import Atom, Shape, kept_size
-from structprune.ir.graph import Graph
+from structprune.ir.axes import Atom, Reason, Shape, kept_size
+from structprune.ir.graph import Graph, owners_of
 from structprune.ir.group import Frozen, Group, Member
 
 
@@ -25,6 +25,7 @@ class Groups:
     axes: Mapping[str, Shape]  # the type of every named parameter and buffer
     parameters: frozenset[str]  # which of these names are parameters, each tensor once
     work: tuple[Shape, ...]  # multiply-accumulates: for each operator the axes whose sizes multiply
+    batch: Mapping[Atom, int]  # the batch of the user's example, where tracing needed a larger one
     types: Types = field(repr=False)  # what inference found for every node: surgery and verification go by it
 
     def __iter__(self) -> Iterator[Group]:
@@ -38,7 +39,8 @@ class Groups:
 
     def macs(self, widths: Mapping[Atom, int] | None = None) -> int:
         """Multiply-accumulates of one call on the example inputs, when each atom keeps `widths[atom]` entries."""
-        return sum(_volume(axes, widths or {}) for axes in self.work)
+        sizes = {**self.batch, **(widths or {})}
+        return sum(_volume(axes, sizes) for axes in self.work)
 
     def params(self, widths: Mapping[Atom, int] | None = None) -> int:
         """Number of parameters, when each atom keeps `widths[atom]` entries."""
@@ -70,18 +72,13 @@ class Groups:
 def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> Groups:
     """Infer axis types and name the groups.
 
-    ignore: names or shell patterns of modules or tensors; their axes keep all channels. Raises InputError for one
-    that matches nothing.
+    ignore: names or shell patterns of modules, whose answers keep all channels, or of tensors. Raises InputError for one that
+    matches nothing.
     """
     types = infer(graph)
     named = _named_shapes(graph, types)
     for pattern in ignore:
-        matched = [n for n in named if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
-        if not matched:
-            raise InputError(f"ignore={pattern!r} matches no module or tensor of the model; names look like {next(iter(named), '?')!r}")
-        for name in matched:
-            for axis in named[name]:
-                types.solver.freeze(axis, f"ignored ({pattern})")
+        _ignore(graph, types, named, pattern)
     axes = {name: tuple(map(types.solver.resolve, shape)) for name, shape in named.items()}
     members: dict[Atom, list[Member]] = {}
     for name, shape in axes.items():
@@ -103,8 +100,22 @@ def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> Groups:
         axes=axes,
         parameters=frozenset(graph.aliases[str(n.target)][0] for n in graph.nodes if n.op == "get_attr" and isinstance(graph.tensor(n), Parameter)),
         work=tuple(tuple(map(types.solver.resolve, w.axes)) for w in types.work),
+        batch=_batch(graph, types) if graph.doubled else {},
         types=types,
     )
+
+
+def _ignore(graph: Graph, types: Types, named: Mapping[str, Shape], pattern: str) -> None:
+    """Freeze what a module computes, its inputs aside, or the axes of a tensor."""
+    computed = [types.nodes[n] for n in graph.nodes if n in types.nodes and any(fnmatchcase(o, pattern) for o in owners_of(n))]
+    shapes = [s for found in computed for s in (found if isinstance(found, list) else [found]) if isinstance(s, tuple)]
+    if not shapes:
+        shapes = [shape for name, shape in named.items() if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
+    if not shapes:
+        raise InputError(f"ignore={pattern!r} matches no module or tensor of the model; names look like {next(iter(named), '?')!r}")
+    for shape in shapes:
+        for axis in shape:
+            types.solver.freeze(axis, Reason("ignored", pattern))
 
 
 def _named_shapes(graph: Graph, types: Types) -> dict[str, Shape]:
@@ -114,6 +125,12 @@ def _named_shapes(graph: Graph, types: Types) -> dict[str, Shape]:
         if node.op == "get_attr" and node in types.nodes
         for name in graph.aliases.get(str(node.target), ())
     }
+
+
+def _batch(graph: Graph, types: Types) -> dict[Atom, int]:
+    """The atoms of the inputs' first axes, which the example had one entry of."""
+    shapes = [types.shape(n) for n in graph.nodes if n.op == "placeholder" and isinstance(types.nodes[n], tuple)]
+    return {shape[0]: 1 for shape in shapes if shape and isinstance(shape[0], Atom) and shape[0].size == 2}
 
 
 def _inexact(types: Types) -> dict[Atom, str]:

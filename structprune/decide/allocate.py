@@ -15,7 +15,7 @@ from structprune.ir.axes import Atom, Axis, Product, Shape, Sum, kept_size
 
 Widths = Mapping[Atom, int]
 
-ALIGN = 8  # ONNX Runtime's convolutions on x86 run in blocks of 8 or 16 channels: a width between two multiples costs as much as the next
+ALIGN = (8, 4)  # ONNX Runtime on x86 works in blocks of channels: a width between two multiples costs as much as the next, or more
 _SAME_SHARE = 0.02  # allocations whose worst axis is this much nearer to the target share are told apart
 _SAME_COST = 0.01
 
@@ -29,8 +29,8 @@ class Uniform:
     enter the work twice), then the outer ones (heads: their width, and what depends on it, stays).
     """
 
-    def __init__(self, groups: Groups, align: int = 1):
-        """align: widths of wide enough groups are multiples of this; runtimes work in blocks of channels."""
+    def __init__(self, groups: Groups, align: bool = False):
+        """align: groups that are wide enough get widths that runtimes work in."""
         self._align = align
         free = {g.atom for g in groups}
         self._products = _products(groups, free)
@@ -50,9 +50,8 @@ class Uniform:
         return widths
 
     def _aligned(self, atom: Atom, share: float) -> int:
-        if self._align == 1 or atom.size < 2 * self._align or atom.size % self._align:
-            return _rounded(atom.size * share)
-        return self._align * _rounded(atom.size * share / self._align)
+        step = next((step for step in ALIGN if self._align and atom.size >= 4 * step), 1)
+        return min(atom.size, step * _rounded(atom.size * share / step))
 
     def _shared_out(self, cluster: Sequence[Atom], share: float) -> Widths:
         products = [p for p in self._products if any(a in cluster for a in _atoms(p))]
@@ -148,11 +147,11 @@ def _clusters(free: set[Atom], products: Sequence[Product]) -> list[list[Atom]]:
 def allocate(groups: Groups, targets: Sequence[Target]) -> Widths:
     """The widest uniform allocation that meets every target.
 
-    `channels=` asks for shares, and gets them to the channel. A budget leaves the widths to us: they are multiples of ALIGN.
+    `channels=` asks for shares, and gets them to the channel. A budget leaves the widths to us, and they are multiples of ALIGN.
 
     Raises TargetError, with the closest that can be reached, where even one channel a group is too much.
     """
-    uniform = Uniform(groups, 1 if any(t.key == "channels" for t in targets) else ALIGN)
+    uniform = Uniform(groups, align=not any(t.key == "channels" for t in targets))
     share, smallest = 1.0, uniform.widths(1e-9)
     for target in targets:
         if target.key == "channels":

@@ -33,6 +33,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     kwargs = dict(kwargs or {})
     model = fold_parametrizations(model)
     notes: list[str] = []
+    given = pytree.tree_leaves((args, kwargs))
     with _evaluation(model):
         exported = None
         if dynamic:
@@ -48,7 +49,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
                 exported = _export(model, args, kwargs, dynamic=False)
             except Exception as error:
                 raise _explained(error) from error
-    return from_exported(exported, args, kwargs, model=model, notes=tuple(notes))
+    doubled = any(a is not b for a, b in zip(pytree.tree_leaves((args, kwargs)), given, strict=True))
+    return from_exported(exported, args, kwargs, model=model, notes=tuple(notes), doubled=doubled)
 
 
 def from_exported(
@@ -58,6 +60,7 @@ def from_exported(
     *,
     model: nn.Module | None = None,
     notes: tuple[str, ...] = (),
+    doubled: bool = False,
 ) -> Graph:
     """Graph of a program that torch.export made (here, or loaded from a .pt2 file)."""
     module = _unlifted(exported)
@@ -85,6 +88,7 @@ def from_exported(
         input_names=tuple(n.name for n in placeholders),
         output_names=_output_names(exported),
         dynamic_batch=dynamic,
+        doubled=doubled,
         notes=notes,
     )
 

@@ -31,6 +31,7 @@ class Graph:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     dynamic_batch: bool
+    doubled: bool = False  # the example was a batch of one, which tracing would take for a constant: args hold it twice
     notes: tuple[str, ...] = ()  # what a user should know about how the model was traced
 
     @property

@@ -1,0 +1,162 @@
+"""The command line: what people type, what they get back, and what bad input does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+import pytest
+import torch
+
+from structprune import cli
+from structprune.backends.directory import FILES
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):  # noqa: ANN201
+    """Call the command line in this process, in an empty folder: (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["structprune", *arguments])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+def test_compress_demo_then_verify_and_bench(run, tmp_path: Path) -> None:
+    status, out, err = run("compress", "demo", "--out", "small", "--json")
+    assert status == 0, err
+    report = json.loads(out)
+    assert report == json.loads((tmp_path / "small/report.json").read_text())
+    for key in ("target", "params", "macs", "onnx_bytes", "latency_ms", "verification", "groups", "frozen", "seconds", "environment"):
+        assert key in report
+    assert report["macs"]["after"] <= 0.5 * report["macs"]["before"]
+    assert report["onnx_bytes"]["after"] < report["onnx_bytes"]["before"]
+    assert report["accuracy"]["before"] > 0.9
+    assert {"masked_error", "onnx_error", "exact"} <= report["verification"].keys()
+    assert report["latency_ms"]["onnxruntime-cpu"]["ratio"]["low"] > 0
+    assert "surgery" in err
+    assert sorted(p.name for p in (tmp_path / "small").iterdir()) == sorted(FILES)
+
+    status, out, err = run("verify", "small")
+    assert (status, "small: verified" in out) == (0, True), err
+    status, out, err = run("bench", "small", "--seconds", "1", "--json")
+    assert status == 0, err
+    assert set(json.loads(out)["ratios"]) == {"original", "model"}
+
+
+def test_compress_prints_a_summary(run) -> None:
+    status, out, _ = run("compress", "demo", "--target", "channels=0.75", "--no-latency")
+    assert status == 0
+    assert "written to structprune-demo/" in out
+    assert "parameters" in out
+    assert "accuracy" in out
+
+
+def test_inspect(run) -> None:
+    status, out, _ = run("inspect", "demo", "--json")
+    groups = json.loads(out)
+    assert status == 0
+    assert {"name", "channels", "exact", "members"} <= groups["groups"][0].keys()
+    assert any(f["reason"] == "model output" and f["at"].startswith("demo/__init__.py:") for f in groups["frozen"])
+    status, out, _ = run("inspect", "demo")
+    assert "what stays, and why" in out
+
+
+def test_inspect_why(run) -> None:
+    status, out, _ = run("inspect", "demo", "--why", "stage2.conv2.0", "--why", "head")
+    assert status == 0
+    assert out.splitlines()[0] == "stage2.conv2.0.weight and head.weight share the 64 channels of group stage2.conv2.0:"
+    assert any(line.split()[0] == "add" and "demo/__init__.py:" in line for line in out.splitlines()[1:])
+    status, out, _ = run("inspect", "demo", "--why", "head")
+    assert "model output" in out
+
+
+def test_every_kind_of_file(run, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import models\ndef build():\n    return models.build('residual')\n")
+    model, inputs = models.build("residual")
+    torch.save(model, "module.pt")
+    torch.save(model.state_dict(), "weights.pt")
+    torch.export.save(torch.export.export(model, inputs, strict=False), "program.pt2")
+    common = ("--target", "channels=0.5", "--no-latency", "--json")
+    kept = set()
+    for arguments in (
+        ("module.pt", "--trust-pickle", "--input", "1x3x8x8"),
+        ("weights.pt", "--arch", "mine:build"),
+        ("program.pt2",),
+        ("mine:build",),
+    ):
+        status, out, err = run("compress", *arguments, *common, "--out", f"out{len(arguments)}{arguments[0]}")
+        assert status == 0, err
+        kept.add(json.loads(out)["params"]["after"])
+    assert len(kept) == 1, "the same network in four files gives the same small network"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["missing.pt"], 2, "missing.pt"),
+        (["truncated.pt"], 2, "truncated.pt"),
+        (["text.pt"], 2, "text.pt"),
+        (["list.pt"], 2, "list.pt"),
+        (["module.pt"], 2, "--trust-pickle"),
+        (["weights.pt"], 2, "--arch"),
+        (["module.pt", "--trust-pickle", "--input", "1x4x8x8"], 2, "input"),
+        (["demo", "--target", "speed=0.5"], 2, "unknown target"),
+        (["demo", "--target", "macs"], 2, "key=value"),
+        (["demo", "--criterion", "best"], 2, "best"),
+        (["demo", "--target", "macs=0.001"], 3, "cannot be reached"),
+        (["demo", "--ignore", "nowhere"], 2, "nowhere"),
+        (["demo", "--out", "text.pt"], 2, "text.pt"),
+        (["demo", "--out", "locked/out"], 2, "locked"),
+        (["nonsense"], 2, "nonsense"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(run, tmp_path: Path, arguments: list[str], status: int, words: str) -> None:
+    model, _ = models.build("residual")
+    torch.save(model, "module.pt")
+    torch.save(model.state_dict(), "weights.pt")
+    torch.save([1, 2, 3], "list.pt")
+    Path("text.pt").write_text("no model at all")
+    Path("truncated.pt").write_bytes(Path("module.pt").read_bytes()[:1000])
+    Path("locked").mkdir()
+    if os.geteuid() == 0 and "locked/out" in arguments:  # root may write anywhere but below a file
+        Path("locked").rmdir()
+        Path("locked").write_text("")
+    else:
+        Path("locked").chmod(0o500)
+    before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    got, out, err = run("compress", *arguments)
+    last = err.strip().splitlines()[-1]
+    assert got == status, err
+    assert last.startswith("structprune: ")
+    assert words in last
+    assert "Traceback" not in err
+    assert out == ""
+    assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+
+
+def test_an_existing_folder_of_other_files_is_not_replaced(run, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    status, _, err = run("compress", "demo", "--out", "mine")
+    assert status == 2
+    assert "other files" in err
+    assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "structprune", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in ("compress", "inspect", "bench", "verify"))

@@ -1,0 +1,73 @@
+"""Imports point downward only: the picture in docs/architecture.md stays true."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import structprune
+
+ROOT = Path(structprune.__file__).parent
+
+# from the bottom up: a layer may import itself and what stands before it
+LAYERS = ["errors", "demo", "ir", "ops", "analysis", "decide", "frontends", "transform", "recover", "backends", "pipeline", "cli"]
+
+# foreign libraries behind one door
+DOORS = {
+    "networkx": {"analysis/explain.py"},
+    "onnx": {"backends/onnx.py", "backends/benchmark.py"},
+    "onnxslim": {"backends/onnx.py"},
+    "onnxruntime": {"backends/onnx.py", "backends/benchmark.py", "backends/candidates.py"},
+    "torch_pruning": {"decide/torch_pruning.py"},
+    "typer": {"cli.py"},
+    "rich": {"cli.py"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def sources() -> list[Path]:
+    return [p for p in sorted(ROOT.rglob("*.py")) if layer(p) not in ("__init__", "__main__")]
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {layer(p) for p in sources()} <= set(LAYERS)
+
+
+def test_imports_point_downward() -> None:
+    upward = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources()
+        for name in imports(path)
+        if name.startswith("structprune.") and LAYERS.index(name.split(".")[1]) > LAYERS.index(layer(path))
+    ]
+    assert not upward
+
+
+def test_foreign_libraries_stand_behind_one_door() -> None:
+    strayed = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources()
+        for name in imports(path)
+        if (door := DOORS.get(name.split(".")[0])) is not None and str(path.relative_to(ROOT)) not in door
+    ]
+    assert not strayed
+
+
+def test_public_names_are_the_contract() -> None:
+    assert set(structprune.__all__) == {
+        "Plan", "Result", "StructpruneError", "apply", "benchmark", "compress", "find_groups", "inspect", "load", "plan", "trace", "verify",
+    }  # fmt: skip
+    assert all(hasattr(structprune, name) for name in structprune.__all__)

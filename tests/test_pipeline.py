@@ -1,0 +1,285 @@
+"""compress, end to end: what comes back is right, small, trainable, and the input is left alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import models
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import structprune as sp
+from structprune.errors import InputError, PlanError, TargetError, TraceError
+from structprune.ir.traced import TracedModule
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_small_verified_and_trainable(name: str) -> None:
+    model, inputs = models.build(name)
+    result = sp.compress(model, inputs, target="channels=0.5")
+    assert size(result.model) < 0.7 * size(model)
+    assert result.report.data["verification"]["masked_error"] <= 1e-6
+    small = copy.deepcopy(result.model).train()
+    small(*inputs).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+    small.eval()
+    optimiser = torch.optim.SGD(small.parameters(), lr=0.01)
+    losses = []
+    for _ in range(4):
+        optimiser.zero_grad()
+        loss = small(*inputs).square().mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(torch.isfinite(p).all() for p in small.parameters())
+
+
+def test_the_input_model_is_left_untouched() -> None:
+    model, inputs = models.build("residual")
+    model.train()
+    model.head.eval()
+    before, modes = state(model), [m.training for m in model.modules()]
+    sp.compress(model, inputs, target="channels=0.3")
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+
+
+def test_the_users_class_comes_back_where_it_follows() -> None:
+    model, inputs = models.build("residual")
+    result = sp.compress(model, inputs, target="channels=0.5")
+    assert type(result.model) is models.Residual
+    assert result.model.conv1.out_channels == 12
+    assert result.model.norm1.num_features == 12
+
+
+def test_an_attribute_of_the_users_class_follows() -> None:
+    model, inputs = models.build("attention")
+    result = sp.compress(model, inputs, target="channels=0.5")
+    assert type(result.model) is models.Attention
+    assert (result.model.heads, model.heads) == (2, 4)
+
+
+def test_a_graph_comes_back_where_the_class_cannot_follow() -> None:
+    model, inputs = models.build("hard_coded")
+    result = sp.compress(model, inputs, target="channels=0.5")
+    assert isinstance(result.model, TracedModule)
+    assert result.model(torch.randn(5, 1, 8, 8)).shape == (5, 4)
+
+
+def test_a_graph_switches_between_training_and_evaluation() -> None:
+    model, inputs = models.build("residual")
+    small = sp.compress(model, inputs, target="channels=0.5").small
+    mean = small.norm1.running_mean.clone()
+    assert torch.equal(small(*inputs), small(*inputs))
+    small.train()
+    assert not torch.equal(small(*inputs), small(*inputs)), "dropout is off in training"
+    assert not torch.equal(small.norm1.running_mean, mean), "batch statistics do not move in training"
+    small.eval()
+    assert torch.equal(small(*inputs), small(*inputs))
+    assert copy.deepcopy(small).double()(inputs[0].double()).dtype is torch.float64
+
+
+def test_structured_inputs_and_outputs_keep_their_form() -> None:
+    torch.manual_seed(0)
+    model, x, extra = models.Structured(), torch.randn(2, 6), torch.randn(2, 4)
+    result = sp.compress(model, (x,), target="channels=0.5", example_kwargs={"extra": extra})
+    for small in (result.model, result.small):
+        answer = small(x, extra=extra)
+        assert set(answer) == {"logits", "parts"}
+        assert answer["parts"][1][0].shape == (2, 3)
+    assert result.graph.output_names == ("logits", "parts_0", "parts_1_0")
+
+
+def test_parametrizations_are_folded_and_stay_on_the_input() -> None:
+    """The answer is that of the folded weights with the removed slices set to zero."""
+    torch.manual_seed(0)
+    model = nn.Sequential(weight_norm(nn.Conv2d(3, 16, 3)), nn.ReLU(), nn.Conv2d(16, 4, 3)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    other = copy.deepcopy(model)
+    before = model(x)
+    result = sp.compress(model, (x,), target="channels=0.5")
+    assert torch.equal(model(x), before)
+    assert torch.equal(other(x), before), "a copy of the input shares its class, and must still work"
+    gone = [i for i in range(16) if i not in result.plan.tensors["0.weight"].keep[0]]
+    with torch.no_grad():
+        hidden = torch.relu(model[0](x))
+        hidden[:, gone] = 0
+        wanted = model[2](hidden)
+    assert torch.allclose(result.model(x), wanted, atol=1e-5)
+    assert not torch.allclose(before, wanted, atol=1e-3)
+
+
+def test_a_plan_replays_with_numpy_alone(tmp_path: Path) -> None:
+    model, inputs = models.build("joined")
+    result = sp.compress(model, inputs, target="channels=0.5")
+    result.plan.save(tmp_path / "plan.json")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    for name, tensor in model.state_dict().items():
+        cut = plan["tensors"].get(name, {"keep": {}})
+        array = tensor.numpy()
+        for dim, keep in cut["keep"].items():
+            array = np.take(array, keep, axis=int(dim))
+        assert np.array_equal(array, result.small.state_dict()[name].numpy())
+
+
+def test_a_plan_replays_on_a_fresh_instance(tmp_path: Path) -> None:
+    model, inputs = models.build("attention")
+    result = sp.compress(model, inputs, target="channels=0.5", ignore=["embed"])
+    result.plan.save(tmp_path / "plan.json")
+    again = sp.apply(copy.deepcopy(model), sp.Plan.load(tmp_path / "plan.json"))
+    assert torch.equal(again(*inputs), result.model(*inputs))
+    assert sp.Plan.load(tmp_path / "plan.json") == sp.Plan.from_dict(result.plan.to_dict())
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    model, inputs = models.build("joined")
+    plan = sp.compress(model, inputs, target="channels=0.5").plan
+    other = models.Joined()
+    other.a, other.b = nn.Conv2d(3, 24, 1), nn.Conv2d(3, 8, 1)
+    with pytest.raises(PlanError, match="group 'a' of 4 channels is not in this model"):
+        sp.apply(other, plan)
+
+
+def test_ignored_layers_keep_their_channels() -> None:
+    model, inputs = models.build("residual")
+    result = sp.compress(model, inputs, target="channels=0.5", ignore=["conv1"])
+    assert "stem.weight" in result.plan.tensors
+    assert result.plan.tensors["conv1.weight"].keep.keys() == {1}
+    with pytest.raises(InputError, match="nowhere"):
+        sp.compress(model, inputs, target="channels=0.5", ignore=["nowhere"])
+
+
+@pytest.mark.parametrize(("target", "key", "share"), [("macs=0.5", "macs", 0.5), ("params=0.4", "params", 0.4), ("macs=0.7,params=0.45", "params", 0.45)])
+def test_budgets_are_met_and_used(target: str, key: str, share: float) -> None:
+    model, inputs = models.build("residual")
+    data = sp.compress(model, inputs, target=target).report.data
+    kept = data[key]["after"] / data[key]["before"]
+    assert 0.6 * share < kept <= share
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_reported_costs_are_those_of_torch(batch: int) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, _ = models.build("residual")
+    inputs = (torch.randn(batch, 3, 8, 8),)
+    result = sp.compress(model, inputs, target="channels=0.5")
+    for module, when in ((model, "before"), (result.model, "after")):
+        with FlopCounterMode(display=False) as counter:
+            module.eval()(*inputs)
+        assert counter.get_total_flops() == 2 * result.report.data["macs"][when]
+        assert size(module) == result.report.data["params"][when]
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "words"),
+    [
+        ("macs=0.0001", TargetError, "cannot be reached"),
+        ("channels=0.001", TargetError, "cannot be reached"),
+        ("latency=0.5", InputError, "not supported yet"),
+        ("speed=2", InputError, "unknown target"),
+        ("macs", InputError, "key=value"),
+        ("macs=0", InputError, "above 0"),
+        ("channels=3", InputError, "above 0"),
+        ("macs=5X", InputError, "unit"),
+    ],
+)
+def test_targets_that_cannot_be_used(target: str, error: type[Exception], words: str) -> None:
+    model, inputs = models.build("residual")
+    with pytest.raises(error, match=words):
+        sp.compress(model, inputs, target=target)
+
+
+def test_a_model_that_cannot_be_traced_is_told_by_its_line() -> None:
+    class Branches(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if x.sum() > 0 else x
+
+    with pytest.raises(TraceError, match=r"test_pipeline\.py:\d+.*torch\.where"):
+        sp.compress(Branches(), (torch.randn(2, 3),))
+
+
+def test_wrong_example_inputs_are_told() -> None:
+    model, _ = models.build("residual")
+    with pytest.raises(TraceError, match="example inputs"):
+        sp.compress(model, (torch.randn(2, 4, 8, 8),))
+
+
+def test_a_batch_that_the_model_fixes_is_static_and_said() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x).reshape(3, 8))
+
+    data = sp.compress(Fixed(), (torch.randn(3, 4),), target="channels=0.5").report.data
+    assert data["verification"]["dynamic_batch"] is False
+    assert any("static batch" in note for note in data["notes"])
+
+
+def test_output_directory_round_trip(tmp_path: Path) -> None:
+    from structprune.backends.directory import FILES, verify_directory
+
+    model, inputs = models.build("attention")
+    result = sp.compress(model, inputs, target="channels=0.5")
+    report = result.save(tmp_path / "out", latency=False)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(FILES)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"], "something was left beside the directory"
+    loaded = sp.load(tmp_path / "out")
+    assert torch.equal(loaded(*inputs), result.model(*inputs))
+    loaded.train()(*inputs).sum().backward()
+    assert report.data["verification"]["onnx_error"] < 1e-3
+    assert verify_directory(tmp_path / "out")["onnx_error"] < 1e-3
+
+
+def test_saved_weights_are_the_trained_ones(tmp_path: Path) -> None:
+    model, inputs = models.build("attention")
+    result = sp.compress(model, inputs, target="channels=0.5")
+    with torch.no_grad():
+        result.model.head.bias.add_(1.0)
+    result.save(tmp_path / "out", latency=False)
+    assert torch.equal(sp.load(tmp_path / "out")(*inputs), result.model(*inputs))
+
+
+@pytest.mark.parametrize("damage", ["weights", "onnx", "plan", "missing"])
+def test_verification_of_a_directory_can_fail(tmp_path: Path, damage: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from structprune.backends.directory import verify_directory
+
+    model, inputs = models.build("residual")
+    result = sp.compress(model, inputs, target="channels=0.5")
+    out = tmp_path / "out"
+    result.save(out, latency=False)
+    if damage == "weights":
+        tensors = load_file(out / "model.safetensors")
+        tensors["head.bias"][0] += 1
+        save_file(tensors, out / "model.safetensors")
+    elif damage == "onnx":
+        with torch.no_grad():
+            result.model.head.weight[0, 0] += 1
+        result.export_onnx(out / "model.onnx")
+    elif damage == "plan":
+        text = json.loads((out / "plan.json").read_text())
+        text["tensors"]["head.weight"]["keep"]["1"].pop()
+        (out / "plan.json").write_text(json.dumps(text))
+    else:
+        (out / "model.onnx").unlink()
+    with pytest.raises(sp.StructpruneError, match="head|model.onnx"):
+        verify_directory(out)
