@@ -36,7 +36,9 @@ ModelSpec = Annotated[
     ),
 ]
 Arch = Annotated[str | None, typer.Option("--arch", help="constructor for a state_dict or safetensors file")]
-Inputs = Annotated[list[str] | None, typer.Option("--input", help="shape of an example input, such as 1x3x224x224 or 2x16:int64; once for each input")]
+Inputs = Annotated[
+    list[str] | None, typer.Option("--input", help="shape of an example input, such as 1x3x224x224 or 2x16:int64; once for each input")
+]
 Trust = Annotated[bool, typer.Option("--trust-pickle", help="load a pickled module: this runs code of whoever wrote the file")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of the summary")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
@@ -49,7 +51,9 @@ _state = {"debug": False}
 @app.command()
 def compress(
     model: ModelSpec,
-    target: Annotated[str, typer.Option("--target", help="what must hold: channels=0.5, macs=0.5, macs=2G, params=5M; several joined by commas")] = "macs=0.5",
+    target: Annotated[
+        str, typer.Option("--target", help="what must hold: channels=0.5, macs=0.5, macs=2G, params=5M; several joined by commas")
+    ] = "macs=0.5",
     criterion: Annotated[str, typer.Option("--criterion", help="which channels matter: auto, l1, l2, bn_scale, random")] = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="output directory; by default structprune-NAME here")] = None,
     arch: Arch = None,
@@ -77,9 +81,7 @@ def compress(
         result = pipeline.compress(
             loaded.model, loaded.args, target, example_kwargs=loaded.kwargs, criterion=criterion, ignore=ignore or (), seed=seed, progress=say
         )
-        report = result.save(
-            directory, latency=latency, evaluate=loaded.evaluate, original=loaded.model, model_name=loaded.name, notes=loaded.notes
-        )
+        report = result.save(directory, latency=latency, evaluate=loaded.evaluate, original=loaded.model, model_name=loaded.name, notes=loaded.notes)
     print(json.dumps(report.to_dict(), indent=1) if as_json else f"{report}\n\nwritten to {directory}/")
 
 
@@ -116,7 +118,9 @@ def inspect(
         print(json.dumps(groups.to_dict(), indent=1))
         return
     console = Console()
-    table = Table("group", "channels", "stands in", title=f"{len(groups)} groups of coupled channels; {groups.params():,} parameters, {groups.macs():,} MACs")
+    table = Table(
+        "group", "channels", "stands in", title=f"{len(groups)} groups of coupled channels; {groups.params():,} parameters, {groups.macs():,} MACs"
+    )
     for group in groups:
         weights = [f"{m.tensor}[{m.dim}]" for m in group.members if len(groups.axes[m.tensor]) > 1]
         others = len(group.members) - len(weights)
@@ -130,7 +134,9 @@ def inspect(
 
 @app.command()
 def bench(
-    candidates: Annotated[list[str], typer.Argument(metavar="A [B ...]", help="ONNX files, .pt2 files or output directories; the first is the baseline")],
+    candidates: Annotated[
+        list[str], typer.Argument(metavar="A [B ...]", help="ONNX files, .pt2 files or output directories; the first is the baseline")
+    ],
     input: Inputs = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or tensorrt")] = "cpu",
     threads: Annotated[int | None, typer.Option("--threads", help="threads of the runtime")] = None,
@@ -146,7 +152,9 @@ def bench(
         from structprune.backends.candidates import example_inputs, named
 
         chosen = named(candidates)
-        compared = benchmark(chosen, example_inputs(chosen, input or (), seed), device=device, threads=threads, seconds=seconds, seed=seed, progress=say)
+        compared = benchmark(
+            chosen, example_inputs(chosen, input or (), seed), device=device, threads=threads, seconds=seconds, seed=seed, progress=say
+        )
     print(json.dumps(compared.to_dict(), indent=1) if as_json else str(compared))
 
 

@@ -89,7 +89,12 @@ def inspect(model: nn.Module, example_inputs: tuple[Any, ...] | Tensor, *, examp
 
 
 def explain(
-    model: nn.Module, example_inputs: tuple[Any, ...] | Tensor, layer: str, other: str | None = None, *, example_kwargs: Mapping[str, Any] | None = None
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Tensor,
+    layer: str,
+    other: str | None = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """In words and source lines: what couples two layers; or what one layer is coupled to, and why its other axes stay."""
     graph = trace(fold_parametrizations(model), example_inputs, example_kwargs)
@@ -125,8 +130,16 @@ class Result:
         """Write the small model, with its present weights, as ONNX; returns ONNX Runtime's largest relative difference from it."""
         return self._export(self._program(), Path(path))
 
-    def save(self, directory: str | Path, *, latency: bool = True, evaluate: Callable[[nn.Module], float] | None = None, original: nn.Module | None = None,
-             model_name: str = "", notes: Sequence[str] = ()) -> Report:  # fmt: skip
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        latency: bool = True,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        original: nn.Module | None = None,
+        model_name: str = "",
+        notes: Sequence[str] = (),
+    ) -> Report:
         """Write the output directory (all files or none) and return the full report.
 
         latency: measure both ONNX files. evaluate: a score of a model, for the report, taken of `original` and of the small one.

@@ -158,7 +158,7 @@ def test_masked_module_can_be_timed():
     assert benchmark({"masked": masked}, (X,), rounds=5).latencies[0].samples == 5
 
 
-@pytest.mark.parametrize("dtype, element", [(torch.float32, TensorProto.FLOAT), (torch.float64, TensorProto.DOUBLE)])
+@pytest.mark.parametrize(("dtype", "element"), [(torch.float32, TensorProto.FLOAT), (torch.float64, TensorProto.DOUBLE)])
 def test_onnx_runtime_reads_the_values_it_was_given(tmp_path, monkeypatch, dtype, element):
     path = write_onnx(tmp_path / "model.onnx", element=element, names=("x", "z"))
     transposed, other = torch.arange(6, dtype=dtype).reshape(3, 2).T, torch.full((2, 3), 10, dtype=dtype)
@@ -189,7 +189,7 @@ def test_idle_onnx_threads_do_not_take_cores_from_the_next_candidate(tmp_path):
     assert np.median(idle) < 0.01
 
 
-@pytest.mark.parametrize("threads, mixed, rest", [(2, True, 0.01), (1, True, 0.0), (2, False, 0.0)])
+@pytest.mark.parametrize(("threads", "mixed", "rest"), [(2, True, 0.01), (1, True, 0.0), (2, False, 0.0)])
 def test_openmp_threads_get_time_to_fall_asleep_before_another_runtime(tmp_path, monkeypatch, threads, mixed, rest):
     rests = []
     monkeypatch.setattr(module_under_test, "_time_rounds", lambda *arguments: rests.append(arguments[4]) or np.ones((5, 2)))
@@ -202,7 +202,7 @@ def test_openmp_threads_get_time_to_fall_asleep_before_another_runtime(tmp_path,
 
 
 @pytest.mark.parametrize(
-    "inputs, message",
+    ("inputs", "message"),
     [
         ((), r"a: model.onnx takes 2 input\(s\) \('x', 'mask'\), 0 given; none is left for 'x'"),
         ((X,), r"2 input\(s\) .* 1 given; none is left for 'mask'"),
@@ -227,7 +227,7 @@ def test_undeclared_rank_is_accepted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
+    ("name", "content", "message"),
     [
         ("missing.onnx", None, "a: no such file: .*missing.onnx"),
         ("broken.onnx", b"not a model", "a: .*broken.onnx: ONNX Runtime cannot load it: "),
@@ -290,7 +290,7 @@ def test_on_a_gpu(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "low, high, verdict",
+    ("low", "high", "verdict"),
     [
         (0.50, 0.60, "pruned: 1.82x faster (1.67-2.00)"),
         (0.96, 0.98, "pruned: 1.03x faster (1.02-1.04)"),
@@ -306,7 +306,9 @@ def test_verdict_in_words(low, high, verdict):
 
 
 def test_prints_as_an_aligned_table_with_verdicts():
-    assert str(comparison(0.5, 0.6)) == """\
+    assert (
+        str(comparison(0.5, 0.6))
+        == """\
 candidate  runtime    median ms  95 % interval  time ratio  95 % interval  rounds
 dense      torch-cpu      1.000    0.900-1.100       1.000    1.000-1.000      20
 pruned     torch-cpu      1.000    0.900-1.100       0.550    0.500-0.600      20
@@ -314,6 +316,7 @@ dense: the baseline
 pruned: 1.82x faster (1.67-2.00)
 on cpu (a processor), 2 threads
 note: a remark"""
+    )
 
 
 def test_report_is_plain_json():

@@ -163,7 +163,9 @@ def test_ignored_layers_keep_their_channels() -> None:
         sp.compress(model, inputs, target="channels=0.5", ignore=["nowhere"])
 
 
-@pytest.mark.parametrize(("target", "key", "share"), [("macs=0.5", "macs", 0.5), ("params=0.4", "params", 0.4), ("macs=0.7,params=0.45", "params", 0.45)])
+@pytest.mark.parametrize(
+    ("target", "key", "share"), [("macs=0.5", "macs", 0.5), ("params=0.4", "params", 0.4), ("macs=0.7,params=0.45", "params", 0.45)]
+)
 def test_budgets_are_met_and_used(target: str, key: str, share: float) -> None:
     model, inputs = models.build("residual")
     data = sp.compress(model, inputs, target=target).report.data

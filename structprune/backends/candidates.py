@@ -39,7 +39,9 @@ def example_inputs(candidates: Mapping[str, Path], shapes: Sequence[str], seed: 
         return input_tensors(shapes, generator)[0]
     for path in candidates.values():
         if path.suffix == ".onnx":
-            return tuple(_tensor([s if isinstance(s, int) else 1 for s in i.shape], _TYPES.get(i.type, torch.float32), generator) for i in _inputs(path))
+            return tuple(
+                _tensor([s if isinstance(s, int) else 1 for s in i.shape], _TYPES.get(i.type, torch.float32), generator) for i in _inputs(path)
+            )
     program = load_program(next(iter(candidates.values())))
     if program.example_inputs is None:
         raise InputError("the .pt2 file holds no example inputs; give their shapes with --input")

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 _GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, dynamic: bool = True) -> Graph:
+def trace(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[str, Any] | None = None, *, dynamic: bool = True) -> Graph:
     """Trace `model` in evaluation mode on example inputs. The model is left as it was.
 
     The first axis of every tensor input is dynamic where the model allows it. Parametrizations (weight norm, spectral
@@ -124,7 +124,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, dynamic: bool) -> ExportedProgram:
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: bool) -> ExportedProgram:
     shapes: Any = None
     if dynamic:
         collection = ShapesCollection()
@@ -132,7 +132,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
             if isinstance(leaf, Tensor) and leaf.dim():
                 collection[leaf] = {0: Dim.AUTO}
         shapes = collection.dynamic_shapes(model, args, kwargs)
-    return torch.export.export(model, args, kwargs or None, dynamic_shapes=shapes, strict=False)
+    return torch.export.export(model, args, dict(kwargs) or None, dynamic_shapes=shapes, strict=False)
 
 
 def _two_samples(tensor: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def attribute(root: torch.nn.Module, name: str) -> Any:
 
 def size_of(value: Any) -> int:
     """A size as a number: a symbolic one by its value on the example inputs."""
-    return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)
+    return int(value.node.hint or 0) if isinstance(value, torch.SymInt) else int(value)
 
 
 def is_dynamic(value: Any) -> bool:

@@ -98,8 +98,8 @@ def _compare(candidate: nn.Module, graph: Graph, small: TracedModule) -> float:
             got = floats(copy.deepcopy(candidate).double()(*wide_args, **wide_kwargs))
             wanted = floats(Exact(small).run(*map(in_double, inputs), enable_io_processing=False))
             tolerance = _TOLERANCE
-        except RuntimeError as error:
-            if "dtype" not in str(error) and "type" not in str(error):
+        except RuntimeError as raised:
+            if "dtype" not in str(raised) and "type" not in str(raised):
                 raise
             got = floats(candidate(*graph.args, **graph.kwargs))
             wanted = floats(fx.Interpreter(small).run(*inputs, enable_io_processing=False))

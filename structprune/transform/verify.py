@@ -40,8 +40,8 @@ def verify(graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inputs
         wanted = floats(Masked(graph, types, keep).run(*wide, enable_io_processing=False))
         try:
             got = floats(Exact(small).run(*wide, enable_io_processing=False))
-        except (RuntimeError, IndexError, ValueError) as error:
-            raise VerificationError(f"the small model does not run: {str(error).splitlines()[0]}") from error
+        except (RuntimeError, IndexError, ValueError) as raised:
+            raise VerificationError(f"the small model does not run: {str(raised).splitlines()[0]}") from raised
 
     def dense() -> list[Tensor]:
         with torch.no_grad():
