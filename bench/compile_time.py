@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -21,19 +22,26 @@ from pathlib import Path
 from typing import Any
 
 MODELS = ("resnet18", "resnet50", "resnet152", "densenet201", "swin_t", "vit_b_16")
+LIMIT = 300  # seconds for one model with one tool
+MEMORY = 16 << 30
 STAGES = ("infer", "plan", "surgery", "verify", "rebuild")
 
 
-def measured(name: str) -> dict[str, Any]:
-    """Seconds of every stage for one torchvision model, batch of 2 at 224 × 224."""
+def _case(name: str) -> tuple[Any, tuple[Any, ...]]:
+    """A torchvision model with random weights, and a batch of 2 at 224 × 224."""
     import torch
     from torchvision import models
 
-    import structprune
-
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
-    model, inputs = models.get_model(name, weights=None).eval(), (torch.randn(2, 3, 224, 224),)
+    return models.get_model(name, weights=None).eval(), (torch.randn(2, 3, 224, 224),)
+
+
+def ours(name: str) -> dict[str, Any]:
+    """Seconds of every stage of structprune."""
+    import structprune
+
+    model, inputs = _case(name)
     started = time.perf_counter()
     result = structprune.compress(model, inputs, target="channels=0.5")
     total = time.perf_counter() - started
@@ -44,15 +52,16 @@ def measured(name: str) -> dict[str, Any]:
         "export": seconds["trace"],
         **{stage: seconds[stage] for stage in STAGES},
         "ours": total - seconds["trace"],
-        "torch_pruning": _torch_pruning(model, inputs),
     }
 
 
-def _torch_pruning(model: Any, inputs: tuple[Any, ...]) -> float | str:
+def torch_pruning(name: str) -> dict[str, Any]:
     """Seconds of torch-pruning's own pruner for the same share of channels, or why it gave up."""
     import torch
     import torch_pruning as tp
 
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))  # it has no bound of its own
+    model, inputs = _case(name)
     heads = {m: m.num_heads for m in model.modules() if isinstance(m, torch.nn.MultiheadAttention)}
     heads |= {m.qkv: m.num_heads for m in model.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")}
     last = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1]
@@ -65,8 +74,8 @@ def _torch_pruning(model: Any, inputs: tuple[Any, ...]) -> float | str:
         with torch.no_grad():
             model(*inputs)
     except Exception as error:  # whatever it raises is its answer
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
-    return time.perf_counter() - started
+        return {"torch_pruning": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:60]}"}
+    return {"torch_pruning": time.perf_counter() - started}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -82,20 +91,30 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _in_process(tool: str, name: str) -> dict[str, Any]:
+    try:
+        done = subprocess.run([sys.executable, __file__, "--one", tool, name], capture_output=True, text=True, check=False, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        done = None
+    if done is not None and done.returncode == 0:
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    if tool == "ours":
+        sys.exit(f"{name}: {'no answer' if done is None else done.stderr}")
+    return {tool: f"no answer in {LIMIT} s" if done is None else f"died ({done.returncode})"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("TOOL", "MODEL"), help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measured(arguments.one)))
+        tool, name = arguments.one
+        print(json.dumps({"ours": ours, "torch_pruning": torch_pruning}[tool](name)))
         return
     rows = []
     for name in MODELS:
-        done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{name}: {(done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]}")
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        rows.append(_in_process("ours", name) | _in_process("torch_pruning", name))
         print(f"{name}: {rows[-1]['ours']:.2f} s", file=sys.stderr)
     print(table(rows))
     print(f"\nseconds, on {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}")

@@ -296,6 +296,19 @@ def in_place(draw: st.DrawFn, state: State) -> Step:
     return Step(lambda m, x: F.relu(x * 1.5, inplace=True).add_(0.5).mul_(x))
 
 
+@step(IMAGE, SEQUENCE, VECTOR, when=lambda state: state.channels > 2)
+def assigned_slice(draw: st.DrawFn, state: State) -> Step:
+    start = draw(st.integers(0, state.channels - 2))
+    where = ((slice(None),) * state.axis, slice(start, draw(st.integers(start + 1, state.channels))))
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = x.clone()
+        y[(*where[0], where[1])] = torch.tanh(x[(*where[0], where[1])])
+        return y
+
+    return Step(run, note=f"[{where[1].start}:{where[1].stop}]")
+
+
 # ---------------------------------------------------------------------------------------------- skip connections and branches
 
 
@@ -303,6 +316,12 @@ def in_place(draw: st.DrawFn, state: State) -> Step:
 @step(IMAGE, SEQUENCE, VECTOR, when=State.like_x)
 def add_earlier(draw: st.DrawFn, state: State) -> Step:
     return Step(lambda m, x, other: x + other, reads=[one_of(draw, *state.like_x())])
+
+
+@step(IMAGE, SEQUENCE, VECTOR, when=many(2))
+def interleaved_gate(draw: st.DrawFn, state: State) -> Step:
+    rest = (slice(None),) * state.axis
+    return Step(lambda m, x: x[(*rest, slice(0, None, 2))] * torch.sigmoid(x[(*rest, slice(1, None, 2))]))
 
 
 @step(IMAGE, SEQUENCE, VECTOR, when=State.like_x)
@@ -556,6 +575,12 @@ def recurrent(draw: st.DrawFn, state: State) -> Step:
     kind = one_of(draw, nn.LSTM, nn.GRU)
     layer = kind(state.channels, draw(st.integers(2, 6)), num_layers=one_of(draw, 1, 2), bidirectional=draw(st.booleans()), batch_first=True)
     return Step(lambda m, x: m.layer(x)[0], layer=layer)
+
+
+@step(SEQUENCE)
+def final_states(draw: st.DrawFn, state: State) -> Step:
+    layer = nn.GRU(state.channels, draw(st.integers(2, 6)), num_layers=one_of(draw, 1, 2), bidirectional=draw(st.booleans()), batch_first=True)
+    return Step(lambda m, x: m.layer(x)[1].transpose(0, 1).flatten(1), layer=layer)
 
 
 @step(SEQUENCE)

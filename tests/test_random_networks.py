@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, note, settings
+from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st
 from networks import Network, RmsNorm, networks
 from torch import Tensor, nn
@@ -44,7 +44,8 @@ def choices(draw: st.DrawFn, groups: Groups) -> Keep:
     return keep
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@pytest.mark.filterwarnings("ignore:The tensor attributes")  # torch.export, of the list of weights that a recurrent layer keeps
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
 @given(networks(), st.data())
 def test_small_models_answer_as_both_oracles(network: Network, data: st.DataObject):
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -59,8 +60,6 @@ def test_small_models_answer_as_both_oracles(network: Network, data: st.DataObje
 
     small = operate(graph, types, keep, plan.tensors).module
     verify(graph, types, keep, small)
-    if graph.dynamic_batch:
-        verify(graph, types, keep, small, [torch.cat([network.example, network.example[:1]])])
 
     stored = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
     assert (stored.tensors, stored.groups) == (plan.tensors, plan.groups)
@@ -68,7 +67,8 @@ def test_small_models_answer_as_both_oracles(network: Network, data: st.DataObje
     assert sum(p.numel() for p in small.parameters()) == groups.params({atom: len(kept) for atom, kept in keep.items()})
     assert_shapes_follow(plan, network, small)
     if not network.inexact:
-        assert_equals_masked(network, plan.tensors, small)
+        for batch in [network.example] + [network.example[[0, 1, 0]]] * graph.dynamic_batch:
+            assert_equals_masked(network, plan.tensors, small, batch)
         if not any(isinstance(module, RmsNorm) for module in network.modules()):
             assert all(group.exact for group in groups)
     for name, tensor in network.state_dict().items():
@@ -126,8 +126,8 @@ def masked(network: Network, tensors: Mapping[str, Cut]) -> nn.Module:
 
 
 @torch.no_grad()
-def assert_equals_masked(network: Network, tensors: Mapping[str, Cut], small: nn.Module) -> None:
-    x = network.example.double() if network.example.is_floating_point() else network.example
+def assert_equals_masked(network: Network, tensors: Mapping[str, Cut], small: nn.Module, x: Tensor) -> None:
+    x = x.double() if x.is_floating_point() else x
     wanted, got = masked(network, tensors)(x), copy.deepcopy(small).double()(x)
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item() + 1e-12)
 

@@ -5,6 +5,7 @@ Some changes cannot be seen because they change nothing (another order of the ke
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -139,7 +140,9 @@ def made(build: Callable[[], tuple[nn.Module, Tensor]]) -> Case:
     for name, tensor in model.state_dict().items():
         if tensor.dim() == 1:
             tensor.uniform_(0.5, 1.5) if name.endswith("running_var") else tensor.add_(0.3 * torch.randn_like(tensor))
-    graph = trace(model, (inputs,))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The tensor attributes")  # torch.export, of the list of weights that a recurrent layer keeps
+        graph = trace(model, (inputs,))
     groups = find_groups(graph)
     random = np.random.default_rng(0)
     keep = {g.atom: np.sort(random.choice(g.size, max(2, g.size // 2), replace=False)) for g in groups if g.size > 2}

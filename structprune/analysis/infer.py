@@ -65,6 +65,8 @@ def infer(graph: Graph) -> Types:
             tensor = graph.tensor(node)
             if isinstance(tensor, Tensor):  # a tensor under two names, or a module called twice, is one variable
                 types[node] = by_tensor.setdefault(id(tensor), tuple(solver.fresh(n) for n in tensor.shape))
+            else:  # the body of a region that is not looked into
+                types[node] = None
         elif node.op == "output":
             for answer in node.all_input_nodes:
                 solver.site = source_of(answer)

@@ -20,6 +20,7 @@ from structprune.ir.graph import Graph, attribute, has_effect, is_dynamic
 
 _log = logging.getLogger(__name__)
 _GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
+_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
 def trace(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[str, Any] | None = None, *, dynamic: bool = True) -> Graph:
@@ -64,7 +65,7 @@ def from_exported(
 ) -> Graph:
     """Graph of a program that torch.export made (here, or loaded from a .pt2 file)."""
     module = _unlifted(exported)
-    _inline_grad_modes(module)
+    _inline_regions(module)
     _drop_checks(module)
     names: dict[int, list[str]] = {}
     holder = model if model is not None else module
@@ -149,21 +150,30 @@ def _unlifted(exported: ExportedProgram) -> fx.GraphModule:
     return module
 
 
-def _inline_grad_modes(module: fx.GraphModule) -> None:
-    """Replace regions under torch.no_grad by their operators; a detach keeps gradients out as the region did."""
+def _inline_regions(module: fx.GraphModule) -> None:
+    """Replace regions under torch.no_grad, or with autocast switched off, by their operators.
+
+    A detach keeps gradients out of a region as no_grad did. Regions with autocast on stay as they are, unknown operators.
+    """
     graph = module.graph
-    for node in [n for n in graph.nodes if n.target is _GRAD_MODE]:
-        enabled, region, *inputs = node.args
+    for node in [n for n in graph.nodes if n.target in (_GRAD_MODE, _AUTOCAST)]:
+        if node.target is _GRAD_MODE:
+            enabled, region, *inputs = node.args
+            detached = not enabled
+        else:
+            _device, _dtype, enabled, _cache, region, *inputs = node.args
+            detached = False
+            if enabled:
+                continue
         body = attribute(module, str(region.target)).graph
         mapping = dict(zip([n for n in body.nodes if n.op == "placeholder"], inputs, strict=True))
         with graph.inserting_before(node):
             outputs = graph.graph_copy(body, mapping)
             flat = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
-            if not enabled:
-                for i, value in enumerate(flat):
-                    if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor):
-                        flat[i] = graph.call_function(torch.ops.aten.detach.default, (value,))
-                        flat[i].meta = dict(value.meta)
+            for i, value in enumerate(flat):
+                if detached and isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor):
+                    flat[i] = graph.call_function(torch.ops.aten.detach.default, (value,))
+                    flat[i].meta = dict(value.meta)
         for user in list(node.users):
             user.replace_all_uses_with(flat[user.args[1]])
             graph.erase_node(user)

@@ -108,6 +108,10 @@ def slice_bounds(new: Resize, node: fx.Node) -> None:
         new.set(node, "start", int(np.searchsorted(kept, axis_index(start, size))))
         return
     start, end, _ = slice(start, new.argument(node, "end"), 1).indices(size)
+    if new.argument(node, "step") != 1:  # whole blocks of `step` stay: the place within a block is what it was
+        if end < size:
+            new.set(node, "end", len(kept) - (size - end))
+        return
     if start > 0:
         new.set(node, "start", int(np.searchsorted(kept, start)))
     if end < size:

@@ -25,6 +25,9 @@ def _recurrent(
     projected = each == 2 + 2 * biases + 1
     out = states[0][-1]
     hidden = states[-1][-1] if projected else eq.equate(states[-1][-1], out)
+    eq.freeze("layers and directions of a recurrent network", *(state[0] for state in states))
+    if projected:  # torch tells a projection by hidden and projected sizes being different: the smaller one may shrink
+        eq.freeze("hidden units that are projected", hidden)
     feature = x[-1]
     groups = iter(weights[i : i + each] for i in range(0, len(weights), each))
     for _ in range(layers):

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from structprune.analysis.infer import Types
 from structprune.ir.axes import Axis, Keep, kept_entries
 from structprune.ir.graph import Graph, has_effect, operator_name
-from structprune.ops import RULES, elementwise, layout, normalization
+from structprune.ops import RULES, elementwise, joining, layout, normalization
 
 
 def in_double(value: Any) -> Any:
@@ -157,5 +157,5 @@ _ENTRY_BY_ENTRY = frozenset(
     name
     for name, function in RULES.items()
     if function in (elementwise.unary, elementwise.broadcasting, elementwise.assignment, elementwise.prelu, normalization.batch_norm)
-    or function.__module__ == layout.__name__
+    or function.__module__ in (layout.__name__, joining.__name__)
 ) - {"instance_norm"}
