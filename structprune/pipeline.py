@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from structprune import decide
 from structprune.analysis.explain import why
@@ -176,10 +177,10 @@ class Result:
     def _export(self, program: torch.export.ExportedProgram, path: Path) -> float:
         graph = self.graph
         onnx.export(program, path, graph.input_names, graph.output_names, {"structprune.target": self.plan.target})
-        error = onnx.check(path, self.small, graph.args, graph.kwargs, graph.flat_inputs())
+        error = onnx.check(path, self.small, *graph.example())
         if graph.dynamic_batch:
-            args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t[:1] if t.dim() else t, (graph.args, dict(graph.kwargs)))
-            error = max(error, onnx.check(path, self.small, args, kwargs, graph.flat_inputs(args, kwargs)))
+            args, kwargs = pytree.tree_map_only(Tensor, lambda t: t[:1] if t.dim() else t, graph.example())
+            error = max(error, onnx.check(path, self.small, args, kwargs))
         return error
 
 

@@ -313,7 +313,7 @@ def other_numbers(value: Any) -> Iterator[Any]:
     elif isinstance(value, int):
         yield from (value + 1, value - 1)
     elif isinstance(value, float):
-        yield 1.5 * value + 1e-3
+        yield 1.5 * value + 1e-2
     elif isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value):
         for i, number in enumerate(value):
             for other in other_numbers(number):
@@ -403,6 +403,22 @@ def test_wrong_weights_are_caught_in_answers_of_every_kind(answer: str):
     for parameter in (small.b.weight, small.b.bias):
         parameter.data.neg_()
     assert caught(known, small)
+
+
+def test_units_that_only_a_few_samples_excite_are_checked():
+    """A rectified unit is silent for half of all samples: what reads it must be compared on many."""
+
+    def build() -> tuple[nn.Module, Tensor]:
+        return Of(lambda m, x: m.b(F.relu(m.a(x))), a=nn.Linear(7, 12), b=nn.Linear(12, 3)), torch.randn(64, 7)
+
+    known = made(build)
+    for tensor, cut in known.plan.tensors.items():
+        for dim, kept in cut.keep.items():
+            removed = next(i for i in range(cut.shape[dim]) if i not in kept)
+            for place, index in enumerate(kept):
+                wrong = [*kept[:place], removed, *kept[place + 1 :]]
+                small = known.small({**known.plan.tensors, tensor: with_kept(cut, dim, wrong)})
+                assert caught(known, small), f"{tensor}, entry {index} of axis {dim}"
 
 
 # --------------------------------------------------------------------------------------------------------- wrong plans

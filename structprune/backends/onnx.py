@@ -16,6 +16,7 @@ import onnxruntime
 import onnxslim
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from structprune.errors import StructpruneError, VerificationError
 
@@ -51,17 +52,14 @@ def export(
     onnx.save(model, str(path))
 
 
-def check(
-    path: Path, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], flat: Sequence[Any], wanted: Sequence[Tensor] | None = None
-) -> float:
+def check(path: Path, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
     """Largest difference between ONNX Runtime and torch, as a share of the largest answer.
 
     Raises VerificationError where it is more than float32 arithmetic in another order explains.
     """
-    answers = run(path, flat)
-    if wanted is None:
-        with torch.no_grad():
-            wanted = [v for v in torch.utils._pytree.tree_leaves(module(*args, **kwargs)) if isinstance(v, Tensor)]
+    answers = run(path, pytree.tree_leaves((args, dict(kwargs))))
+    with torch.no_grad():
+        wanted = [v for v in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(v, Tensor)]
     worst = 0.0
     if len(answers) != len(wanted):
         raise VerificationError(f"{path.name} gives {len(answers)} tensors, the model {len(wanted)}")

@@ -42,10 +42,13 @@ class Graph:
         """The parameter, buffer or constant behind a `get_attr` node."""
         return attribute(self.module, str(node.target))
 
-    def flat_inputs(self, args: tuple[Any, ...] | None = None, kwargs: Mapping[str, Any] | None = None) -> list[Any]:
-        """The leaves of a call's arguments (by default the example's), in the order of the placeholders."""
-        values = (self.args, dict(self.kwargs)) if args is None else (args, dict(kwargs or {}))
-        return pytree.tree_leaves(values)
+    def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example's arguments, positional and by keyword: copies, for a model may write to its inputs."""
+        return pytree.tree_map_only(Tensor, torch.clone, (self.args, dict(self.kwargs)))  # type: ignore[no-any-return]
+
+    def flat_inputs(self) -> list[Any]:
+        """The leaves of the example's arguments, in the order of the placeholders."""
+        return pytree.tree_leaves(self.example())
 
 
 def attribute(root: torch.nn.Module, name: str) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from structprune.errors import VerificationError
 from structprune.ir.graph import Graph, owners_of, source_code_of
@@ -95,15 +96,15 @@ def _compare(candidate: nn.Module, graph: Graph, small: TracedModule) -> float:
 
     Both hold the same tensors and call the same kernels, mostly in the same order. Where rounding may explain what is left, float64 decides.
     """
-    inputs = graph.flat_inputs()
     with torch.no_grad():
-        got = floats(candidate(*graph.args, **graph.kwargs))
-        wanted = floats(fx.Interpreter(small).run(*inputs, enable_io_processing=False))
+        args, kwargs = graph.example()
+        got = floats(candidate(*args, **kwargs))
+        wanted = floats(fx.Interpreter(small).run(*graph.flat_inputs(), enable_io_processing=False))
         error = _apart(got, wanted, graph)
         if _TOLERANCE < error < _TOLERANCE_SINGLE:
-            wide_args, wide_kwargs = fx.node.map_aggregate((graph.args, dict(graph.kwargs)), in_double)  # type: ignore[arg-type, misc]
-            got = floats(copy.deepcopy(candidate).double()(*wide_args, **wide_kwargs))
-            error = _apart(got, floats(Exact(small).run(*map(in_double, inputs), enable_io_processing=False)), graph)
+            args, kwargs = pytree.tree_map(in_double, graph.example())
+            got = floats(copy.deepcopy(candidate).double()(*args, **kwargs))
+            error = _apart(got, floats(Exact(small).run(*map(in_double, graph.flat_inputs()), enable_io_processing=False)), graph)
     if not error <= _TOLERANCE:
         raise VerificationError(f"it differs by {error:.2g}")
     return error
@@ -117,7 +118,8 @@ def _apart(got: list[Tensor], wanted: list[Tensor], graph: Graph) -> float:
 def _runs_in_training(candidate: nn.Module, graph: Graph) -> None:
     """Layers that evaluation never reaches (auxiliary heads) may not fit the small ones: then training would fail."""
     with torch.no_grad():
-        copy.deepcopy(candidate).train()(*graph.args, **graph.kwargs)
+        args, kwargs = graph.example()
+        copy.deepcopy(candidate).train()(*args, **kwargs)
 
 
 def _has_unseen_parameters(model: nn.Module, tensors: Mapping[int, Tensor]) -> bool:

@@ -31,30 +31,10 @@ class Surgery:
 
 def operate(graph: Graph, types: Types, keep: Keep, cuts: Mapping[str, Cut]) -> Surgery:
     """Build the small model. Tensors with a name follow `cuts`, constants of the graph their types; nothing of `graph` changes."""
-    fresh = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    output = fresh.graph_copy(graph.module.graph, copies, return_output_node=True)
-    assert output is not None
-    fresh.output(output[0])
-    fresh._codegen = copy.deepcopy(graph.module.graph._codegen)
-    originals = {new: old for old, new in copies.items()}
-
+    fresh, originals = _copied(graph)
     tensors = {str(n.target): graph.tensor(n) for n in graph.nodes if n.op == "get_attr"}
-    sliced: dict[int, Tensor] = {}
-    held: dict[str, Any] = {}
-    for node in graph.nodes:
-        if node.op != "get_attr":
-            continue
-        name = str(node.target)
-        tensor = tensors[name]
-        if not isinstance(tensor, Tensor):
-            held[name] = tensor
-            continue
-        if id(tensor) not in sliced:
-            alias = graph.aliases.get(name)
-            cut = cuts.get(alias[0]) if alias else _cut_of(types.shape(node), keep)
-            sliced[id(tensor)] = _sliced(tensor, cut)
-        held[name] = sliced[id(tensor)]
+    sliced = _small_tensors(graph, types, keep, cuts)
+    held: dict[str, Any] = {name: sliced.get(id(value), value) for name, value in tensors.items()}
 
     def kept(value: Any) -> Any:
         return _Kept(types.shape(originals[value]), keep)
@@ -71,11 +51,33 @@ def operate(graph: Graph, types: Types, keep: Keep, cuts: Mapping[str, Cut]) -> 
     resize = Resize(kept, constant, add_constant)
     for node in list(fresh.nodes):
         resizer = RESIZERS.get(operator_name(node)) if node.op == "call_function" else None
-        if resizer is not None and any(_shrinks(types.nodes.get(originals[n]), types, keep) for n in (node, *node.all_input_nodes) if n in originals):
+        if resizer is not None and any(_shrinks(types, originals[n], keep) for n in (node, *node.all_input_nodes) if n in originals):
             resizer(resize, node)
     fresh.eliminate_dead_code(has_effect)
     fresh.lint()
     return Surgery(traced_module(held, fresh), sliced, {originals[n]: changes for n, changes in resize.literals.items()})
+
+
+def _copied(graph: Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of the traced graph, with its calling convention, and the original of each of its nodes."""
+    fresh = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = fresh.graph_copy(graph.module.graph, copies, return_output_node=True)
+    assert output is not None
+    fresh.output(output[0])
+    fresh._codegen = copy.deepcopy(graph.module.graph._codegen)
+    return fresh, {new: old for old, new in copies.items()}
+
+
+def _small_tensors(graph: Graph, types: Types, keep: Keep, cuts: Mapping[str, Cut]) -> dict[int, Tensor]:
+    """The sliced tensors, by the identity of the original ones: a tensor under two names stays one."""
+    sliced: dict[int, Tensor] = {}
+    for node in graph.nodes:
+        tensor = graph.tensor(node) if node.op == "get_attr" else None
+        if isinstance(tensor, Tensor) and id(tensor) not in sliced:
+            names = graph.aliases.get(str(node.target))
+            sliced[id(tensor)] = _sliced(tensor, cuts.get(names[0]) if names else _cut_of(types.shape(node), keep))
+    return sliced
 
 
 def traced_module(held: Mapping[str, Any], graph: fx.Graph) -> TracedModule:
@@ -133,7 +135,7 @@ def _touched(axis: Axis, keep: Keep) -> bool:
     return any(_touched(part, keep) for part in (axis.factors if isinstance(axis, Product) else axis.terms))
 
 
-def _shrinks(found: Any, types: Types, keep: Keep) -> bool:
-    if isinstance(found, list):
-        return any(_shrinks(part, types, keep) for part in found)
-    return isinstance(found, tuple) and any(_touched(types.solver.resolve(axis), keep) for axis in found)
+def _shrinks(types: Types, node: fx.Node, keep: Keep) -> bool:
+    found = types.shape(node) if node in types.nodes else None
+    shapes = found if isinstance(found, list) else [found]
+    return any(_touched(axis, keep) for shape in shapes if isinstance(shape, tuple) for axis in shape)
