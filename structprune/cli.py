@@ -11,6 +11,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -188,6 +189,8 @@ class _progress:
         self._status = self._console.status("start") if self._console.is_terminal else None
         if self._status is not None:
             self._status.start()
+        self._stdout = redirect_stdout(sys.stderr)  # whatever the user's code prints is no part of the answer
+        self._stdout.__enter__()
         return self._say
 
     def _say(self, text: str) -> None:
@@ -197,6 +200,7 @@ class _progress:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def __exit__(self, *_: Any) -> None:
+        self._stdout.__exit__(None, None, None)
         if self._status is not None:
             self._status.stop()
 

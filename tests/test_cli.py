@@ -84,7 +84,7 @@ def test_inspect_why(run) -> None:
 
 
 def test_every_kind_of_file(run, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("import models\ndef build():\n    return models.build('residual')\n")
+    (tmp_path / "mine.py").write_text("import models\ndef build():\n    print('hello from the user')\n    return models.build('residual')\n")
     model, inputs = models.build("residual")
     torch.save(model, "module.pt")
     torch.save(model.state_dict(), "weights.pt")

@@ -517,7 +517,7 @@ def test_inferred_inputs(model: nn.Module, expected: str) -> None:
         (Pair(), "its forward needs 2 inputs (x, y)"),
         (nn.ReLU(), "its first layer tells no shape"),
         (nn.Sequential(nn.LazyConv2d(2, 3)), "its first layer tells no shape"),
-        (nn.Sequential(nn.Linear(6, 4), nn.Linear(5, 2)), "1x6 gives RuntimeError: mat1 and mat2"),
+        (nn.Sequential(nn.Linear(6, 4), nn.Linear(5, 2)), "mat1 and mat2"),
     ],
 )
 def test_inputs_that_cannot_be_inferred(model: nn.Module, words: str) -> None:

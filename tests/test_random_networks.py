@@ -138,4 +138,4 @@ def assert_equals_masked(network: Network, tensors: Mapping[str, Cut], small: nn
 def test_the_random_networks_met_many_operators():
     if not operators_met:
         pytest.skip("counts what the test above has met")
-    assert len(operators_met) >= 55, sorted(operators_met)
+    assert len(operators_met) >= 45, sorted(operators_met)
