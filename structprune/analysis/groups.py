@@ -10,6 +10,7 @@ from typing import Any
 from torch.nn import Parameter
 
 from structprune.analysis.infer import Types, infer
+from structprune.analysis.silence import summed_where_loud
 from structprune.errors import InputError
 from structprune.ir.axes import Atom, Reason, Shape, kept_size
 from structprune.ir.graph import Graph, owners_of
@@ -85,7 +86,7 @@ def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> Groups:
         for dim, axis in enumerate(shape):
             for atom in dict.fromkeys(types.solver.atoms(axis)):
                 members.setdefault(atom, []).append(Member(name, dim))
-    inexact = _inexact(types)
+    inexact = _inexact(types) | summed_where_loud(graph, types)
     names = _Names()
     groups, frozen = [], []
     for atom, where in members.items():

@@ -18,6 +18,7 @@ _WINDOW = "a convolution window slides along this axis"
 def linear(eq: Equations, x: Shape, weight: Shape, bias: Shape | None = None) -> Shape:
     out, inner = weight if len(weight) == 2 else (None, weight[0])
     eq.equate(x[-1], inner)
+    eq.sums(inner)
     if out is None:
         eq.macs(*x)
         return x[:-1]
@@ -69,6 +70,7 @@ def conv(
     *batch, channels = x[:-rank]
     out, inner, *window = weight
     group = _grouped(eq, channels, groups, inner)
+    eq.sums(inner)
     filters = eq.fresh(out.size // groups)
     eq.equate(out, product((group, filters)))
     if bias is not None:
@@ -92,6 +94,7 @@ def conv_transpose(
     eq.equate(channels, own)
     inner = eq.fresh(own.size // groups)
     group = _grouped(eq, own, groups, inner)
+    eq.sums(inner)
     out = product((group, filters))
     if bias is not None:
         eq.equate(out, bias[0])
@@ -136,6 +139,7 @@ def conv_groups(new: Resize, node: fx.Node) -> None:
 def matmul(eq: Equations, a: Shape, b: Shape) -> Shape:
     inner = b[-2] if len(b) > 1 else b[0]
     eq.equate(a[-1], inner)
+    eq.sums(inner)
     batch = eq.broadcast(a[:-2], b[:-2])
     rows, columns = a[-2:-1], b[-1:] if len(b) > 1 else ()
     eq.macs(*batch, *rows, inner, *columns)
@@ -180,6 +184,7 @@ def einsum(eq: Equations, equation: str, operands: list[Shape], **_: Any) -> Sha
     if not _arrow:
         once = sorted(n for n in letters if terms.count(n) == 1)
         answer = ("..." if ellipses else "") + "".join(once)
+    eq.sums(*(axis for name, axis in letters.items() if name not in answer))
     if len(operands) > 1:
         eq.macs(*shared, *letters.values())
     out: list[Axis] = []
@@ -201,6 +206,7 @@ def attention(
     *k_batch, memory, k_width = key
     *v_batch, v_memory, v_width = value
     eq.equate(width, k_width)
+    eq.sums(width)
     eq.equate(memory, v_memory)
     eq.freeze("a softmax runs along this axis", memory)
     if is_causal:

@@ -86,7 +86,9 @@ def _reduced(x: Shape, dim: Any, keepdim: bool) -> tuple[list[int], Shape]:
 
 @rule("sum", "nansum", "count_nonzero")
 def total(eq: Equations, x: Shape, dim: Any = None, keepdim: bool = False, **_: Any) -> Shape:
-    return _reduced(x, dim, keepdim)[1]
+    dims, out = _reduced(x, dim, keepdim)
+    eq.sums(*(x[d] for d in dims))
+    return out
 
 
 @rule("mean")
@@ -99,8 +101,9 @@ def mean(eq: Equations, x: Shape, dim: Any = None, keepdim: bool = False, **_: A
 
 @rule("linalg_vector_norm")
 def vector_norm(eq: Equations, x: Shape, order: Any = 2, dim: Any = None, keepdim: bool = False, **_: Any) -> Shape:
-    """Σ|x|^p: a removed entry adds nothing."""
+    """Σ|x|^p: a removed entry of zero adds nothing."""
     dims, out = _reduced(x, dim, keepdim)
+    eq.sums(*(x[d] for d in dims))
     if not isinstance(order, (int, float)) or not 0 < order < float("inf"):
         eq.freeze("a norm of this order runs along this axis", *(x[d] for d in dims))
     return out

@@ -71,10 +71,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Reading:
-    """A node whose arithmetic over an axis depends on how many entries the axis has: `how` is 'mean' or 'norm'.
+    """A node that reads across an axis: `how` is 'sum', 'mean' or 'norm'.
 
-    `exact` says that setting the removed channels to zero cannot be told from removing them, norms with an affine
-    aside: those run over the kept entries.
+    `exact` says that setting the removed channels to zero cannot be told from removing them, norms with an affine aside: those run
+    over the kept entries. Of a sum this holds where the removed entries are zero; analysis/silence.py finds out.
     """
 
     node: fx.Node
@@ -118,6 +118,11 @@ class Equations:
     def over(self, axis: Axis, how: str, *, exact: bool) -> None:
         """The node computes a mean or norm over the kept entries of this axis."""
         self.readings.append(Reading(self.node, axis, how, exact))
+
+    def sums(self, *axes: Axis) -> None:
+        """The node adds up the entries of these axes."""
+        for axis in axes:
+            self.readings.append(Reading(self.node, axis, "sum", exact=True))
 
     def constant(self, argument: Any) -> Tensor | None:
         """The value of an argument that is a constant of the model, else None."""

@@ -1,0 +1,115 @@
+"""Where removed channels are zero, and where they are not.
+
+To set the weights of a channel to zero is not always to remove it: sigmoid(0) is 1/2, and a sum that runs over such a channel without a
+weight of its own to silence it takes the 1/2 in. A plan says of its groups whether a plain zero mask would answer the
+same (`exact`); this pass finds out. An atom is *loud* in a node's answer if its removed entries may be other than zero there.
+Unknown operators are loud.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+from structprune.analysis.infer import Types
+from structprune.ir.axes import Atom
+from structprune.ir.graph import Graph, operator_name
+from structprune.ops import RULES, contraction, joining, layout, normalization, recurrent, spatial
+
+Loud = frozenset[Atom]
+_NONE: Loud = frozenset()
+
+_ZERO_AT_ZERO = frozenset({
+    "abs", "asin", "asinh", "atan", "atanh", "ceil", "celu", "elu", "erf", "expm1", "floor", "frac", "gelu", "glu", "hardshrink", "hardswish",
+    "hardtanh", "leaky_relu", "log1p", "mish", "nan_to_num", "neg", "negative", "positive", "prelu", "relu", "relu6", "round", "rrelu", "selu",
+    "sign", "silu", "sin", "sinh", "softshrink", "sqrt", "square", "tan", "tanh", "tanhshrink", "trunc", "zero", "zeros_like",
+    "alias", "clone", "contiguous", "cpu", "detach", "double", "float", "half", "lift_fresh_copy", "to", "_to_copy", "type_as",
+    "dropout", "alpha_dropout", "feature_dropout",
+})  # fmt: skip
+_FACTORS = frozenset({"mul", "multiply", "logical_and", "__and__", "bitwise_and"})
+_QUOTIENTS = frozenset({"div", "divide", "true_divide", "floor_divide", "fmod", "remainder", "expand_as"})
+_ADDENDS = frozenset({"add", "sub", "subtract", "maximum", "minimum"})
+_WEIGHTED = (contraction.linear, contraction.conv, contraction.conv_transpose)
+_AFFINE = {"batch_norm": (1, 2), "instance_norm": (1, 2), "layer_norm": (2, 3), "group_norm": (2, 3), "rms_norm": (2, None)}
+_PASSING = frozenset({layout.__name__, joining.__name__, spatial.__name__})
+_REDUCED = (normalization.total, normalization.mean, normalization.vector_norm, normalization.norm, normalization.reduction)
+
+
+def summed_where_loud(graph: Graph, types: Types) -> dict[Atom, str]:
+    """The atoms over which some operator sums entries that are not zero where they are removed, and which operator."""
+    atoms = {n: _atoms(types, n) for n in graph.nodes}
+    loud: dict[fx.Node, Loud] = {}
+    for node in graph.nodes:
+        loud[node] = _loud(graph, node, atoms, loud) & atoms[node]
+    found: dict[Atom, str] = {}
+    for reading in types.readings:
+        if reading.how == "sum":
+            operands = reading.node.all_input_nodes
+            for atom in types.solver.atoms(reading.axis):
+                if all(atom in loud[o] for o in operands if atom in atoms[o]):
+                    found.setdefault(atom, f"{operator_name(reading.node)} sums over these channels, and they are not zero where they are removed")
+    return found
+
+
+def _atoms(types: Types, node: fx.Node) -> Loud:
+    """The free atoms in a node's answer: frozen ones lose nothing."""
+    found = types.nodes.get(node)
+    shapes = found if isinstance(found, list) else [found]
+    leaves = (atom for shape in shapes if isinstance(shape, tuple) for axis in shape for atom in types.solver.atoms(axis))
+    return frozenset(a for a in leaves if types.solver.reason(a) is None)
+
+
+def _loud(graph: Graph, node: fx.Node, atoms: Mapping[fx.Node, Loud], loud: Mapping[fx.Node, Loud]) -> Loud:
+    """What may be loud in a node's answer, from what is in its operands."""
+    mine, operands = atoms[node], node.all_input_nodes
+    if node.op == "get_attr":  # a parameter's removed entries are the ones that are set to zero
+        return _NONE if str(node.target) in graph.aliases and not str(node.target).endswith("running_var") else mine
+    if node.op != "call_function" or not mine:
+        return mine
+    name = operator_name(node)
+    rule = RULES.get(name)
+    if name in _FACTORS:  # one silent factor is enough
+        return frozenset(a for a in mine if all(a in loud[o] for o in operands if a in atoms[o]))
+    if name in _ADDENDS:  # every addend must be silent, and none may come from outside the channel
+        outside = len(operands) < 2 and not _is_zero(node.args[1] if len(node.args) > 1 else 0)
+        return mine if outside else frozenset(a for a in mine if any(a in loud[o] or a not in atoms[o] for o in operands))
+    if name in _ZERO_AT_ZERO or name in _QUOTIENTS or (name == "pow" and _positive(node.args[1])):
+        first = operands[0]
+        return frozenset(a for a in mine if a in loud[first] or a not in atoms[first])
+    if rule in _WEIGHTED:
+        x, weight, *bias = [a for a in node.args[:3] if isinstance(a, fx.Node)]
+        return frozenset(a for a in mine if _loud_output(a, x, weight, bias, atoms, loud))
+    if name in _AFFINE:
+        return frozenset(a for a in mine if _loud_norm(a, node, _AFFINE[name], atoms, loud))
+    if rule is contraction.attention:
+        return loud[node.args[2]] | (mine - atoms[node.args[2]])  # type: ignore[index]
+    if rule in (contraction.matmul, contraction.einsum):
+        return frozenset(a for a in mine if all(a in loud[o] for o in operands if a in atoms[o]))
+    if rule is not None and rule.__module__ == recurrent.__name__:
+        return _NONE  # gates of zero weights leave a state of zero
+    if node.target is operator.getitem or rule in _REDUCED or (rule is not None and rule.__module__ in _PASSING):
+        return frozenset(a for a in mine if any(a in loud[o] for o in operands))
+    return mine
+
+
+def _loud_output(atom: Atom, x: fx.Node, weight: fx.Node, bias: list[fx.Node], atoms: Mapping[fx.Node, Loud], loud: Mapping[fx.Node, Loud]) -> bool:
+    if atom in atoms[weight]:
+        return atom in loud[weight] or any(atom in loud[b] or atom not in atoms[b] for b in bias)
+    return atom in loud[x] or bool(bias)
+
+
+def _loud_norm(atom: Atom, node: fx.Node, places: tuple[int, int | None], atoms: Mapping[fx.Node, Loud], loud: Mapping[fx.Node, Loud]) -> bool:
+    given = [node.args[p] for p in places if p is not None and p < len(node.args)]
+    affine: list[Any] = [a for a in given if isinstance(a, fx.Node)]
+    return not affine or any(atom in loud[a] or atom not in atoms[a] for a in affine)
+
+
+def _is_zero(value: Any) -> bool:
+    return not isinstance(value, fx.Node) and value == 0
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value > 0

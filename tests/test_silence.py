@@ -1,0 +1,52 @@
+"""`exact` says whether a plain zero mask answers as the removal does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import structprune as sp
+
+
+class Of(nn.Module):
+    def __init__(self, run: Callable[[nn.Module, Tensor], Tensor]):
+        super().__init__()
+        self.q, self.k, self.a, self.b = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(6, 3)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+CASES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
+    "a weight silences what a sigmoid makes loud": (lambda m, x: m.a(m.q(x).sigmoid()), True),
+    "a sum of rectified channels": (lambda m, x: m.q(x).relu().sum(-1, keepdim=True) * m.b(x), True),
+    "a sum of sigmoids": (lambda m, x: m.q(x).sigmoid().sum(-1, keepdim=True) * m.b(x), False),
+    "a norm of channels": (lambda m, x: F.normalize(m.q(x), dim=-1) @ m.a.weight.t(), True),
+    "a norm of exponentials": (lambda m, x: m.a(F.normalize(m.q(x).exp(), dim=-1)), False),
+    "an inner product": (lambda m, x: (m.q(x) * m.k(x)).sum(-1, keepdim=True) * m.b(x), True),
+    "one silent factor is enough": (lambda m, x: (m.q(x) * m.k(x).sigmoid()).sum(-1, keepdim=True) * m.b(x), True),
+    "linear attention": (lambda m, x: (F.elu(m.q(x)) + 1) @ (F.elu(m.k(x)) + 1).t() @ m.b(x), False),
+    "attention": (lambda m, x: (m.q(x) @ m.k(x).t()).softmax(-1) @ m.b(x), True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exact_means_that_a_zero_mask_agrees(name: str) -> None:
+    torch.manual_seed(0)
+    run, exact = CASES[name]
+    model, x = Of(run).double().eval(), torch.randn(5, 6, dtype=torch.float64)
+    result = sp.compress(model, (x,), target="channels=0.5")
+    assert result.report.data["verification"]["exact"] is exact, [g.reason for g in result.plan.groups]
+    state = model.state_dict()
+    with torch.no_grad():
+        for tensor, cut in result.plan.tensors.items():
+            for dim, keep in cut.keep.items():
+                gone = torch.tensor([i for i in range(cut.shape[dim]) if i not in keep])
+                state[tensor].index_fill_(dim, gone, 0)
+        agrees = torch.allclose(model(x), result.model(x), rtol=1e-9)
+    assert agrees is exact
