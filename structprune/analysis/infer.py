@@ -49,12 +49,6 @@ def infer(graph: Graph) -> Types:
     work: list[Work] = []
     readings: list[Reading] = []
 
-    def constant(argument: Any) -> Tensor | None:
-        if not isinstance(argument, fx.Node) or argument.op != "get_attr":
-            return None
-        value = graph.tensor(argument)
-        return None if isinstance(value, torch.nn.Parameter) else value
-
     for node in graph.nodes:
         solver.site = source_of(node)
         if node.op == "placeholder":
@@ -75,7 +69,7 @@ def infer(graph: Graph) -> Types:
             source, index = node.args
             types[node] = types[source][index]  # type: ignore[index]
         else:
-            types[node] = _apply(solver, node, types, constant, work, readings)
+            types[node] = _apply(solver, node, types, graph.constant, work, readings)
     return Types(solver, types, tuple(work), tuple(readings))
 
 

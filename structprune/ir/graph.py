@@ -42,6 +42,15 @@ class Graph:
         """The parameter, buffer or constant behind a `get_attr` node."""
         return attribute(self.module, str(node.target))
 
+    def constant(self, value: Any) -> Tensor | None:
+        """The tensor behind an argument that is a constant of the model, as it stands or copied; None for anything else."""
+        while isinstance(value, fx.Node) and operator_name(value) in ("lift_fresh_copy", "detach", "clone", "alias"):
+            value = value.args[0]
+        if not isinstance(value, fx.Node) or value.op != "get_attr":
+            return None
+        tensor = self.tensor(value)
+        return None if isinstance(tensor, torch.nn.Parameter) else tensor
+
     def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The example's arguments, positional and by keyword: copies, for a model may write to its inputs."""
         return pytree.tree_map_only(Tensor, torch.clone, (self.args, dict(self.kwargs)))  # type: ignore[no-any-return]

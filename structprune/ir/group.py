@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from structprune.ir.axes import Atom
@@ -38,4 +38,4 @@ class Frozen:
     channels: int
     reason: str
     at: str
-    members: tuple[Member, ...] = ()
+    members: tuple[Member, ...] = field(default=(), compare=False)  # not part of a stored plan

@@ -40,7 +40,7 @@ def operate(graph: Graph, types: Types, keep: Keep, cuts: Mapping[str, Cut]) -> 
         return _Kept(types.shape(originals[value]), keep)
 
     def constant(value: Any) -> Tensor | None:
-        return tensors.get(str(value.target)) if isinstance(value, fx.Node) and value.op == "get_attr" else None
+        return graph.constant(originals.get(value))
 
     def add_constant(before: fx.Node, value: Tensor) -> fx.Node:
         name = f"_constant_{len(held)}"
