@@ -111,7 +111,7 @@ def realise(model: nn.Module, graph: Graph, groups: Groups, plan: Plan, clock: C
         verification = verify(graph, groups.types, keep, surgery.module)
     with clock("rebuild"):
         attributes = attributes_of(model, surgery.tensors, surgery.literals)
-        own, note = own_class(model, graph, surgery.module, surgery.tensors, attributes)
+        own, note = own_class(model, graph, surgery.module, surgery.tensors, attributes, verification.answers)
     report = _report(graph, groups, plan, verification, own is not None, note, clock, seed)
     return Result(own if own is not None else surgery.module, plan, report, graph, surgery.module, clock)
 

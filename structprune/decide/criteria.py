@@ -32,8 +32,8 @@ def magnitude(groups: Groups, tensors: Mapping[str, Tensor], *, power: float) ->
     def along(name: str, dim: int) -> np.ndarray:
         if (name, dim) not in profile:
             weight = tensors[name].detach().to(torch.float32)
-            total = weight.abs() if power == 1 else weight.square()
-            profile[name, dim] = total.sum([d for d in range(weight.dim()) if d != dim]).double().numpy()
+            norms = torch.linalg.vector_norm(weight, power, [d for d in range(weight.dim()) if d != dim])
+            profile[name, dim] = norms.double().numpy() ** power
         return profile[name, dim]
 
     scores = {}
