@@ -1,6 +1,8 @@
 """How long does compression itself take, beside torch.export and beside torch-pruning doing the same job?
 
-    python bench/compile_time.py [--json bench/results/compile_time.json]
+    python bench/compile_time.py [--write]
+
+--write keeps the rows in bench/results/compile_time.json and the table in docs/compile_time.md.
 
 Each model runs in a process of its own, so that none finds another's caches warm. "ours" is everything but torch.export, ONNX
 and benchmarking: inference, plan, surgery, verification in float64 on two samples, and the user's own class rebuilt and compared.
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +109,7 @@ def _in_process(tool: str, name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", nargs=2, metavar=("TOOL", "MODEL"), help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--write", action="store_true", help="keep the results in bench/results and docs")
     arguments = parser.parse_args()
     if arguments.one:
         tool, name = arguments.one
@@ -116,11 +119,18 @@ def main() -> None:
     for name in MODELS:
         rows.append(_in_process("ours", name) | _in_process("torch_pruning", name))
         print(f"{name}: {rows[-1]['ours']:.2f} s", file=sys.stderr)
-    print(table(rows))
-    print(f"\nseconds, on {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"cores": os.cpu_count(), "machine": platform.machine(), "rows": rows}, indent=1) + "\n")
+    ran_on = f"Seconds, on {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, " + ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "torchvision", "torch-pruning")
+    )
+    print(f"{table(rows)}\n\n{ran_on}.")
+    if arguments.write:
+        root = Path(__file__).parent.parent
+        (root / "bench/results").mkdir(exist_ok=True)
+        (root / "bench/results/compile_time.json").write_text(json.dumps({"ran_on": ran_on, "rows": rows}, indent=1) + "\n")
+        text = (__doc__ or "").strip().split("\n\n")
+        (root / "docs/compile_time.md").write_text(
+            f"# What compression itself costs\n\nWritten by `bench/compile_time.py --write`.\n\n{text[-1]}\n\n{table(rows)}\n\n{ran_on}.\n"
+        )
 
 
 if __name__ == "__main__":

@@ -264,7 +264,24 @@ def test_output_directory_round_trip(tmp_path: Path) -> None:
     assert torch.equal(loaded(*inputs), result.model(*inputs))
     loaded.train()(*inputs).sum().backward()
     assert report.data["verification"]["onnx_error"] < 1e-3
-    assert verify_directory(tmp_path / "out")["onnx_error"] < 1e-3
+    found = verify_directory(tmp_path / "out")
+    assert found["onnx_error"] < 1e-3
+    assert "Normalization" in found["original_onnx_masked"]
+
+
+def test_the_original_file_without_the_channels_answers_as_the_small_one(tmp_path: Path) -> None:
+    from structprune.backends.directory import verify_directory
+
+    model, inputs = models.build("residual")
+    sp.compress(model, inputs, target="channels=0.5").save(tmp_path / "out", latency=False)
+    assert verify_directory(tmp_path / "out")["original_onnx_masked"] < 1e-5
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.conv1.weight.mul_(1.5)
+    sp.compress(other, inputs, target="channels=0.5").save(tmp_path / "other", latency=False)
+    (tmp_path / "other/original.onnx").replace(tmp_path / "out/original.onnx")
+    with pytest.raises(sp.StructpruneError, match="original.onnx"):
+        verify_directory(tmp_path / "out")
 
 
 def test_saved_weights_are_the_trained_ones(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils import _pytree as pytree
 
 from structprune.backends import onnx
+from structprune.decide.plan import example_inputs
 from structprune.errors import InputError, VerificationError
 from structprune.frontends.program import load_program
 from structprune.ir.plan import Plan
@@ -72,11 +74,13 @@ def load(directory: str | Path) -> TracedModule:
 
 
 def verify_directory(directory: str | Path) -> dict[str, Any]:
-    """Every check again, from the saved files alone; returns what was found, as the report's `verification`.
+    """Every check again, from the saved files alone; returns what was found, beside the report's `verification`.
 
-    model.pt2 holds the weights of model.safetensors, in the sizes that plan.json says. model.onnx answers as model.pt2. The program in
-    original.onnx, with the removed slices of its weights set to zero, holds the same remaining weights. Raises
-    InputError for a missing or broken file and VerificationError, naming the file, for a difference.
+    model.pt2 holds the weights of model.safetensors, in the sizes that plan.json says. model.onnx answers as model.pt2. Where both ONNX files
+    name a weight, the small one is the plan's slice of the original; and original.onnx with the removed slices set to zero answers as model.onnx,
+    where zeros can tell.
+
+    Raises InputError for a missing or broken file and VerificationError, naming the file, for a difference.
     """
     directory = Path(directory)
     for name in FILES:
@@ -88,15 +92,16 @@ def verify_directory(directory: str | Path) -> dict[str, Any]:
     _planned_sizes(module, plan)
     args, kwargs = _inputs(module, plan)
     error = onnx.check(directory / "model.onnx", module, args, kwargs)
-    matched = _same_slices(directory, plan)
-    report = _json(directory / "report.json")
-    found = report.get("verification", {})
-    return {**found, "onnx_error": error, "tensors": len(plan.tensors), "tensors_matched_in_original_onnx": matched}
+    return {
+        **_json(directory / "report.json").get("verification", {}),
+        "onnx_error": error,
+        "tensors": len(plan.tensors),
+        "tensors_matched_in_original_onnx": _same_slices(directory, plan),
+        "original_onnx_masked": _masked(directory, plan, pytree.tree_leaves((args, kwargs))),
+    }
 
 
 def _inputs(module: TracedModule, plan: Plan) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    from structprune.decide.plan import example_inputs
-
     return module.example_inputs or example_inputs(plan.inputs)
 
 
@@ -134,6 +139,29 @@ def _same_slices(directory: Path, plan: Plan) -> int:
                 raise VerificationError(f"{name} in model.onnx is not the plan's slice of {name} in original.onnx")
             matched += 1
     return matched
+
+
+def _masked(directory: Path, plan: Plan, flat: list[Any]) -> float | str:
+    """Largest relative difference between the masked original.onnx and model.onnx; or in words why zeros cannot tell."""
+    inexact = [g for g in plan.groups if not g.exact and len(g.keep) < g.channels]
+    if inexact:
+        return inexact[0].reason
+    removed = {
+        name: {dim: np.setdiff1d(np.arange(cut.shape[dim]), keep) for dim, keep in cut.keep.items()}
+        for name, cut in plan.tensors.items()
+        if len(cut.shape) > 1  # a vector's channels are silenced by the weights that read them
+    }
+    model = onnx.masked(directory / "original.onnx", removed)
+    if isinstance(model, str):
+        return model
+    worst = 0.0
+    for want, got in zip(onnx.run(model, flat), onnx.run(directory / "model.onnx", flat), strict=True):
+        if want.shape != got.shape:
+            raise VerificationError(f"model.onnx answers with shape {got.shape}, original.onnx with {want.shape}")
+        worst = max(worst, float(np.abs(want - got).max(initial=0) / (np.abs(want).max(initial=0) + 1e-6)))
+    if not worst <= onnx.TOLERANCE:
+        raise VerificationError(f"model.onnx differs from original.onnx without the removed channels by {worst:.2g} of the largest answer")
+    return worst
 
 
 def _json(path: Path) -> Mapping[str, Any]:
