@@ -93,6 +93,21 @@ def test_a_graph_switches_between_training_and_evaluation() -> None:
     assert copy.deepcopy(small).double()(inputs[0].double()).dtype is torch.float64
 
 
+def test_onnx_keeps_names_and_a_dynamic_batch(tmp_path: Path) -> None:
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model = models.Structured().eval()
+    result = sp.compress(model, (torch.randn(2, 6),), target="channels=0.5", example_kwargs={"extra": torch.randn(2, 4)})
+    assert result.export_onnx(tmp_path / "model.onnx") < 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["x", "extra"]
+    assert [o.name for o in session.get_outputs()] == ["logits", "parts_0", "parts_1_0"]
+    x, extra = torch.randn(7, 6), torch.randn(7, 4)
+    logits = session.run(["logits"], {"x": x.numpy(), "extra": extra.numpy()})[0]
+    assert np.allclose(logits, result.model(x, extra=extra)["logits"].detach().numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize("index", [[4, 5, 6, 7, 0, 1], torch.tensor([4, 5, 6, 7, 0, 1, 2, 3])], ids=["a list", "a tensor"])
 def test_a_constant_index_is_counted_anew(index: object) -> None:
     class Indexed(nn.Module):

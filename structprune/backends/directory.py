@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch.utils import _pytree as pytree
 
 from structprune.backends import onnx
@@ -62,7 +62,7 @@ def all_or_none(directory: Path) -> Iterator[Path]:
 
 def save_weights(module: torch.nn.Module, path: Path) -> None:
     """The state_dict as safetensors; a tensor under two names is written twice."""
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()}, str(path))
+    path.write_bytes(save({name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()}))
 
 
 def load(directory: str | Path) -> TracedModule:

@@ -58,7 +58,10 @@ def _their_group(group: ours.Group, groups: Groups, model: nn.Module) -> Group:
         node = Node(layer, None, owner)
         for place in positions(groups.axes[member.tensor][member.dim], group.atom):
             mine = np.flatnonzero(place >= 0)
-            item = GroupItem(Dependency(function, function, node, node), mine.tolist())
-            item.root_idxs = place[mine].tolist()
-            handed._group.append(item)
+            # Where several entries of a layer stand on one channel (the width of a head), each goes into an item of its own:
+            # an item speaks of every channel once.
+            for entries in mine[np.argsort(place[mine], kind="stable")].reshape(group.size, -1).T:
+                item = GroupItem(Dependency(function, function, node, node), entries.tolist())
+                item.root_idxs = list(range(group.size))
+                handed._group.append(item)
     return handed
