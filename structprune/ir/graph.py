@@ -59,6 +59,10 @@ class Graph:
         """The leaves of the example's arguments, in the order of the placeholders."""
         return pytree.tree_leaves(self.example())
 
+    def given_inputs(self) -> list[Any]:
+        """`flat_inputs` in the batch of the user's example."""
+        return [v[:1] if self.doubled and isinstance(v, Tensor) and v.dim() and len(v) == 2 else v for v in self.flat_inputs()]
+
 
 def attribute(root: torch.nn.Module, name: str) -> Any:
     """`root.a.b.c` for the name 'a.b.c'."""
