@@ -247,6 +247,23 @@ def test_a_model_that_cannot_be_traced_is_told_by_its_line() -> None:
         sp.compress(Branches(), (torch.randn(2, 3),))
 
 
+def test_a_model_that_writes_to_its_input_is_verified_on_what_was_given() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x.mul_(2)).relu())
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    before = x.clone()
+    result = sp.compress(Writes().eval(), (x,), target="channels=0.5")
+    assert result.report.data["verification"]["masked_error"] == 0
+    assert torch.equal(x, before), "the user's example was written to"
+
+
 def test_wrong_example_inputs_are_told() -> None:
     model, _ = models.build("residual")
     with pytest.raises(TraceError, match="example inputs"):
