@@ -27,7 +27,8 @@ from structprune.ir.plan import Plan
 from structprune.ir.traced import TracedModule
 from structprune.transform.own_class import attributes_of, own_class
 from structprune.transform.surgery import operate
-from structprune.transform.verify import Verification, verify
+from structprune.transform.verify import Verification
+from structprune.transform.verify import verify as compare
 
 Progress = Callable[[str], None]
 
@@ -84,6 +85,19 @@ def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> 
     return realise(folded, graph, groups, plan, clock).model
 
 
+def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: tuple[Any, ...] | Tensor | None = None) -> Verification:
+    """Compare a small model, from wherever it comes, with `model` without the channels that `plan` removes.
+
+    Without example inputs, noise of the shapes in the plan is used. Raises VerificationError where the two differ, and PlanError
+    for a plan of another model.
+    """
+    args, kwargs = decide.example_inputs(plan.inputs) if example_inputs is None else (example_inputs, {})
+    graph = trace(fold_parametrizations(model), args, kwargs)
+    groups = find_groups(graph, plan.ignore)
+    traced = trace(small, graph.args, graph.kwargs, dynamic=graph.dynamic_batch)
+    return compare(graph, groups.types, decide.atoms_of(plan, groups), traced.module)
+
+
 def inspect(model: nn.Module, example_inputs: tuple[Any, ...] | Tensor, *, example_kwargs: Mapping[str, Any] | None = None) -> Groups:
     """What can be pruned, what cannot, and why: groups, sizes, costs, frozen axes with reason and source line."""
     return find_groups(trace(fold_parametrizations(model), example_inputs, example_kwargs))
@@ -108,7 +122,7 @@ def realise(model: nn.Module, graph: Graph, groups: Groups, plan: Plan, clock: C
     with clock("surgery"):
         surgery = operate(graph, groups.types, keep, plan.tensors)
     with clock("verify"):
-        verification = verify(graph, groups.types, keep, surgery.module)
+        verification = compare(graph, groups.types, keep, surgery.module)
     with clock("rebuild"):
         attributes = attributes_of(model, surgery.tensors, surgery.literals)
         own, note = own_class(model, graph, surgery.module, surgery.tensors, attributes, verification.answers)

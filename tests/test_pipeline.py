@@ -186,6 +186,18 @@ def test_a_plan_of_another_model_is_refused() -> None:
         sp.apply(other, plan)
 
 
+@pytest.mark.parametrize("name", ["residual", "hard_coded"])
+def test_a_small_model_from_anywhere_can_be_verified(name: str) -> None:
+    model, inputs = models.build(name)
+    result = sp.compress(model, inputs, target="channels=0.5")
+    assert sp.verify(model, result.model, result.plan).error <= 1e-8
+    assert sp.verify(model, result.model, result.plan, inputs).error <= 1e-8
+    with torch.no_grad():
+        next(result.model.parameters())[0] += 0.01
+    with pytest.raises(sp.StructpruneError, match="differs"):
+        sp.verify(model, result.model, result.plan)
+
+
 def test_ignored_layers_keep_their_channels() -> None:
     model, inputs = models.build("residual")
     result = sp.compress(model, inputs, target="channels=0.5", ignore=["conv1"])
