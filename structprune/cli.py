@@ -13,13 +13,16 @@ import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from structprune.errors import InputError, StructpruneError
+
+if TYPE_CHECKING:  # torch is imported when a command runs, not for --help
+    from structprune.frontends.load import Loaded
 
 app = typer.Typer(
     help="Make a trained network smaller and measurably faster: prune whole channels, verify, export to ONNX, benchmark.",
@@ -71,14 +74,10 @@ def compress(
     with _progress() as say:
         from structprune import pipeline
         from structprune.backends.directory import check_writable
-        from structprune.frontends.load import load
 
         directory = out if out is not None else Path("structprune-" + _file_name(model))
         check_writable(directory)
-        say(f"load {model}")
-        loaded = load(model, arch=arch, inputs=input or (), trust_pickle=trust_pickle, seed=seed)
-        for note in loaded.notes:
-            say(note)
+        loaded = _loaded(say, model, arch=arch, inputs=input or (), trust_pickle=trust_pickle, seed=seed)
         result = pipeline.compress(
             loaded.model, loaded.args, target, example_kwargs=loaded.kwargs, criterion=criterion, ignore=ignore or (), seed=seed, progress=say
         )
@@ -101,12 +100,8 @@ def inspect(
     _state["debug"] = debug
     with _progress() as say:
         from structprune import pipeline
-        from structprune.frontends.load import load
 
-        say(f"load {model}")
-        loaded = load(model, arch=arch, inputs=input or (), trust_pickle=trust_pickle, seed=seed)
-        for note in loaded.notes:
-            say(note)
+        loaded = _loaded(say, model, arch=arch, inputs=input or (), trust_pickle=trust_pickle, seed=seed)
         say("trace and infer")
         if why:
             explanation = pipeline.explain(loaded.model, loaded.args, *why[:2], example_kwargs=loaded.kwargs)
@@ -177,6 +172,17 @@ def verify(
     else:
         print("\n".join(f"{name:<36} {value}" for name, value in found.items() if not isinstance(value, (list, dict))))
         print(f"{directory}: verified")
+
+
+def _loaded(say: Callable[[str], None], model: str, **options: Any) -> Loaded:
+    """The model that the user named; what was inferred about it is said."""
+    from structprune.frontends.load import load
+
+    say(f"load {model}")
+    loaded = load(model, **options)
+    for note in loaded.notes:
+        say(note)
+    return loaded
 
 
 class _progress:
