@@ -5,7 +5,8 @@
 --write keeps the rows in bench/results/compile_time.json and the table in docs/compile_time.md.
 
 Each model runs in a process of its own, so that none finds another's caches warm. "ours" is everything but torch.export, ONNX
-and benchmarking: inference, plan, surgery, verification in float64 on two samples, and the user's own class rebuilt and compared.
+and benchmarking: inference, plan, surgery, verification in float64 (on one to 32 samples,
+as the work allows), and the user's own class rebuilt and compared.
 torch-pruning builds its dependency graph and prunes half of the channels of every layer by L2 magnitude; it verifies nothing.
 """
 
