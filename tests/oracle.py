@@ -1,0 +1,152 @@
+"""An oracle that shares no code with structprune: the original module, with the removed slices set to zero, must answer as the small one.
+
+It reads nothing but the original and, for every tensor that shrank, the kept indices of each dimension; so it judges any pruner. Norms over
+a pruned axis (layer, group, RMS norm, and a mean over one axis, which is an RMS norm written by hand) run over the kept entries.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+Kept = Mapping[str, Mapping[int, Sequence[int]]]  # tensor -> dimension -> the indices that stay
+
+TOLERANCE = 1e-6  # of what pruning changes; what float64 leaves is far below, one wrong channel among hundreds above
+TOLERANCE_SINGLE = 2e-2  # where the small model runs in float32 only
+
+
+def randomise_norms(model: nn.Module) -> nn.Module:
+    """Give every norm statistics and affine terms of its own, so that a wrong slice shows."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
+            elif name.endswith("running_var"):
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+        for parameter in model.parameters():
+            if parameter.dim() == 1 and parameter.is_floating_point():
+                parameter.add_((torch.randn(parameter.shape, generator=generator) * 0.1).to(parameter.dtype))
+    return model
+
+
+def masked(model: nn.Module, tensors: Kept) -> Masked:
+    """The original in float64 with zeros where `tensors` cuts, to be called like the original."""
+    model = folded(copy.deepcopy(model).double().eval())
+    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    kept_of: dict[int, Tensor] = {}
+    widths = set()
+    for name, keep in tensors.items():
+        values = held[name].detach()
+        for dim, indices in keep.items():
+            kept = torch.as_tensor(list(indices))
+            assert len(kept) and len(kept.unique()) == len(kept) and 0 <= int(kept.min()) <= int(kept.max()) < values.shape[dim], (name, dim)
+            widths.add((values.shape[dim], len(kept)))
+            if values.dim() == 1:
+                kept_of[id(held[name])] = kept
+            if values.is_floating_point() and not name.endswith("running_var"):
+                removed = torch.ones(values.shape[dim], dtype=torch.bool).index_fill(0, kept, False)
+                values.index_fill_(dim, removed.nonzero().squeeze(1), 0)
+    return Masked(model, _OverKept(kept_of, widths))
+
+
+class Masked:
+    def __init__(self, model: nn.Module, mode: _OverKept):
+        self._model, self._mode = model, mode
+
+    @torch.no_grad()
+    def __call__(self, *args: Any) -> Any:
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # one fused operator would hide its norms
+        try:
+            with self._mode:
+                return self._model(*args)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """`model` itself, with its parametrizations (weight norm and such) replaced by the weights that they compute."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            module.__class__ = type(type(module).__name__, type(module).__bases__, dict(vars(type(module))))  # copies share one
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    return model
+
+
+class _OverKept(TorchFunctionMode):
+    """Runs norms over the kept entries of their axis, and leaves zeros elsewhere."""
+
+    def __init__(self, kept_of: Mapping[int, Tensor], widths: set[tuple[int, int]]):
+        super().__init__()
+        self._kept_of, self._widths = kept_of, widths
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (F.layer_norm, F.rms_norm, F.group_norm):
+            x, number, weight, *rest = [*args, *kwargs.values()]
+            if id(weight) in self._kept_of:
+                return self._norm(function, x, number, weight, rest)
+        out = function(*args, **kwargs)
+        if function in (torch.mean, Tensor.mean):
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
+            if isinstance(dim, int):
+                x = args[0]
+                live = int((x != 0).movedim(dim, 0).flatten(1).any(1).sum()) if x.dim() > 1 else int((x != 0).sum())
+                if (x.shape[dim], live) in self._widths:
+                    return out * (x.shape[dim] / live)
+        return out
+
+    def _norm(self, function: Any, x: Tensor, number: Any, weight: Tensor, rest: list[Any]) -> Tensor:
+        kept = self._kept_of[id(weight)]
+        axis = 1 if function is F.group_norm else -1
+        number = len({int(k) // (len(weight) // number) for k in kept}) if function is F.group_norm else (len(kept),)
+        rest = [value[kept] if isinstance(value, Tensor) else value for value in rest]
+        return torch.zeros_like(x).index_copy(axis, kept, function(x.index_select(axis, kept), number, weight[kept], *rest))
+
+
+def floats(value: Any) -> list[Tensor]:
+    """The floating-point tensors of an answer, in a fixed order."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+@torch.no_grad()
+def error_of(model: nn.Module, small: nn.Module, tensors: Kept, inputs: Sequence[Any]) -> tuple[float, float]:
+    """The largest difference between the small model and the masked original, as a share of what pruning changed; and what rounding may explain.
+
+    Raises AssertionError for answers of another number, shape, or that are not finite where the original's are.
+    """
+
+    def wide() -> list[Any]:
+        return [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v.clone() if isinstance(v, Tensor) else v for v in inputs]
+
+    wanted = floats(masked(model, tensors)(*wide()))
+    dense = floats(copy.deepcopy(model).double().eval()(*wide()))
+    tolerance = TOLERANCE
+    try:
+        got = floats(copy.deepcopy(small).double().eval()(*wide()))
+    except RuntimeError:  # types are written into its code
+        got, tolerance = floats(small.eval()(*(v.clone() if isinstance(v, Tensor) else v for v in inputs))), TOLERANCE_SINGLE
+    assert len(got) == len(wanted), f"{len(got)} tensors, the original gives {len(wanted)}"
+    worst = 0.0
+    for mine, theirs, before in zip(got, wanted, dense, strict=True):
+        assert mine.shape == theirs.shape, f"an answer of shape {tuple(mine.shape)}, the original's is {tuple(theirs.shape)}"
+        apart = (mine != theirs) & ~(mine.isnan() & theirs.isnan())
+        if not apart.any():
+            continue
+        mine, theirs, before = mine[apart].double(), theirs[apart], before[apart]
+        assert mine.isfinite().all(), "an answer that is not finite"
+        scale, error = theirs.abs().max().item(), (mine - theirs).abs().max().item()
+        if error > 1e-9 * max(scale, 1e-9):
+            worst = max(worst, error / max((theirs - before).abs().max().item(), 1e-7 * scale, 1e-12))
+    return worst, tolerance
