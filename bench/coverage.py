@@ -6,14 +6,14 @@
 --tool runs one of the two and leaves the other's rows as they were; --models takes another list than bench/models.txt.
 
 Every model runs in a process of its own, with random weights, on one thread, and with limits on time and memory. Half of the channels of
-every prunable axis go. One oracle judges both tools: the original model, with the removed slices of its parameters set to zero and its norms
-taken over the kept entries, must answer as the small model does (tests/oracle.py; it knows neither tool). Multiply-accumulates are counted
-by torch's own flop counter. Seconds are those of the whole call; of structprune's, what torch.export takes is also told apart. Memory is the peak above the
-loaded model.
+every prunable axis go. One oracle judges both tools: the original model, with the removed slices of its parameters set to zero and its
+norms taken over the kept entries, must answer as the small model does (tests/oracle.py; it knows neither tool).
+Multiply-accumulates are counted by torch's own flop counter. Seconds are those of the whole call; of structprune's, what torch.export
+takes is told apart. Memory is the peak above the loaded model.
 
-torch-pruning gets more help than its users have: which layers make the model's outputs (it has no means of its own to find out), and how
-many heads each attention has. It has no record of which indices it removed, so its random-importance pruner runs twice with one seed, the second time on
-weights that hold their own positions.
+torch-pruning gets more help than its users have: which layers make the model's outputs (it has no means of its own to find out),
+and how many heads each attention has. It has no record of which indices it removed, so its random-importance pruner runs twice with
+one seed, the second time on weights that hold their own positions.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ PACKAGES = ("torch", "torchvision", "timm", "transformers", "torch-pruning")
 TARGET = 0.5
 LIMIT = {"structprune": 600, "torch-pruning": 150}  # seconds
 MEMORY = 11 << 30
+PROJECTIONS = ("qkv", "q", "k", "v", "query", "key", "value", "q_proj", "k_proj", "v_proj")  # what attention calls its layers
 MUCH = 0.6  # a model that keeps more than this share of its multiply-accumulates owes a reason
 
 
@@ -109,7 +110,11 @@ def _their_pruner(model: Any, inputs: tuple[Any, ...], outputs: list[str]) -> No
     for m in model.modules():
         number = getattr(m, "num_heads", getattr(m, "num_attention_heads", None))
         if isinstance(number, int):
-            heads |= {layer: number for name in ("qkv", "q", "k", "v", "query", "key", "value", "q_proj", "k_proj", "v_proj") if isinstance(layer := getattr(m, name, None), torch.nn.Linear)}
+            heads |= {
+                layer: number
+                for name in ("qkv", "q", "k", "v", "query", "key", "value", "q_proj", "k_proj", "v_proj")
+                if isinstance(layer := getattr(m, name, None), torch.nn.Linear)
+            }
     torch.manual_seed(0)
     pruner = tp.pruner.BasePruner(
         model,
@@ -124,8 +129,9 @@ def _their_pruner(model: Any, inputs: tuple[Any, ...], outputs: list[str]) -> No
 
 def _output_layers(model: Any, inputs: tuple[Any, ...]) -> list[str]:
     """Layers whose filters are channels of the model's answer, by structprune's inspection; the last linear layer where that fails."""
-    import structprune as sp
     import torch
+
+    import structprune as sp
 
     try:
         frozen = sp.inspect(model, inputs).frozen
@@ -219,7 +225,9 @@ def in_process(tool: str, spec: str) -> dict[str, Any]:
     """`one` in a process of its own, which may run out of time or memory."""
     command = [sys.executable, __file__, "--one", tool, spec]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT[tool] + 60, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=LIMIT[tool] + 60, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
     except subprocess.TimeoutExpired:
         return {"ran": False, "failure": f"no answer in {LIMIT[tool]} s"}
     answer = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -231,11 +239,22 @@ def in_process(tool: str, spec: str) -> dict[str, Any]:
 
 def table(results: Mapping[str, Any]) -> str:
     """The rows as Markdown."""
-    lines = ["| model | right | MACs kept | s | export, s | peak, MiB | module | torch-pruning: right | MACs kept | s | peak, MiB |", "|" + "---|" * 11]
+    lines = [
+        "| model | right | MACs kept | s | export, s | peak, MiB | module | torch-pruning: right | MACs kept | s | peak, MiB |",
+        "|" + "---|" * 11,
+    ]
     for spec in results["models"]:
         ours, theirs = (results["rows"].get(spec, {}).get(tool, {}) for tool in TOOLS)
         own = "" if "own_class" not in ours else "own class" if ours["own_class"] else "graph"
-        cells = [spec, _verdict(ours), _number(ours, "macs_kept", 2), _number(ours, "seconds"), _number(ours, "export_seconds"), _number(ours, "peak_mib", 0), own]
+        cells = [
+            spec,
+            _verdict(ours),
+            _number(ours, "macs_kept", 2),
+            _number(ours, "seconds"),
+            _number(ours, "export_seconds"),
+            _number(ours, "peak_mib", 0),
+            own,
+        ]
         cells += [_verdict(theirs), _number(theirs, "macs_kept", 2), _number(theirs, "seconds"), _number(theirs, "peak_mib", 0)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -273,7 +292,9 @@ def summary(results: Mapping[str, Any]) -> str:
         lines.append(f"- the user's own class comes back for {own} of {len(ours)}; a traced module for the others")
         lines.append(f"- structprune's own time is {median(cost):.2f} of torch.export's in the median, {max(cost):.2f} at most")
         over = [r["own_peak_mib"] / max(1, r["model_mib"]) for r in ours.values()]
-        lines.append(f"- peak memory above the loaded model, after torch.export: {median(over):.2f} of the model's size in the median, {max(over):.2f} at most")
+        lines.append(
+            f"- peak memory above the loaded model, after torch.export: {median(over):.2f} of the model's size in the median, {max(over):.2f} at most"
+        )
         more = [s for s, r in ours.items() if (t := rows["torch-pruning"].get(s, {})).get("right") and r["macs_kept"] > t["macs_kept"] + 0.03]
         lines.append(f"- keeps more than torch-pruning plus 0.03, where that is right: {', '.join(more) or 'none'}")
         for spec, r in ours.items():

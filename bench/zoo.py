@@ -102,7 +102,10 @@ def _transformers(name: str) -> Model:
             "ResNetForImageClassification", "ResNetConfig",
             {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]}, "pixel_values", torch.randn(2, 3, 64, 64),
         ),
-        "t5": ("T5EncoderModel", "T5Config", {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 128}, "input_ids", ids),
+        "t5": (
+            "T5EncoderModel", "T5Config",
+            {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 128}, "input_ids", ids,
+        ),
         "whisper-encoder": ("WhisperModel", "WhisperConfig", whisper, "input_features", torch.randn(1, 16, 100)),
     }  # fmt: skip
     cls, config, values, names, example = table[name]

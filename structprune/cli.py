@@ -47,6 +47,10 @@ Trust = Annotated[bool, typer.Option("--trust-pickle", help="load a pickled modu
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of the summary")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 Ignore = Annotated[list[str] | None, typer.Option("--ignore", help="name or pattern of modules or tensors that keep their channels; repeatable")]
+Dynamic = Annotated[
+    list[str] | None,
+    typer.Option("--dynamic", help="axes that may change size beside the batch: 2,3 of every input, or NAME=1 of one; repeatable"),
+]
 Seed = Annotated[int, typer.Option("--seed", help="seed of everything random")]
 
 _state = {"debug": False}
@@ -63,6 +67,7 @@ def compress(
     arch: Arch = None,
     input: Inputs = None,
     ignore: Ignore = None,
+    dynamic: Dynamic = None,
     seed: Seed = 0,
     trust_pickle: Trust = False,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="measure both ONNX files")] = True,
@@ -74,12 +79,21 @@ def compress(
     with _progress() as say:
         from structprune import pipeline
         from structprune.backends.directory import check_writable
+        from structprune.frontends.trace import parse_dynamic
 
         directory = out if out is not None else Path("structprune-" + _file_name(model))
         check_writable(directory)
         loaded = _loaded(say, model, arch=arch, inputs=input or (), trust_pickle=trust_pickle, seed=seed)
         result = pipeline.compress(
-            loaded.model, loaded.args, target, example_kwargs=loaded.kwargs, criterion=criterion, ignore=ignore or (), seed=seed, progress=say
+            loaded.model,
+            loaded.args,
+            target,
+            example_kwargs=loaded.kwargs,
+            criterion=criterion,
+            ignore=ignore or (),
+            dynamic=parse_dynamic(dynamic or ()),
+            seed=seed,
+            progress=say,
         )
         report = result.save(directory, latency=latency, evaluate=loaded.evaluate, original=loaded.model, model_name=loaded.name, notes=loaded.notes)
     print(json.dumps(report.to_dict(), indent=1) if as_json else f"{report}\n\nwritten to {directory}/")
@@ -88,9 +102,13 @@ def compress(
 @app.command()
 def inspect(
     model: ModelSpec,
+    other: Annotated[str | None, typer.Argument(metavar="", hidden=True)] = None,
     arch: Arch = None,
     input: Inputs = None,
-    why: Annotated[list[str] | None, typer.Option("--why", help="a layer: what it is coupled to; given twice: what couples the two")] = None,
+    why: Annotated[
+        list[str] | None,
+        typer.Option("--why", metavar="LAYER [LAYER]", help="what a layer is coupled to and what freezes it; of two, what couples them"),
+    ] = None,
     seed: Seed = 0,
     trust_pickle: Trust = False,
     as_json: AsJson = False,
@@ -98,13 +116,16 @@ def inspect(
 ) -> None:
     """What can be pruned in MODEL, what cannot, and why."""
     _state["debug"] = debug
+    layers = [*(why or ()), *([other] if other else ())]
+    if len(layers) > 2 or (other and not why):
+        raise InputError("inspect takes one MODEL, and --why one or two layers")
     with _progress() as say:
         from structprune import pipeline
 
         loaded = _loaded(say, model, arch=arch, inputs=input or (), trust_pickle=trust_pickle, seed=seed)
         say("trace and infer")
         if why:
-            explanation = pipeline.explain(loaded.model, loaded.args, *why[:2], example_kwargs=loaded.kwargs)
+            explanation = pipeline.explain(loaded.model, loaded.args, *layers, example_kwargs=loaded.kwargs)
         else:
             groups = pipeline.inspect(loaded.model, loaded.args, example_kwargs=loaded.kwargs)
     if why:

@@ -20,9 +20,9 @@ from structprune.backends import directory as out
 from structprune.backends import onnx
 from structprune.backends.benchmark import benchmark, environment
 from structprune.backends.report import Report
-from structprune.errors import InputError
-from structprune.frontends.trace import fold_parametrizations, trace
-from structprune.ir.graph import Graph
+from structprune.errors import InputError, VerificationError
+from structprune.frontends.trace import Dynamic, fold_parametrizations, retrace, trace
+from structprune.ir.graph import Graph, resized
 from structprune.ir.plan import Plan
 from structprune.ir.traced import TracedModule
 from structprune.transform.own_class import attributes_of, own_class
@@ -42,6 +42,7 @@ def compress(
     calibration: Iterable[Any] | None = None,
     criterion: Any = "auto",
     ignore: Sequence[str] = (),
+    dynamic: Dynamic = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -53,6 +54,7 @@ def compress(
     criterion: which channels matter: 'random', 'l1', 'l2' ('auto'), 'bn_scale', a torch_pruning Importance, or a
         callable (Groups, tensors by name) -> {group name: score of each channel}.
     ignore: names or shell patterns of modules or tensors that keep their channels.
+    dynamic: axes beside the batch that may change size after export: (2, 3) of every input, or {'ids': (1,)} of those named.
 
     Raises TraceError, InputError, TargetError or VerificationError; see structprune.errors.
     """
@@ -62,7 +64,7 @@ def compress(
     clock = Clock(progress)
     with clock("trace"):
         folded = fold_parametrizations(model)
-        graph = trace(folded, example_inputs, example_kwargs)
+        graph = trace(folded, example_inputs, example_kwargs, dynamic=dynamic)
     with clock("infer"):
         groups = find_groups(graph, ignore)
     with clock("plan"):
@@ -94,7 +96,7 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: tuple
     args, kwargs = decide.example_inputs(plan.inputs) if example_inputs is None else (example_inputs, {})
     graph = trace(fold_parametrizations(model), args, kwargs)
     groups = find_groups(graph, plan.ignore)
-    traced = trace(small, graph.args, graph.kwargs, dynamic=graph.dynamic_batch)
+    traced = trace(small, graph.args, graph.kwargs, batch=graph.dynamic_batch)
     return compare(graph, groups.types, decide.atoms_of(plan, groups), traced.module)
 
 
@@ -186,7 +188,7 @@ class Result:
     def _program(self) -> torch.export.ExportedProgram:
         if self.small is not self.model:  # the user may have trained the model since
             self.small.load_state_dict(self.model.state_dict(), strict=False)
-        return trace(self.small, self.graph.args, self.graph.kwargs, dynamic=self.graph.dynamic_batch).exported
+        return retrace(self.small, self.graph).exported
 
     def _export(self, program: torch.export.ExportedProgram, path: Path) -> float:
         graph = self.graph
@@ -195,7 +197,29 @@ class Result:
         if graph.dynamic_batch:
             args, kwargs = pytree.tree_map_only(Tensor, lambda t: t[:1] if t.dim() else t, graph.example())
             error = max(error, onnx.check(path, self.small, args, kwargs))
+        if any(axis for axes in graph.dynamic for axis in axes):
+            error = max(error, *(onnx.check(path, self.small, *example) for example in _other_sizes(graph, self.small)))
         return error
+
+
+def _other_sizes(graph: Graph, module: nn.Module) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The example with its dynamic axes at half and at twice their length, where the module runs so.
+
+    Raises VerificationError where it runs at neither.
+    """
+    spec = pytree.tree_structure((graph.args, dict(graph.kwargs)))
+    found, refused = [], ""
+    for factor in (0.5, 2):
+        args, kwargs = pytree.tree_unflatten(resized(graph.given_inputs(), graph.dynamic, factor), spec)
+        try:
+            with torch.no_grad():
+                module(*args, **kwargs)
+            found.append((args, kwargs))
+        except RuntimeError as error:  # a window, a stride or a table of positions that does not fit
+            refused = str(error).splitlines()[0]
+    if not found:
+        raise VerificationError(f"the small model runs at neither half nor twice the size of the dynamic axes: {refused}")
+    return found
 
 
 class Clock:
@@ -259,6 +283,7 @@ def _report(graph: Graph, groups: Groups, plan: Plan, verification: Verification
                 "module": "the user's own class" if own else "traced graph",
                 "module_note": note,
                 "dynamic_batch": graph.dynamic_batch,
+                "dynamic_axes": {name: list(axes) for name, axes in zip(graph.input_names, graph.dynamic, strict=True)},
             },
             "groups": [
                 {

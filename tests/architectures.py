@@ -183,14 +183,24 @@ class DeformableAttention(nn.Module):
         super().__init__()
         self.heads, self.points, self.width = heads, points, d // heads
         self.stem = conv(3, d, 3, 4)
-        self.value, self.offsets, self.weights, self.out = nn.Linear(d, d), nn.Linear(d, heads * points * 2), nn.Linear(d, heads * points), nn.Linear(d, d)
+        self.value, self.offsets, self.weights, self.out = (
+            nn.Linear(d, d),
+            nn.Linear(d, heads * points * 2),
+            nn.Linear(d, heads * points),
+            nn.Linear(d, d),
+        )
         self.query, self.reference, self.head = nn.Parameter(torch.randn(5, d)), nn.Parameter(torch.rand(5, 2)), nn.Linear(d, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         b, _, h, w = x.shape
         q = self.query.expand(b, -1, -1)
-        value = self.value(x.flatten(2).transpose(1, 2)).view(b, h * w, self.heads, self.width).permute(0, 2, 3, 1).reshape(b * self.heads, self.width, h, w)
+        value = (
+            self.value(x.flatten(2).transpose(1, 2))
+            .view(b, h * w, self.heads, self.width)
+            .permute(0, 2, 3, 1)
+            .reshape(b * self.heads, self.width, h, w)
+        )
         offsets = self.offsets(q).view(b, 5, self.heads, self.points, 2).permute(0, 2, 1, 3, 4).flatten(0, 1)
         weights = self.weights(q).view(b, 5, self.heads, self.points).softmax(-1).permute(0, 2, 1, 3).reshape(b * self.heads, 1, 5, self.points)
         grid = self.reference.view(1, 5, 1, 2) * 2 - 1 + offsets * 0.1
@@ -298,7 +308,12 @@ class DiffusionUnet(nn.Module):
         self.c, self.heads = c, 2
         self.time = nn.Sequential(nn.Linear(c, time), nn.SiLU(), nn.Linear(time, time))
         self.stem, self.a, self.down = nn.Conv2d(3, c, 3, padding=1), TimeBlock(c, c, time), nn.Conv2d(c, 2 * c, 3, 2, 1)
-        self.b, self.norm, self.qkv, self.proj = TimeBlock(2 * c, 2 * c, time), nn.GroupNorm(4, 2 * c), nn.Conv2d(2 * c, 6 * c, 1), nn.Conv2d(2 * c, 2 * c, 1)
+        self.b, self.norm, self.qkv, self.proj = (
+            TimeBlock(2 * c, 2 * c, time),
+            nn.GroupNorm(4, 2 * c),
+            nn.Conv2d(2 * c, 6 * c, 1),
+            nn.Conv2d(2 * c, 2 * c, 1),
+        )
         self.up, self.d = nn.ConvTranspose2d(2 * c, c, 4, 2, 1), TimeBlock(2 * c, c, time)
         self.out = nn.Sequential(nn.GroupNorm(4, c), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1))
 
@@ -308,7 +323,7 @@ class DiffusionUnet(nn.Module):
         t = self.time(torch.cat([angle.cos(), angle.sin()], -1))
         a = self.a(self.stem(x), t)
         b = self.b(self.down(a), t)
-        n, c, h, w = b.shape
+        n, _, h, w = b.shape
         q, k, v = self.qkv(self.norm(b)).reshape(n * self.heads, -1, h * w).chunk(3, 1)
         weight = torch.einsum("bct,bcs->bts", q * 0.5, k * 0.5).softmax(-1)
         b = b + self.proj(torch.einsum("bts,bcs->bct", weight, v).reshape(n, -1, h, w))
@@ -704,7 +719,7 @@ def radiance() -> Model:
 
 
 ALL = (
-    yolo, anchor_head, weighted_pyramid, detr, deformable_attention, detector, mask_head, unet, diffusion_unet, diffusion_transformer, super_resolution,
-    translator, summariser, experts, expert_modules, speech_ctc, conformer, wave, vocoder, stepwise, state_space, point_net, contrastive, slow_fast,
-    radiance,
+    yolo, anchor_head, weighted_pyramid, detr, deformable_attention, detector, mask_head, unet, diffusion_unet, diffusion_transformer,
+    super_resolution, translator, summariser, experts, expert_modules, speech_ctc, conformer, wave, vocoder, stepwise, state_space, point_net,
+    contrastive, slow_fast, radiance,
 )  # fmt: skip

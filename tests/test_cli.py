@@ -77,8 +77,10 @@ def test_inspect(run) -> None:
 def test_inspect_why(run) -> None:
     status, out, _ = run("inspect", "demo", "--why", "stage2.conv2.0", "--why", "head")
     assert status == 0
-    assert out.splitlines()[0] == "stage2.conv2.0.weight and head.weight share the 64 channels of group stage2.conv2.0:"
+    assert out.splitlines()[0] == "stage2.conv2.0.weight and head.weight share the 64 channels of group stage2.shortcut.0:"
     assert any(line.split()[0] == "add" and "demo/__init__.py:" in line for line in out.splitlines()[1:])
+    assert run("inspect", "demo", "--why", "stage2.conv2.0", "head")[:2] == (0, out)
+    assert run("inspect", "demo", "head")[0] == 2
     status, out, _ = run("inspect", "demo", "--why", "head")
     assert "model output" in out
 

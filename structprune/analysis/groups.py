@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 from torch.nn import Parameter
 
 from structprune.analysis.infer import Types, infer
-from structprune.analysis.silence import summed_where_loud
+from structprune.analysis.silence import read_where_loud
 from structprune.errors import InputError
-from structprune.ir.axes import Atom, Reason, Shape, kept_size
-from structprune.ir.graph import Graph, owners_of
+from structprune.ir.axes import Atom, Reason, Shape, Sum, kept_size
+from structprune.ir.graph import Graph, operator_name, owners_of, source_of
 from structprune.ir.group import Frozen, Group, Member
+
+_MUCH = 0.2  # of the multiply-accumulates
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,15 @@ def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> Groups:
         for dim, axis in enumerate(shape):
             for atom in dict.fromkeys(types.solver.atoms(axis)):
                 members.setdefault(atom, []).append(Member(name, dim))
-    inexact = _inexact(types) | summed_where_loud(graph, types)
+    inexact = _inexact(types) | {
+        atom: f"{operator_name(node)} sums over these channels, and they are not zero where they are removed"
+        for atom, node in read_where_loud(graph, types, "sum").items()
+    }
+    work = tuple(tuple(map(types.solver.resolve, w.axes)) for w in types.work)
+    _keep_unread_entries(types, axes, members)
+    _keep_tables(types, work)
+    for atom, node in read_where_loud(graph, types, "mean").items():
+        types.solver.freeze(atom, Reason("a mean over these channels, which are not zero where they are removed", source_of(node)))
     names = _Names()
     groups, frozen = [], []
     for atom, where in members.items():
@@ -100,7 +110,7 @@ def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> Groups:
         frozen=tuple(frozen),
         axes=axes,
         parameters=frozenset(graph.aliases[str(n.target)][0] for n in graph.nodes if n.op == "get_attr" and isinstance(graph.tensor(n), Parameter)),
-        work=tuple(tuple(map(types.solver.resolve, w.axes)) for w in types.work),
+        work=work,
         batch=_batch(graph, types) if graph.doubled else {},
         types=types,
     )
@@ -117,6 +127,36 @@ def _ignore(graph: Graph, types: Types, named: Mapping[str, Shape], pattern: str
     for shape in shapes:
         for axis in shape:
             types.solver.freeze(axis, Reason("ignored", pattern))
+
+
+def _keep_unread_entries(types: Types, axes: Mapping[str, Shape], members: Mapping[Atom, list[Member]]) -> None:
+    """Freeze what stands in one tensor and in nothing that is computed: rows of a table of positions beyond the example's length."""
+    computed = {
+        atom
+        for node, found in types.nodes.items()
+        if node.op == "call_function"
+        for shape in (found if isinstance(found, list) else [found])
+        if isinstance(shape, tuple)
+        for axis in shape
+        for atom in types.solver.atoms(axis)
+    }
+    for atom, where in members.items():
+        if len(where) == 1 and atom not in computed and isinstance(axes[where[0].tensor][where[0].dim], Sum):
+            types.solver.freeze(atom, Reason("entries that the example does not reach"))
+
+
+def _keep_tables(types: Types, work: Sequence[Shape]) -> None:
+    """Freeze what a table that the code computes (sines of positions) stands on, unless much of the model's work depends on it.
+
+    The table of the user's own class keeps its size: to cut it is to give the class up.
+    """
+    total = sum(_volume(axes, {}) for axes in work)
+    for node in types.constants:
+        for axis in types.shape(node) if isinstance(types.nodes[node], tuple) and any(u not in types.constants for u in node.users) else ():
+            for atom in types.solver.atoms(axis):
+                depends = sum(_volume(axes, {}) for axes in work if any(atom in types.solver.atoms(a) for a in axes))
+                if depends < _MUCH * total:
+                    types.solver.freeze(atom, Reason("stands on a table that the code computes", source_of(node)))
 
 
 def _named_shapes(graph: Graph, types: Types) -> dict[str, Shape]:

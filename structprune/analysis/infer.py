@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from structprune.ir.axes import Shape, Solver, Unsolved
-from structprune.ir.graph import Graph, operator_name, shape_of, size_of, source_of
-from structprune.ops import RULES
+from structprune.ir.graph import Graph, computed_constants, operator_name, shape_of, size_of, source_of
+from structprune.ops import RULES, creation
 from structprune.ops.rules import Equations, Reading, Unsupported, Work
 
 INPUT, OUTPUT = "model input", "model output"
@@ -26,6 +26,7 @@ class Types:
     nodes: Mapping[fx.Node, Any]
     work: tuple[Work, ...]
     readings: tuple[Reading, ...]
+    constants: frozenset[fx.Node]  # computed from nothing but numbers: they stay as they are, and are cut where others read them
 
     def shape(self, value: Any) -> Any:
         """The resolved axes of a node's answer; a list of such for several answers."""
@@ -48,6 +49,7 @@ def infer(graph: Graph) -> Types:
     by_tensor: dict[int, Shape] = {}
     work: list[Work] = []
     readings: list[Reading] = []
+    constants = frozenset(n for n in computed_constants(graph) if RULES.get(operator_name(n)) is not creation.uniform)
 
     for node in graph.nodes:
         solver.site = source_of(node)
@@ -65,12 +67,14 @@ def infer(graph: Graph) -> Types:
             for answer in node.all_input_nodes:
                 solver.site = source_of(answer)
                 _freeze(solver, types[answer], OUTPUT)
+        elif node in constants:  # any entry may go, for nobody else knows of it
+            types[node] = _sizes_map(node.meta.get("val"), lambda s: tuple(solver.fresh(n) for n in s))
         elif node.target is operator.getitem:
             source, index = node.args
             types[node] = types[source][index]  # type: ignore[index]
         else:
             types[node] = _apply(solver, node, types, graph.constant, work, readings)
-    return Types(solver, types, tuple(work), tuple(readings))
+    return Types(solver, types, tuple(work), tuple(readings), constants)
 
 
 def _apply(solver: Solver, node: fx.Node, types: dict[fx.Node, Any], constant: Any, work: list[Work], readings: list[Reading]) -> Any:
@@ -85,14 +89,14 @@ def _apply(solver: Solver, node: fx.Node, types: dict[fx.Node, Any], constant: A
     function = RULES.get(name)
     if function is None:
         why = f"the operator {name} is not known"
-    elif 0 in _flat(sizes):
-        why = "an empty tensor"
     else:
         equations = Equations(solver, node, sizes, constant)
         try:
             result = function(equations, *args, **kwargs)
         except (Unsupported, Unsolved) as error:
             why = f"{name}: {error}"
+        except ZeroDivisionError:
+            why = f"{name} of an empty tensor"
         else:
             result = list(result) if isinstance(value, (list, tuple)) else result
             if _sizes_of(result) == sizes:
@@ -124,10 +128,6 @@ def _sizes_of(result: Any) -> Any:
     if isinstance(result, list):
         return [_sizes_of(part) for part in result]
     return tuple(axis.size for axis in result) if isinstance(result, tuple) else result
-
-
-def _flat(sizes: Any) -> list[int]:
-    return [n for shape in (sizes if isinstance(sizes, list) else [sizes]) if isinstance(shape, tuple) for n in shape]
 
 
 def _freeze(solver: Solver, found: Any, why: str) -> None:

@@ -34,23 +34,24 @@ _QUOTIENTS = frozenset({"div", "divide", "true_divide", "floor_divide", "fmod", 
 _ADDENDS = frozenset({"add", "sub", "subtract", "maximum", "minimum"})
 _WEIGHTED = (contraction.linear, contraction.conv, contraction.conv_transpose)
 _AFFINE = {"batch_norm": (1, 2), "instance_norm": (1, 2), "layer_norm": (2, 3), "group_norm": (2, 3), "rms_norm": (2, None)}
-_PASSING = frozenset({layout.__name__, joining.__name__, spatial.__name__})
+# zeros stay zeros; of a recurrent layer too, whose gates of zero weights halve the state
+_PASSING = frozenset({layout.__name__, joining.__name__, spatial.__name__, recurrent.__name__})
 _REDUCED = (normalization.total, normalization.mean, normalization.vector_norm, normalization.norm, normalization.reduction)
 
 
-def summed_where_loud(graph: Graph, types: Types) -> dict[Atom, str]:
-    """The atoms over which some operator sums entries that are not zero where they are removed, and which operator."""
+def read_where_loud(graph: Graph, types: Types, how: str) -> dict[Atom, fx.Node]:
+    """The atoms over which some operator takes a 'sum' or 'mean' of entries that are not zero where they are removed, and which operator."""
     atoms = {n: _atoms(types, n) for n in graph.nodes}
     loud: dict[fx.Node, Loud] = {}
     for node in graph.nodes:
-        loud[node] = _loud(graph, node, atoms, loud) & atoms[node]
-    found: dict[Atom, str] = {}
+        loud[node] = _loud(graph, node, types.constants, atoms, loud) & atoms[node]
+    found: dict[Atom, fx.Node] = {}
     for reading in types.readings:
-        if reading.how == "sum":
+        if reading.how == how:
             operands = reading.node.all_input_nodes
             for atom in types.solver.atoms(reading.axis):
                 if all(atom in loud[o] for o in operands if atom in atoms[o]):
-                    found.setdefault(atom, f"{operator_name(reading.node)} sums over these channels, and they are not zero where they are removed")
+                    found.setdefault(atom, reading.node)
     return found
 
 
@@ -62,12 +63,12 @@ def _atoms(types: Types, node: fx.Node) -> Loud:
     return frozenset(a for a in leaves if types.solver.reason(a) is None)
 
 
-def _loud(graph: Graph, node: fx.Node, atoms: Mapping[fx.Node, Loud], loud: Mapping[fx.Node, Loud]) -> Loud:
+def _loud(graph: Graph, node: fx.Node, constants: frozenset[fx.Node], atoms: Mapping[fx.Node, Loud], loud: Mapping[fx.Node, Loud]) -> Loud:
     """What may be loud in a node's answer, from what is in its operands."""
     mine, operands = atoms[node], node.all_input_nodes
     if node.op == "get_attr":  # a parameter's removed entries are the ones that are set to zero
         return _NONE if str(node.target) in graph.aliases and not str(node.target).endswith("running_var") else mine
-    if node.op != "call_function" or not mine:
+    if node.op != "call_function" or not mine or node in constants:
         return mine
     name = operator_name(node)
     rule = RULES.get(name)
@@ -88,8 +89,6 @@ def _loud(graph: Graph, node: fx.Node, atoms: Mapping[fx.Node, Loud], loud: Mapp
         return loud[node.args[2]] | (mine - atoms[node.args[2]])  # type: ignore[index]
     if rule in (contraction.matmul, contraction.einsum):
         return frozenset(a for a in mine if all(a in loud[o] for o in operands if a in atoms[o]))
-    if rule is not None and rule.__module__ == recurrent.__name__:
-        return _NONE  # gates of zero weights leave a state of zero
     if node.target is operator.getitem or rule in _REDUCED or (rule is not None and rule.__module__ in _PASSING):
         return frozenset(a for a in mine if any(a in loud[o] for o in operands))
     return mine

@@ -20,6 +20,7 @@ def load_program(path: str | Path) -> TracedModule:
     examples = program.example_inputs
     args, kwargs = (tuple(examples[0]), dict(examples[1])) if examples else ((), {})
     module = from_exported(program, args, kwargs).module
+    module.training = False  # as it was traced
     traced = TracedModule(module, module.graph)
     traced.example_inputs = (args, kwargs) if examples else None
     return traced.eval()  # type: ignore[return-value]

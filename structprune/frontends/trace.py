@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,7 +18,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from structprune.errors import TraceError
+from structprune.errors import InputError, TraceError
 from structprune.ir.graph import Graph, attribute, has_effect, is_dynamic
 
 _log = logging.getLogger(__name__)
@@ -23,35 +26,89 @@ _GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
-def trace(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[str, Any] | None = None, *, dynamic: bool = True) -> Graph:
+Dynamic: TypeAlias = Sequence[int] | Mapping[str, Sequence[int]]
+
+
+def trace(
+    model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[str, Any] | None = None, *, dynamic: Dynamic = (), batch: bool = True
+) -> Graph:
     """Trace `model` in evaluation mode on example inputs. The model is left as it was.
 
-    The first axis of every tensor input is dynamic where the model allows it. Parametrizations (weight norm, spectral
-    norm, ...) are folded into the weights that they compute. Raises TraceError, with the user's source line, for a
-    model that torch.export cannot trace.
+    The first axis of every tensor input is dynamic where the model allows it (unless `batch` is False), and so are the axes in `dynamic`: of
+    every input that has them, or of those that it names. Parametrizations (weight norm, spectral norm, ...) are folded into the weights that they
+    compute. Raises TraceError, with the user's source line, for a model that torch.export cannot trace.
     """
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
     model = fold_parametrizations(model)
     notes: list[str] = []
     given = pytree.tree_leaves((args, kwargs))
+    wanted = _wanted_axes(model, args, kwargs, dynamic)
     with _evaluation(model):
         exported = None
-        if dynamic:
-            example_args, example_kwargs = pytree.tree_map_only(Tensor, _two_samples, (args, kwargs))
+        doubled = pytree.tree_map_only(Tensor, _two_samples, (args, kwargs))
+        attempts: list[tuple[Any, list[set[int]]]] = [(doubled, [{0, *axes} for axes in wanted]), (doubled, [{0} for _ in wanted])] if batch else []
+        for inputs, axes in attempts[0 if any(wanted) else 1 :]:
             try:
-                exported = _export(model, example_args, example_kwargs, dynamic=True)
-                args, kwargs = example_args, example_kwargs
-            except Exception as error:  # torch.export raises whatever the model's code meets: try it static below
-                _log.debug("dynamic batch refused", exc_info=True)
-                notes.append(f"static batch: {_first_line(error)}")
+                exported = _export(model, inputs[0], inputs[1], axes)
+                args, kwargs = inputs
+                break
+            except Exception as error:  # torch.export raises whatever the model's code meets: try with less freedom below
+                _log.debug("dynamic axes refused", exc_info=True)
+                notes.append(f"{'static sizes' if any(a - {0} for a in axes) else 'static batch'}: {_first_line(error)}")
         if exported is None:
             try:
-                exported = _export(model, args, kwargs, dynamic=False)
+                exported = _export(model, args, kwargs, [set(axes) for axes in wanted])
             except Exception as error:
                 raise _explained(error) from error
-    doubled = any(a is not b for a, b in zip(pytree.tree_leaves((args, kwargs)), given, strict=True))
-    return from_exported(exported, args, kwargs, model=model, notes=tuple(notes), doubled=doubled)
+    two = any(a is not b for a, b in zip(pytree.tree_leaves((args, kwargs)), given, strict=True))
+    graph = from_exported(exported, args, kwargs, model=model, notes=tuple(notes), doubled=two)
+    fixed = [
+        f"axis {d} of {n} keeps its size: the model's code needs it"
+        for n, w, g in zip(graph.input_names, wanted, graph.dynamic, strict=True)
+        for d in w
+        if d not in g
+    ]
+    return replace(graph, notes=(*graph.notes, *fixed))
+
+
+def retrace(module: nn.Module, graph: Graph) -> Graph:
+    """A module that is called as `graph` is, traced with the same dynamic axes."""
+    with _evaluation(module):
+        try:
+            exported = _export(module, graph.args, graph.kwargs, [set(axes) for axes in graph.dynamic])
+        except Exception as error:
+            raise _explained(error) from error
+    return from_exported(exported, graph.args, graph.kwargs, model=module)
+
+
+def parse_dynamic(options: Sequence[str]) -> Dynamic:
+    """Axes as they are written on the command line: '2,3' for every input, or 'NAME=1' for some. Raises InputError for anything else."""
+    named: dict[str, tuple[int, ...]] = {}
+    for option in options:
+        name, _, axes = option.rpartition("=")
+        if not re.fullmatch(r"\d+(,\d+)*", axes):
+            raise InputError(f"--dynamic {option!r}: write axes as 2,3, or of one input as NAME=1")
+        named[name] = tuple(map(int, axes.split(",")))
+    if "" in named and len(named) > 1:
+        raise InputError("--dynamic: axes of every input, or NAME=AXES for each input; not both")
+    return named.get("", named)
+
+
+def _wanted_axes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Dynamic) -> list[tuple[int, ...]]:
+    """For each leaf of the arguments, the axes beside the batch that are asked to be dynamic. Raises InputError for a name that is no input."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    leaves = [(name, leaf) for name, value in bound.arguments.items() for leaf in pytree.tree_leaves(value)]
+    if isinstance(dynamic, Mapping) and (unknown := set(dynamic) - {name for name, _ in leaves}):
+        raise InputError(
+            f"dynamic axes for {sorted(unknown)[0]!r}, which is no input; the inputs are {', '.join(dict.fromkeys(n for n, _ in leaves))}"
+        )
+
+    def axes(name: str, leaf: Any) -> tuple[int, ...]:
+        asked = dynamic.get(name, ()) if isinstance(dynamic, Mapping) else dynamic
+        return tuple(d for d in asked if isinstance(leaf, Tensor) and 0 < d < leaf.dim())
+
+    return [axes(name, leaf) for name, leaf in leaves]
 
 
 def from_exported(
@@ -67,6 +124,7 @@ def from_exported(
     module = _unlifted(exported)
     _inline_regions(module)
     _drop_checks(module)
+    _sink_tensors(module)
     names: dict[int, list[str]] = {}
     holder = model if model is not None else module
     for name, tensor in [*holder.named_parameters(remove_duplicate=False), *holder.named_buffers(remove_duplicate=False)]:
@@ -76,9 +134,9 @@ def from_exported(
         target: tuple(names[id(tensor)]) for target in attributes if isinstance(tensor := attribute(module, target), Tensor) and id(tensor) in names
     }
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    batched = [n.meta["val"] for n in placeholders if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].dim()]
-    dynamic = bool(batched) and all(is_dynamic(v.shape[0]) for v in batched)
-    if not dynamic and not notes:
+    values = [n.meta.get("val") for n in placeholders]
+    dynamic = tuple(tuple(d for d, size in enumerate(v.shape) if is_dynamic(size)) if isinstance(v, Tensor) else () for v in values)
+    if not any(0 in axes for axes in dynamic) and not notes:
         notes = ("static batch: the model's code fixes the first axis of an input",)
     return Graph(
         module=module,
@@ -88,7 +146,7 @@ def from_exported(
         aliases=aliases,
         input_names=tuple(n.name for n in placeholders),
         output_names=_output_names(exported),
-        dynamic_batch=dynamic,
+        dynamic=dynamic,
         doubled=doubled,
         notes=notes,
     )
@@ -125,15 +183,45 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: bool) -> ExportedProgram:
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], axes: Sequence[set[int]]) -> ExportedProgram:
+    """torch.export, silent; axes: those of each leaf of the arguments that are to be dynamic."""
     shapes: Any = None
-    if dynamic:
+    if any(axes):
         collection = ShapesCollection()
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf.dim():
-                collection[leaf] = {0: Dim.AUTO}
+        for leaf, dims in zip(pytree.tree_leaves((args, kwargs)), axes, strict=True):
+            if isinstance(leaf, Tensor) and leaf.dim() and dims:
+                collection[leaf] = dict.fromkeys(sorted(dims), Dim.AUTO)
         shapes = collection.dynamic_shapes(model, args, kwargs)
-    return torch.export.export(model, args, dict(kwargs) or None, dynamic_shapes=shapes, strict=False)
+    with _quiet(), _masks_as_they_are():
+        return torch.export.export(model, args, dict(kwargs) or None, dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export prints the whole graph where it fails; what matters of it comes back as an error."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _masks_as_they_are() -> Iterator[None]:
+    """torch's own transformer looks at the values of a mask to see whether it is causal, which cannot be traced.
+
+    It does so only to choose a kernel: taken as any other mask, it answers the same.
+    """
+    layers = nn.modules.transformer
+    detect = layers._detect_is_causal_mask
+    layers._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        layers._detect_is_causal_mask = detect
 
 
 def _two_samples(tensor: Tensor) -> Tensor:
@@ -191,6 +279,15 @@ def _drop_checks(module: fx.GraphModule) -> None:
             graph.erase_node(node)
     graph.eliminate_dead_code(has_effect)
     graph.lint()
+    module.recompile()
+
+
+def _sink_tensors(module: fx.GraphModule) -> None:
+    """Fetch every tensor where it is first read: an interpreter that makes copies of them then holds few at a time."""
+    order = {node: i for i, node in enumerate(module.graph.nodes)}
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr" and node.users:
+            min(node.users, key=order.__getitem__).prepend(node)
     module.recompile()
 
 

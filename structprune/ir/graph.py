@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,15 @@ class Graph:
     aliases: Mapping[str, tuple[str, ...]]  # a tensor's name in the graph -> all its names in the state_dict
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
-    dynamic_batch: bool
+    dynamic: tuple[tuple[int, ...], ...]  # of every input, the axes whose size may be another
     doubled: bool = False  # the example was a batch of one, which tracing would take for a constant: args hold it twice
     notes: tuple[str, ...] = ()  # what a user should know about how the model was traced
+
+    @property
+    def dynamic_batch(self) -> bool:
+        """Whether the first axis of every input may have any size."""
+        axes = [d for d, v in zip(self.dynamic, self.flat_inputs(), strict=True) if isinstance(v, Tensor) and v.dim()]
+        return bool(axes) and all(0 in d for d in axes)
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -64,9 +70,43 @@ class Graph:
         return [v[:1] if self.doubled and isinstance(v, Tensor) and v.dim() and len(v) == 2 else v for v in self.flat_inputs()]
 
 
+def resized(values: Sequence[Any], dynamic: Sequence[Sequence[int]], factor: float) -> list[Any]:
+    """Inputs of other sizes: dynamic axes but the batch cut short, or repeated, to about `factor` times their length."""
+
+    def along(value: Any, axes: Sequence[int]) -> Any:
+        for axis in axes:
+            if axis:
+                size = max(1, int(value.shape[axis] * factor))
+                value = value.index_select(axis, torch.arange(size) % value.shape[axis])
+        return value
+
+    return [along(value, axes) if isinstance(value, Tensor) else value for value, axes in zip(values, dynamic, strict=True)]
+
+
 def attribute(root: torch.nn.Module, name: str) -> Any:
     """`root.a.b.c` for the name 'a.b.c'."""
     return operator.attrgetter(name)(root)
+
+
+def computed_constants(graph: Graph) -> frozenset[fx.Node]:
+    """Nodes whose value depends on no input, parameter or buffer: a table of sines, a mask of the window. Other constants are not among them.
+
+    What is drawn at random, or written to in place, is no constant.
+    """
+    written: set[fx.Node] = set()
+    for node in reversed(graph.nodes):  # a view is written to where its own view is
+        if (node.op == "call_function" and has_effect(node)) or node in written:
+            written.update(node.all_input_nodes[:1])
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            constant = str(node.target) not in graph.aliases and isinstance(graph.tensor(node), Tensor)
+        else:
+            random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+            constant = node.op == "call_function" and not has_effect(node) and not random and all(n in found for n in node.all_input_nodes)
+        if constant and node not in written:
+            found.add(node)
+    return frozenset(n for n in found if n.op == "call_function")
 
 
 def size_of(value: Any) -> int:

@@ -24,6 +24,7 @@ _TRAINING_FLAG = {
     aten.rrelu.default: 3,
 }
 
+_SWITCHES = "switches with the mode"  # in the meta of a node, which copies keep
 
 _CREATE = {
     aten.zeros.default,
@@ -41,12 +42,20 @@ class TracedModule(fx.GraphModule):
 
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
+    def __init__(self, root: Any, graph: fx.Graph, *names: Any):
+        """root: in the mode, training or evaluation, that the flags in the graph stand for."""
+        super().__init__(root, graph, *names)
+        for node in self.graph.nodes:
+            flag = _TRAINING_FLAG.get(node.target) if node.op == "call_function" else None
+            if flag is not None and len(node.args) > flag:  # weights standardised by a batch norm are in training always
+                node.meta.setdefault(_SWITCHES, node.args[flag] is self.training)
+
     def train(self, mode: bool = True) -> TracedModule:
         super().train(mode)
         changed = False
         for node in self.graph.nodes:
             flag = _TRAINING_FLAG.get(node.target) if node.op == "call_function" else None
-            if flag is not None and len(node.args) > flag and node.args[flag] is not mode:
+            if flag is not None and node.meta.get(_SWITCHES) and node.args[flag] is not mode:
                 node.update_arg(flag, mode)
                 changed = True
         if changed:

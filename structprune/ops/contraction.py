@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from structprune.ir.axes import Axis, Shape, product
-from structprune.ops.rules import Equations, Resize, resizer, rule
+from structprune.ops.rules import Equations, Resize, axis_index, resizer, rule
 
 _WINDOW = "a convolution window slides along this axis"
 
@@ -156,6 +156,25 @@ def addmm(eq: Equations, bias: Shape, a: Shape, b: Shape, **_: Any) -> Shape:
 @rule("outer", "ger")
 def outer(eq: Equations, a: Shape, b: Shape) -> Shape:
     return (*a, *b)
+
+
+@rule("cosine_similarity")
+def cosine_similarity(eq: Equations, a: Shape, b: Shape, dim: int = 1, *_: Any) -> Shape:
+    """Σ a·b / (|a|·|b|): a removed entry of zero adds nothing to any of the three."""
+    both = eq.broadcast(a, b)
+    dim = axis_index(dim, len(both))
+    eq.sums(both[dim])
+    return (*both[:dim], *both[dim + 1 :])
+
+
+@rule("cdist")
+def cdist(eq: Equations, a: Shape, b: Shape, p: float = 2, *_: Any) -> Shape:
+    """(…, rows, features) and (…, columns, features) → distances of all pairs."""
+    eq.equate(a[-1], b[-1])
+    eq.sums(a[-1])
+    if not 0 < p < math.inf:
+        eq.freeze("a distance of this order runs along this axis", a[-1])
+    return (*eq.broadcast(a[:-2], b[:-2]), a[-2], b[-2])
 
 
 @rule("einsum")

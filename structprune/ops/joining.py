@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import fx
 
-from structprune.ir.axes import Axis, Shape, concat, product
+from structprune.ir.axes import EMPTY, Axis, Shape, concat, product
 from structprune.ir.graph import size_of
 from structprune.ops.rules import Equations, Resize, Unsupported, aten, axis_index, resizer, rule
 
 _MANY_RUNS = 64  # a constant index of more consecutive runs than this is taken for a permutation at random
+
+_AT_RUN_TIME = "cut at a place known only at run time"
 
 
 def _replace(x: Shape, dim: int, axis: Axis) -> Shape:
@@ -77,14 +79,16 @@ def split_sizes(new: Resize, node: fx.Node) -> None:
 def slice_(eq: Equations, x: Shape, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Shape:
     dim = axis_index(dim, len(x))
     axis, size = x[dim], x[dim].size
+    if any(isinstance(bound, fx.Node) for bound in eq.node.args[2:]):
+        eq.freeze(_AT_RUN_TIME, axis)
+        return x if eq.out[dim] == size else _replace(x, dim, eq.frozen(eq.out[dim], _AT_RUN_TIME))
     if eq.node.target._opname == "narrow":  # type: ignore[union-attr]
         end = start + end
     start, end, _ = slice(start, end, 1).indices(size)
     if start == 0 and end >= size and step == 1:
         return x
     if eq.out[dim] == 0:
-        eq.freeze("an empty slice", axis)
-        return _replace(x, dim, eq.fresh(0))
+        return _replace(x, dim, EMPTY)
     if step == 1:
         return _replace(x, dim, eq.split(axis, [start, end - start, size - end])[1])
     if size % step or start >= step or end < size - step + 1 + start:
@@ -200,6 +204,15 @@ def embedding(eq: Equations, weight: Shape, indices: Shape, *_: Any) -> Shape:
     return (*indices, *weight[1:])
 
 
+@rule("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(eq: Equations, weight: Shape, indices: Shape, offsets: Shape, *_: Any, **__: Any) -> list[Shape]:
+    """Rows are looked up, and added up by bags; the other answers say which row went where."""
+    why = "rows are looked up by number"
+    eq.freeze(why, weight[0], *indices, *offsets)
+    rest = [tuple(eq.frozen(size, why) for size in shape) for shape in eq.out[1:]]
+    return [(eq.frozen(eq.out[0][0], why), weight[1]), *rest]
+
+
 @rule("index_select")
 def index_select(eq: Equations, x: Shape, dim: int, index: Shape) -> Shape:
     dim = axis_index(dim, len(x))
@@ -284,6 +297,28 @@ def gather(eq: Equations, x: Shape, dim: int, index: Shape, **_: Any) -> Shape:
             else:
                 eq.freeze("read by index", a, b)
     return index
+
+
+@rule("scatter", "scatter_add", "scatter_reduce")
+def scatter(eq: Equations, x: Shape, dim: int, index: Shape, source: Any = None, *_: Any, **__: Any) -> Shape:
+    """Entries along `dim` are written by number; the other axes are read side by side, where they have one size."""
+    dim, why = axis_index(dim, len(x)), "written to by index"
+    others = [index] + ([source] if isinstance(source, tuple) and source else [])
+    for i, axis in enumerate(x):
+        for other in others:
+            if i == dim or other[i].size != axis.size:
+                eq.freeze(why, axis, other[i])
+            else:
+                eq.equate(axis, other[i])
+    return x
+
+
+@rule("index_add", "index_copy")
+def index_add(eq: Equations, x: Shape, dim: int, index: Shape, source: Shape, **_: Any) -> Shape:
+    dim = axis_index(dim, len(x))
+    eq.freeze("written to by index", x[dim], source[dim], *index)
+    eq.broadcast(_replace(x, dim, source[dim]), source)
+    return x
 
 
 @rule("one_hot")

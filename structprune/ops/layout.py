@@ -56,6 +56,27 @@ def squeeze(eq: Equations, x: Shape, dim: Any = None) -> Shape:
     return tuple(a for i, a in enumerate(x) if i not in dims or len(eq.out) == len(x) or a.size != 1)
 
 
+_COMPLEX = "real and imaginary parts"
+
+
+@rule("view_as_complex", "view_as_complex_copy")
+def view_as_complex(eq: Equations, x: Shape) -> Shape:
+    eq.freeze(_COMPLEX, x[-1])
+    return x[:-1]
+
+
+@rule("view_as_real", "view_as_real_copy")
+def view_as_real(eq: Equations, x: Shape) -> Shape:
+    return (*x, eq.frozen(2, _COMPLEX))
+
+
+@rule("diagonal")
+def diagonal(eq: Equations, x: Shape, offset: int = 0, a: int = 0, b: int = 1) -> Shape:
+    dims = {axis_index(a, len(x)), axis_index(b, len(x))}
+    eq.freeze("a diagonal is taken of this axis", *(x[d] for d in dims))
+    return (*(axis for d, axis in enumerate(x) if d not in dims), eq.frozen(eq.out[-1], "entries of a diagonal"))
+
+
 # --- views ------------------------------------------------------------------------------------------------------------
 
 

@@ -13,14 +13,35 @@ from torch import fx
 from structprune.ir.axes import Shape, product
 from structprune.ops.rules import Equations, Resize, axis_index, resizer, rule
 
+_STATISTICS = "a norm takes statistics along this axis"
 
-@rule("batch_norm", "_native_batch_norm_legit_no_training", "instance_norm")
+
+@rule("batch_norm", "_native_batch_norm_legit_no_training")
 def batch_norm(
-    eq: Equations, x: Shape, weight: Shape | None, bias: Shape | None, mean: Shape | None = None, var: Shape | None = None, *_: Any
+    eq: Equations,
+    x: Shape,
+    weight: Shape | None,
+    bias: Shape | None,
+    mean: Shape | None = None,
+    var: Shape | None = None,
+    training: Any = False,
+    *_: Any,
 ) -> Shape:
     for parameter in (weight, bias, mean, var):
         if parameter is not None:
             eq.equate(x[1], parameter[0])
+    if training is True:  # weights that are standardised by a batch norm
+        eq.freeze(_STATISTICS, x[0], *x[2:])
+    return x
+
+
+@rule("instance_norm")
+def instance_norm(
+    eq: Equations, x: Shape, weight: Shape | None, bias: Shape | None, mean: Shape | None = None, var: Shape | None = None, own: Any = True, *_: Any
+) -> Shape:
+    batch_norm(eq, x, weight, bias, mean, var)
+    if own:
+        eq.freeze(_STATISTICS, *x[2:])
     return x
 
 
@@ -60,7 +81,7 @@ def group_norm(eq: Equations, x: Shape, num_groups: int, weight: Any = None, bia
     groups, inner = eq.fresh(num_groups), eq.fresh(x[1].size // num_groups)
     eq.equate(x[1], product((groups, inner)))
     eq.over(inner, "norm", exact=isinstance(weight, tuple))
-    eq.freeze("a group norm takes statistics along this axis", *x[2:])
+    eq.freeze(_STATISTICS, *x[2:])
     return x
 
 

@@ -1,4 +1,4 @@
-"""LSTM, GRU and plain recurrent layers.
+"""LSTM, GRU and plain recurrent layers, and their cells for one step.
 
 Their weights are gates · hidden units. All layers and directions hand their states over in one tensor (layers, batch, hidden),
 so their hidden units are one axis.
@@ -86,3 +86,32 @@ def rnn(
 ) -> list[Shape]:
     _unpacked(x)
     return [_recurrent(eq, 1, x, [state], weights, biases, layers, bidirectional)[0], state]
+
+
+def _cell(eq: Equations, gates: int, x: Shape, state: Shape, w_ih: Shape, w_hh: Shape, biases: tuple[Shape | None, ...]) -> Shape:
+    gate, hidden = eq.frozen(gates, "gates of a recurrent layer"), state[-1]
+    for axis in (w_ih[0], w_hh[0], *(b[0] for b in biases if b is not None)):
+        eq.equate(axis, product((gate, hidden)))
+    eq.equate(w_ih[1], x[-1])
+    eq.equate(w_hh[1], hidden)
+    eq.sums(w_ih[1], w_hh[1])
+    eq.broadcast(x[:-1], state[:-1])
+    eq.macs(*x[:-1], gate, hidden, x[-1])
+    eq.macs(*x[:-1], gate, hidden, hidden)
+    return state
+
+
+@rule("lstm_cell")
+def lstm_cell(eq: Equations, x: Shape, states: list[Shape], w_ih: Shape, w_hh: Shape, *biases: Shape | None) -> list[Shape]:
+    eq.broadcast(*states)
+    return [_cell(eq, 4, x, states[0], w_ih, w_hh, biases)] * 2
+
+
+@rule("gru_cell")
+def gru_cell(eq: Equations, x: Shape, state: Shape, w_ih: Shape, w_hh: Shape, *biases: Shape | None) -> Shape:
+    return _cell(eq, 3, x, state, w_ih, w_hh, biases)
+
+
+@rule("rnn_tanh_cell", "rnn_relu_cell")
+def rnn_cell(eq: Equations, x: Shape, state: Shape, w_ih: Shape, w_hh: Shape, *biases: Shape | None) -> Shape:
+    return _cell(eq, 1, x, state, w_ih, w_hh, biases)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from structprune.ir.axes import Shape, product
-from structprune.ops.rules import Equations, Resize, axis_index, resizer, rule
+from structprune.ops.rules import Equations, Resize, Unsupported, axis_index, resizer, rule
 
 _WINDOW = "a window slides along this axis"
 _RESAMPLED = "resampled along this axis"
@@ -95,3 +95,52 @@ def unfold(eq: Equations, x: Shape, dim: int, size: int, step: int) -> Shape:
     dim = axis_index(dim, len(x))
     eq.freeze(_WINDOW, x[dim])
     return (*x[:dim], eq.frozen(eq.out[dim], _WINDOW), *x[dim + 1 :], eq.frozen(size, _WINDOW))
+
+
+@rule("torchvision::roi_align", "torchvision::roi_pool")
+def regions(eq: Equations, x: Shape, boxes: Shape, *_: Any) -> Any:
+    """Each box, (number in the batch, 4 corners), becomes a small map of the same channels."""
+    eq.freeze("boxes are positions", *boxes)
+    eq.freeze(_RESAMPLED, x[0], *x[-2:])
+    sizes = eq.out[0] if isinstance(eq.out, list) else eq.out
+    out = (boxes[0], x[1], *(eq.frozen(s, _RESAMPLED) for s in sizes[-2:]))
+    return [out] * len(eq.out) if isinstance(eq.out, list) else out
+
+
+@rule("torchvision::deform_conv2d")
+def deform_conv(eq: Equations, x: Shape, weight: Shape, offset: Shape, mask: Shape, bias: Shape, *sizes: Any) -> Shape:
+    """A convolution whose window reads at learned offsets: (offset groups · window · 2) channels of their own."""
+    weight_groups, offset_groups = sizes[-3], sizes[-2]
+    if weight_groups != 1 or offset_groups != 1:
+        raise Unsupported("a deformable convolution in groups")
+    eq.freeze("offsets of a window", *offset, *mask)
+    eq.freeze(_WINDOW, *x[2:], *weight[2:])
+    eq.equate(x[1], weight[1])
+    eq.sums(weight[1])
+    eq.equate(weight[0], bias[0])
+    space = tuple(eq.frozen(s, _WINDOW) for s in eq.out[-2:])
+    eq.macs(x[0], *weight, *space)
+    return (x[0], weight[0], *space)
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def unpool(eq: Equations, x: Shape, indices: Shape, *_: Any) -> Shape:
+    eq.broadcast(x, indices)
+    return _spatial(eq, x, len(x) - 2, _WINDOW)  # type: ignore[no-any-return]
+
+
+@rule("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft")
+def spectrum(eq: Equations, x: Shape, n: Any = None, dim: int = -1, *_: Any) -> Shape:
+    return spectra(eq, x, n, [dim])
+
+
+@rule("fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2", "fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn")
+def spectra(eq: Equations, x: Shape, n: Any = None, dim: Any = None, *_: Any) -> Shape:
+    """A transform mixes all entries along its axes; the others pass through."""
+    pair = eq.node.target._opname.endswith("2")  # type: ignore[union-attr]
+    dims = dim if dim is not None else (-2, -1) if pair else range(-len(n), 0) if n is not None else range(len(x))
+    out = list(x)
+    for d in dims:
+        eq.freeze("a Fourier transform runs along this axis", x[d])
+        out[d] = eq.frozen(eq.out[d], "a Fourier transform runs along this axis")
+    return tuple(out)

@@ -86,17 +86,44 @@ def own_class(
     """
     if isinstance(model, fx.GraphModule):
         return None, "the model came as a graph"
-    try:
-        candidate = rebuild(model, tensors, attributes).eval()
-        error = _compare(candidate, graph, small, answers)
-        if _has_unseen_parameters(model, tensors):
-            _runs_in_training(candidate, graph)
-    except VerificationError as error_found:
-        return None, f"the user's class does not follow the new sizes: {error_found}"
-    except Exception as raised:  # the user's code may raise anything when its sizes change
-        _log.debug("the user's class does not run at the new sizes", exc_info=True)
-        return None, f"the user's class does not run at the new sizes: {type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:160]}"
-    return candidate, f"the user's class agrees with the small graph to {error:.1g}"
+    note = ""
+    guesses = [attributes]
+    for among in ("torch.", ""):  # torch's own layers describe themselves; in others a number may mean something else
+        guess = _sizes_by_value(model, tensors, attributes, among)
+        guesses += [guess] if guess != guesses[-1] else []
+    for guess in guesses:
+        try:
+            candidate = rebuild(model, tensors, guess).eval()
+            error = _compare(candidate, graph, small, answers)
+            if _has_unseen_parameters(model, tensors):
+                _runs_in_training(candidate, graph)
+            return candidate, f"the user's class agrees with the small graph to {error:.1g}"
+        except VerificationError as differs:
+            note = note or f"the user's class does not follow the new sizes: {differs}"
+        except Exception as raised:  # the user's code may raise anything when its sizes change
+            _log.debug("the user's class does not run at the new sizes", exc_info=True)
+            note = note or f"the user's class does not run at the new sizes: {type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:160]}"
+    return None, note
+
+
+def _sizes_by_value(model: nn.Module, tensors: Mapping[int, Tensor], attributes: Attributes, among: str) -> Attributes:
+    """`attributes`, and every other integer of a module that is a size of its tensors, where all tensors of that size changed alike.
+
+    among: how the names of the modules' classes begin. A guess, about which the comparison decides.
+    """
+    found = {name: dict(values) for name, values in attributes.items()}
+    for name, module in model.named_modules():
+        if not type(module).__module__.startswith(among):
+            continue
+        sizes: dict[int, set[int]] = {}
+        for tensor in [*module.parameters(), *module.buffers()]:
+            for before, after in zip(tensor.shape, tensors.get(id(tensor), tensor).shape, strict=True):
+                sizes.setdefault(before, set()).add(after)
+        changed = {before: after.pop() for before, after in sizes.items() if len(after) == 1 and after != {before}}
+        for attribute, value in vars(module).items():
+            if type(value) is int and value in changed and attribute not in found.get(name, {}):
+                found.setdefault(name, {})[attribute] = changed[value]
+    return found
 
 
 def _compare(candidate: nn.Module, graph: Graph, small: TracedModule, answers: Sequence[Tensor] | None) -> float:

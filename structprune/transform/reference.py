@@ -55,6 +55,8 @@ class Masked(Exact):
 
     def run_node(self, n: fx.Node) -> Any:
         name = operator_name(n)
+        if n.op == "get_attr":  # a copy, and large: it is silenced in place, once for all readers
+            return self._without(super().run_node(n), self._types.nodes.get(n), in_place=True)
         if n.op != "call_function" or name in _ENTRY_BY_ENTRY or n.target is operator.getitem:
             return super().run_node(n)
         written = n.args[0] if n.args and has_effect(n) else None  # an operator in place needs the tensor itself
@@ -71,15 +73,16 @@ class Masked(Exact):
 
     def _read(self, node: fx.Node) -> Any:
         """A node's answer with the entries of removed channels set to zero."""
-        return self._without(self.env[node], self._types.nodes.get(node))
+        return self.env[node] if node.op == "get_attr" else self._without(self.env[node], self._types.nodes.get(node))
 
-    def _without(self, value: Any, found: Any) -> Any:
+    def _without(self, value: Any, found: Any, in_place: bool = False) -> Any:
         if isinstance(value, (list, tuple)) and isinstance(found, list):
             return type(value)(self._without(v, f) for v, f in zip(value, found, strict=True))
         if isinstance(value, Tensor) and isinstance(found, tuple) and (value.is_floating_point() or value.is_complex()):
             for dim, mask in enumerate(self._masks_of(found)):
                 if mask is not None:
-                    value = value.masked_fill(mask.logical_not().view([-1 if d == dim else 1 for d in range(value.dim())]), 0)
+                    removed = mask.logical_not().view([-1 if d == dim else 1 for d in range(value.dim())])
+                    value = value.masked_fill_(removed, 0) if in_place else value.masked_fill(removed, 0)
         return value
 
     def _masks_of(self, shape: tuple[Axis, ...]) -> list[Tensor | None]:
@@ -161,4 +164,4 @@ _ENTRY_BY_ENTRY = frozenset(
     for name, function in RULES.items()
     if function in (elementwise.unary, elementwise.broadcasting, elementwise.assignment, elementwise.prelu, normalization.batch_norm)
     or function.__module__ in (layout.__name__, joining.__name__)
-) - {"instance_norm"}
+)

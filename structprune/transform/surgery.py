@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +51,29 @@ def operate(graph: Graph, types: Types, keep: Keep, cuts: Mapping[str, Cut]) -> 
     resize = Resize(kept, constant, add_constant)
     for node in list(fresh.nodes):
         resizer = RESIZERS.get(operator_name(node)) if node.op == "call_function" else None
-        if resizer is not None and any(_shrinks(types, originals[n], keep) for n in (node, *node.all_input_nodes) if n in originals):
+        if (
+            resizer is not None
+            and originals[node] not in types.constants
+            and any(_shrinks(types, originals[n], keep) for n in (node, *node.all_input_nodes) if n in originals)
+        ):
             resizer(resize, node)
+    for node in [n for n, old in originals.items() if old in types.constants]:
+        _cut_for_readers(node, types.shape(originals[node]), keep, [u for u in node.users if originals.get(u) not in types.constants], add_constant)
     fresh.eliminate_dead_code(has_effect)
     fresh.lint()
     return Surgery(traced_module(held, fresh), sliced, {originals[n]: changes for n, changes in resize.literals.items()})
+
+
+def _cut_for_readers(node: fx.Node, shape: Any, keep: Keep, readers: Sequence[fx.Node], add_constant: Callable[[fx.Node, Tensor], fx.Node]) -> None:
+    """What computes a constant stays as it is; who reads it reads the kept entries alone."""
+    cut = _cut_of(shape, keep).keep if readers and isinstance(shape, tuple) else {}
+    value = node
+    for dim, kept in cut.items():
+        index = add_constant(value.next, torch.tensor(kept))
+        with node.graph.inserting_after(index):
+            value = node.graph.call_function(torch.ops.aten.index_select.default, (value, dim, index))
+    for reader in readers if cut else ():
+        reader.replace_input_with(node, value)
 
 
 def _copied(graph: Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
@@ -82,7 +100,7 @@ def _small_tensors(graph: Graph, types: Types, keep: Keep, cuts: Mapping[str, Cu
 
 def traced_module(held: Mapping[str, Any], graph: fx.Graph) -> TracedModule:
     """A module that runs `graph` over the tensors in `held`, in evaluation mode."""
-    root = nn.Module()
+    root = nn.Module().eval()
     for name, value in held.items():
         owner = root
         *path, leaf = name.split(".")
@@ -96,8 +114,7 @@ def traced_module(held: Mapping[str, Any], graph: fx.Graph) -> TracedModule:
             owner.register_buffer(leaf, value)
         else:
             setattr(owner, leaf, value)
-    module = TracedModule(root, graph)
-    return module.eval()  # type: ignore[return-value]
+    return TracedModule(root, graph).eval()  # type: ignore[return-value]
 
 
 class _Kept:

@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 from structprune.analysis.infer import Types
 from structprune.errors import VerificationError
 from structprune.ir.axes import Keep
-from structprune.ir.graph import Graph
+from structprune.ir.graph import Graph, operator_name, shape_of
+from structprune.ops import RULES, contraction
 from structprune.transform.reference import Exact, Masked, in_double
 
 _log = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ _log = logging.getLogger(__name__)
 TOLERANCE = 1e-8  # of what pruning itself changed; one wrong channel among hundreds shows as 1e-5 or more, a wrong epsilon as 1e-7
 _ROUNDING = 1e-9  # of the answer: what float64 arithmetic may lose in a deep network
 _WORK = 8_000_000_000  # multiply-accumulates that float64 may take in one comparison
+_MEMORY = 64 << 20  # bytes that the activations of one comparison may take, or as many as the model's own tensors
+_LIVE = 4  # activations of the largest size that are alive at one time
 _SAMPLES = 32
 _DOES_NOT_RUN = (RuntimeError, IndexError, ValueError)  # what torch raises for sizes that do not fit
 _SINGLE = 1e-3  # of the answer: what float32 may lose
@@ -55,10 +58,10 @@ def verify(graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inputs
     wide = [in_double(v) for v in flat]
     with torch.no_grad():
         batch = next((v.shape[0] for v in wide if isinstance(v, Tensor) and v.dim()), 1)
-        room = _WORK * batch // max(1, sum(math.prod(axis.size for axis in w.axes) for w in types.work))
+        room = min(_WORK * batch // max(1, sum(math.prod(axis.size for axis in w.axes) for w in types.work)), _samples_in_memory(graph, batch))
         if graph.dynamic_batch:
             try:
-                chosen = _last(wide, max(1, room)) if room < batch else _with_noise(wide, min(room, _SAMPLES) // batch - 1)
+                chosen = _last(wide, max(1, room)) if room < batch else _with_noise(wide, min(room, _SAMPLES) // batch - 1, _unsafe_inputs(graph))
                 answer, found = _compared(graph, types, keep, small, chosen)
                 if room >= batch:
                     return found
@@ -108,17 +111,35 @@ def _last(values: Sequence[Any], number: int) -> list[Any]:
     return [v[-number:] if isinstance(v, Tensor) and v.dim() else v for v in values]
 
 
-def _with_noise(values: Sequence[Any], times: int) -> list[Any]:
-    """Every batch, followed by that many batches of noise in its range; numbers that may be indices are repeated instead."""
+def _samples_in_memory(graph: Graph, batch: int) -> int:
+    values = [n.meta.get("val") for n in graph.nodes if n.op == "call_function"]
+    largest = max((8 * math.prod(shape_of(v)) for v in values if isinstance(v, Tensor)), default=0)
+    own = sum(t.numel() * t.element_size() for t in graph.module.parameters())
+    return max(_MEMORY, own // 2) * batch // max(1, _LIVE * largest)
+
+
+def _unsafe_inputs(graph: Graph) -> set[int]:
+    """Which inputs an operator from outside ATen may read as positions (boxes in an image): it need not check them before it reads memory."""
+    reaching: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        outside = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace != "aten"
+        weighted = RULES.get(operator_name(node)) in (contraction.linear, contraction.conv, contraction.conv_transpose)
+        if node.op == "call_function" and (outside or (node in reaching and not weighted)):
+            reaching.update(node.all_input_nodes)
+    return {i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder") if n in reaching}
+
+
+def _with_noise(values: Sequence[Any], times: int, unsafe: set[int]) -> list[Any]:
+    """Every batch, followed by that many batches of noise in its range; numbers that may be positions are repeated instead."""
     generator = torch.Generator().manual_seed(0)
 
-    def filled(value: Tensor) -> Tensor:
-        if not value.is_floating_point():
+    def filled(value: Tensor, repeated: bool) -> Tensor:
+        if repeated or not value.is_floating_point():
             return value.repeat(times + 1, *[1] * (value.dim() - 1))
         noise = torch.randn((times * value.shape[0], *value.shape[1:]), generator=generator, dtype=value.dtype)
         return torch.cat([value, value.mean() + (value.std(correction=0) + 1) * noise.to(value.device)])
 
-    return [filled(v) if isinstance(v, Tensor) and v.dim() and times > 0 else v for v in values]
+    return [filled(v, i in unsafe) if isinstance(v, Tensor) and v.dim() and times > 0 else v for i, v in enumerate(values)]
 
 
 def difference(got: Sequence[Tensor], wanted: Sequence[Tensor], dense: Callable[[], Sequence[Tensor]], names: Sequence[str] = ()) -> float:
