@@ -25,7 +25,8 @@ from structprune.frontends.trace import Dynamic, fold_parametrizations, retrace,
 from structprune.ir.graph import Graph, resized
 from structprune.ir.plan import Plan
 from structprune.ir.traced import TracedModule
-from structprune.transform.own_class import attributes_of, own_class
+from structprune.transform.own_class import own_class
+from structprune.transform.scale import changed_scales
 from structprune.transform.surgery import operate
 from structprune.transform.verify import Verification
 from structprune.transform.verify import verify as compare
@@ -126,8 +127,7 @@ def realise(model: nn.Module, graph: Graph, groups: Groups, plan: Plan, clock: C
     with clock("verify"):
         verification = compare(graph, groups.types, keep, surgery.module)
     with clock("rebuild"):
-        attributes = attributes_of(model, surgery.tensors, surgery.literals)
-        own, note = own_class(model, graph, surgery.module, surgery.tensors, attributes, verification.answers)
+        own, note = own_class(model, graph, surgery, changed_scales(graph, groups.types, keep), verification.answers)
     report = _report(graph, groups, plan, verification, own is not None, note, clock, seed)
     return Result(own if own is not None else surgery.module, plan, report, graph, surgery.module, clock)
 

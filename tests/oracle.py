@@ -7,7 +7,8 @@ a pruned axis (layer, group, RMS norm, and a mean over one axis, which is an RMS
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,9 +39,12 @@ def randomise_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-def masked(model: nn.Module, tensors: Kept) -> Masked:
-    """The original in float64 with zeros where `tensors` cuts, to be called like the original."""
-    model = folded(copy.deepcopy(model).double().eval())
+def masked(model: nn.Module, tensors: Kept, *, means: bool = True, dtype: torch.dtype = torch.float64) -> Masked:
+    """The original in float64, or another type, with zeros where `tensors` cuts, to be called like the original.
+
+    means: a mean along one axis runs over the entries that are not zero everywhere, where so many are kept of an axis of that size.
+    """
+    model = folded(copy.deepcopy(model).to(dtype).eval())
     held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     kept_of: dict[int, Tensor] = {}
     widths = set()
@@ -55,12 +59,12 @@ def masked(model: nn.Module, tensors: Kept) -> Masked:
             if values.is_floating_point() and not name.endswith("running_var"):
                 removed = torch.ones(values.shape[dim], dtype=torch.bool).index_fill(0, kept, False)
                 values.index_fill_(dim, removed.nonzero().squeeze(1), 0)
-    return Masked(model, _OverKept(kept_of, widths))
+    return Masked(model, _OverKept(kept_of, widths if means else set()))
 
 
 class Masked:
     def __init__(self, model: nn.Module, mode: _OverKept):
-        self._model, self._mode = model, mode
+        self.model, self._mode = model, mode
 
     @torch.no_grad()
     def __call__(self, *args: Any) -> Any:
@@ -68,7 +72,7 @@ class Masked:
         torch.backends.mha.set_fastpath_enabled(False)  # one fused operator would hide its norms
         try:
             with self._mode:
-                return self._model(*args)
+                return self.model(*args)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -93,26 +97,36 @@ class _OverKept(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function in (F.layer_norm, F.rms_norm, F.group_norm):
-            x, number, weight, *rest = [*args, *kwargs.values()]
-            if id(weight) in self._kept_of:
-                return self._norm(function, x, number, weight, rest)
+            call = inspect.signature(function).bind(*args, **kwargs).arguments
+            x, weight = call["input"], call.get("weight")
+            kept = self._kept_of.get(id(weight))
+            if weight is None and function is not F.group_norm:
+                kept = self._live(x, x.dim() - 1)
+            if kept is not None:
+                return self._norm(function, call, x, kept)
         out = function(*args, **kwargs)
         if function in (torch.mean, Tensor.mean):
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
             dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
             if isinstance(dim, int):
-                x = args[0]
-                live = int((x != 0).movedim(dim, 0).flatten(1).any(1).sum()) if x.dim() > 1 else int((x != 0).sum())
-                if (x.shape[dim], live) in self._widths:
-                    return out * (x.shape[dim] / live)
+                kept = self._live(args[0], dim)
+                return out if kept is None else out * (args[0].shape[dim] / len(kept))
         return out
 
-    def _norm(self, function: Any, x: Tensor, number: Any, weight: Tensor, rest: list[Any]) -> Tensor:
-        kept = self._kept_of[id(weight)]
+    def _live(self, x: Tensor, dim: int) -> Tensor | None:
+        """The entries along an axis that are not zero everywhere, if as many are kept of some axis of its size."""
+        live = (x != 0).movedim(dim, 0).reshape(x.shape[dim], -1).any(1).nonzero().squeeze(1)
+        return live if (x.shape[dim], len(live)) in self._widths else None
+
+    def _norm(self, function: Any, call: dict[str, Any], x: Tensor, kept: Tensor) -> Tensor:
         axis = 1 if function is F.group_norm else -1
-        number = len({int(k) // (len(weight) // number) for k in kept}) if function is F.group_norm else (len(kept),)
-        rest = [value[kept] if isinstance(value, Tensor) else value for value in rest]
-        return torch.zeros_like(x).index_copy(axis, kept, function(x.index_select(axis, kept), number, weight[kept], *rest))
+        small = call | {"input": x.index_select(axis, kept)}
+        small |= {name: call[name][kept] for name in ("weight", "bias") if isinstance(call.get(name), Tensor)}
+        if function is F.group_norm:
+            small["num_groups"] = len({int(k) // (x.shape[1] // call["num_groups"]) for k in kept})
+        else:
+            small["normalized_shape"] = (len(kept),)
+        return torch.zeros_like(x).index_copy(axis, kept, function(**small))
 
 
 def floats(value: Any) -> list[Tensor]:
@@ -124,19 +138,28 @@ def floats(value: Any) -> list[Tensor]:
 def error_of(model: nn.Module, small: nn.Module, tensors: Kept, inputs: Sequence[Any]) -> tuple[float, float]:
     """The largest difference between the small model and the masked original, as a share of what pruning changed; and what rounding may explain.
 
-    Raises AssertionError for answers of another number, shape, or that are not finite where the original's are.
+    In float64 where both run in it, else in float32. Raises AssertionError for answers of another number, shape, or that are not finite where the
+    original's are.
     """
 
-    def wide() -> list[Any]:
-        return [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v.clone() if isinstance(v, Tensor) else v for v in inputs]
+    def answers(of: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        values = [v.clone() if isinstance(v, Tensor) else v for v in inputs]  # a model may write to its inputs
+        return floats(of(*(v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in values)))
 
-    wanted = floats(masked(model, tensors)(*wide()))
-    dense = floats(copy.deepcopy(model).double().eval()(*wide()))
-    tolerance = TOLERANCE
+    def model_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+        return copy.deepcopy(module).to(dtype).eval()
+
+    wide, single = torch.float64, torch.float32
     try:
-        got = floats(copy.deepcopy(small).double().eval()(*wide()))
-    except RuntimeError:  # types are written into its code
-        got, tolerance = floats(small.eval()(*(v.clone() if isinstance(v, Tensor) else v for v in inputs))), TOLERANCE_SINGLE
+        wanted, dense = answers(masked(model, tensors), wide), answers(model_in(model, wide), wide)
+    except RuntimeError:  # types are written into the original's code
+        wide = single
+        wanted, dense = answers(masked(model, tensors, dtype=single), single), answers(model_in(model, single), single)
+    tolerance = TOLERANCE if wide == torch.float64 else TOLERANCE_SINGLE
+    try:
+        got = answers(model_in(small, wide), wide)
+    except RuntimeError:  # or into the small one's
+        got, tolerance = answers(model_in(small, single), single), TOLERANCE_SINGLE
     assert len(got) == len(wanted), f"{len(got)} tensors, the original gives {len(wanted)}"
     worst = 0.0
     for mine, theirs, before in zip(got, wanted, dense, strict=True):

@@ -35,9 +35,8 @@ class Uniform:
         free = {g.atom for g in groups}
         self._products = _products(groups, free)
         self._clusters = _clusters(free, self._products)
-        self._work = {
-            atom: [axes for axes in groups.work if any(atom in _atoms(a) for a in axes)] for c in self._clusters if len(c) > 1 for atom in c
-        }
+        shared = [atom for cluster in self._clusters if len(cluster) > 1 for atom in cluster]
+        self._work = {atom: [axes for axes in groups.work if any(atom in _atoms(a) for a in axes)] for atom in shared}
 
     def widths(self, share: float) -> Widths:
         """Channels to keep for every group when each axis keeps `share` of its entries, at least one."""
@@ -71,19 +70,20 @@ class Uniform:
 
 
 def _fit(order: Sequence[Atom], products: Sequence[Product], share: float) -> Widths:
-    """Give the atoms their widths in turn: each takes what the axes that it stands in still have to give."""
+    """Give the atoms their widths in turn: each takes what the axes that it stands in still have to give.
+
+    Atoms that are added, not multiplied (the widths of queries and of values beside each other), take the same share of it.
+    """
     widths: dict[Atom, int] = {}
     for i, atom in enumerate(order):
-        mine = [p for p in products if atom in _atoms(p)]
-        missing = max((share / _share(p, widths) for p in mine), default=1.0)
+        missing, last = 1.0 if not products else 0.0, True
+        for product in (p for p in products if atom in _atoms(p)):
+            beside = [a for factor in product.factors if atom not in _atoms(factor) for a in _atoms(factor)]
+            missing = max(missing, share / _share(product, {a: widths[a] for a in beside if a in widths}))
+            last = last and not any(a in order[i + 1 :] for a in beside)
         wanted = atom.size * min(1.0, missing)
-        last = all(not _later(p, order[i + 1 :]) for p in mine)
         widths[atom] = _rounded(wanted) if last else max(1, math.ceil(wanted - 1e-9))
     return widths
-
-
-def _later(axis: Axis, atoms: Sequence[Atom]) -> bool:
-    return any(a in atoms for a in _atoms(axis))
 
 
 def _share(axis: Axis, widths: Widths) -> float:

@@ -1,0 +1,164 @@
+"""Which attributes of the user's modules hold sizes that changed: guesses, in the order in which they are worth a try.
+
+A number that surgery changed in the graph is looked for in the modules whose forward made the node, the innermost first, among the
+attributes that the source line mentions. Where several have that value (8 heads in blocks of 8), the smallest sets of attributes that explain
+every change are tried. Nothing here is proof: whoever uses a guess compares answers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, fx, nn
+
+from structprune.ir.graph import owners_of, source_code_of
+
+Attributes = dict[str, dict[str, Any]]  # module name -> attribute -> new value
+
+_MANY_KEYS = 12  # attributes in doubt, of which small sets are tried
+_GUESSES = 24
+
+
+def guesses(model: nn.Module, tensors: Mapping[int, Tensor], literals: Mapping[fx.Node, list[tuple[int, int]]]) -> Iterator[Attributes]:
+    """tensors: the small ones, by the identity of the original ones. literals: for each node, the numbers that changed, as (old, new)."""
+    modules = dict(model.named_modules())
+    tried: list[Attributes] = []
+    for chosen in _choices(modules, _explanations(modules, literals)):
+        followed = _followed(modules, chosen)
+        for name, module in modules.items():
+            for attribute, value in _described_sizes(module, tensors, followed.get(name, {})).items():
+                if getattr(module, attribute, value) != value:
+                    followed.setdefault(name, {})[attribute] = value
+        for among in (None, "torch.", ""):  # torch's own layers describe themselves; in others a number may mean something else
+            attributes = followed if among is None else _sizes_by_value(modules, tensors, followed, among)
+            if attributes not in tried and len(tried) < _GUESSES:
+                tried.append(attributes)
+                yield attributes
+
+
+class _Option(NamedTuple):
+    """An attribute that would explain why a number in the graph changed."""
+
+    owner: str
+    name: str
+    old: int
+    new: int
+    factor: bool = False  # of a number that changed: 3 · self.width
+
+
+def _choices(modules: Mapping[str, nn.Module], changes: Sequence[Sequence[_Option]]) -> Iterator[list[_Option]]:
+    """Sets of attributes that may explain the changes: first those that hold the very numbers, then those that hold factors of them too.
+
+    A number that no attribute explains was computed from the sizes of tensors, and follows by itself.
+    """
+    for factors in (False, True):
+        explained = [options for all_of in changes if (options := tuple(o for o in all_of if factors or not o.factor))]
+        yield [option for options in explained for option in options if option.owner == options[0].owner]
+        yield from _smallest_sets(modules, explained)
+
+
+def _explanations(modules: Mapping[str, nn.Module], literals: Mapping[fx.Node, list[tuple[int, int]]]) -> list[tuple[_Option, ...]]:
+    """For every number that changed, the attributes that may explain it, those of the innermost module first."""
+    found: dict[tuple[_Option, ...], None] = {}
+    for node, changes in literals.items():
+        code = source_code_of(node)
+        for old, new in changes:
+            options: list[_Option] = []
+            for owner in owners_of(node):
+                held = vars(modules[owner]) if owner in modules else {}
+                names = [n for n, v in held.items() if _holds(v, old)]
+                mentioned = [_Option(owner, n, old, new) for n in names if n in code]
+                factors = [(n, v) for n, v in held.items() if type(v) is int and 1 < v < old and n in code]
+                products = [_Option(owner, n, v, v * new // old, True) for n, v in factors if old % v == 0 and v * new % old == 0]
+                options += mentioned or products or [_Option(owner, n, old, new) for n in names]
+            if options:
+                found[tuple(options)] = None
+    return list(found)
+
+
+def _smallest_sets(modules: Mapping[str, nn.Module], changes: Sequence[tuple[_Option, ...]]) -> Iterator[list[_Option]]:
+    """Choices of attributes, by class and name, such that every change is explained; small ones first."""
+
+    def key(option: _Option) -> tuple[type, str]:
+        return type(modules[option.owner]), option.name
+
+    keys = [tuple(dict.fromkeys(map(key, options))) for options in changes]
+    certain = {k[0] for k in keys if len(k) == 1}
+    open_ones = [k for k in keys if not certain.intersection(k)]
+    doubtful = list(dict.fromkeys(k for options in open_ones for k in options))
+    if len(doubtful) > _MANY_KEYS or len(certain) == len({k for options in keys for k in options}):
+        return
+    for number in range(len(doubtful) + 1):
+        for chosen in itertools.combinations(doubtful, number):
+            held = certain.union(chosen)
+            if all(held.intersection(k) for k in open_ones):
+                yield [option for options in changes for option in options if key(option) in held]
+
+
+def _followed(modules: Mapping[str, nn.Module], options: Sequence[_Option]) -> Attributes:
+    numbers: dict[tuple[str, str], dict[int, int]] = {}
+    for option in options:
+        numbers.setdefault((option.owner, option.name), {})[option.old] = option.new
+    found: Attributes = {}
+    for (owner, name), new in numbers.items():
+        value = getattr(modules[owner], name)
+        several = isinstance(value, (tuple, list))
+        found.setdefault(owner, {})[name] = type(value)(new.get(v, v) for v in value) if several else new.get(value, value)
+    return found
+
+
+def _sizes_by_value(modules: Mapping[str, nn.Module], tensors: Mapping[int, Tensor], attributes: Attributes, among: str) -> Attributes:
+    """`attributes`, and every other integer of a module that is a size of its tensors, where all tensors of that size changed alike.
+
+    among: how the names of the modules' classes begin.
+    """
+    found = {name: dict(values) for name, values in attributes.items()}
+    for name, module in modules.items():
+        if not type(module).__module__.startswith(among):
+            continue
+        sizes: dict[int, set[int]] = {}
+        for tensor in [*module.parameters(), *module.buffers()]:
+            for before, after in zip(tensor.shape, tensors.get(id(tensor), tensor).shape, strict=True):
+                sizes.setdefault(before, set()).add(after)
+        changed = {before: after.pop() for before, after in sizes.items() if len(after) == 1 and after != {before}}
+        for attribute, value in vars(module).items():
+            if type(value) is int and value in changed and attribute not in found.get(name, {}):
+                found.setdefault(name, {})[attribute] = changed[value]
+    return found
+
+
+def _holds(value: Any, number: int) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(type(v) is int and v == number for v in value)
+    return type(value) is int and value == number
+
+
+def _described_sizes(module: nn.Module, tensors: Mapping[int, Tensor], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """What torch's own layers say of their sizes, read off their small tensors."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        tensor = getattr(module, name)
+        return tuple(tensors.get(id(tensor), tensor).shape)
+
+    if isinstance(module, nn.modules.conv._ConvNd):
+        groups = changed.get("groups", module.groups)
+        first, second, *_ = shape("weight")
+        return (
+            {"in_channels": first, "out_channels": second * groups} if module.transposed else {"in_channels": second * groups, "out_channels": first}
+        )
+    if isinstance(module, nn.Linear):
+        return {"out_features": shape("weight")[0], "in_features": shape("weight")[1]}
+    if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) and isinstance(module.weight, Tensor):
+        return {"num_channels" if isinstance(module, nn.GroupNorm) else "num_features": shape("weight")[0]}
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return {"num_embeddings": shape("weight")[0], "embedding_dim": shape("weight")[1]}
+    if isinstance(module, nn.RNNBase):
+        sizes = {"input_size": shape("weight_ih_l0")[1], "hidden_size": shape("weight_hh_l0")[0] // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)}
+        return sizes | ({"proj_size": shape("weight_hr_l0")[0]} if module.proj_size else {})
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": shape("weight")[0]}
+    if isinstance(module, nn.LayerNorm) and isinstance(module.weight, Tensor):
+        return {"normalized_shape": shape("weight")}
+    return {}
