@@ -1,9 +1,10 @@
 """Which architectures can be pruned, is the answer right, and what stays? structprune beside torch-pruning, over whole zoos.
 
-    python bench/coverage.py [--models FILE] [--tool structprune] [--jobs 2] [--resume] [--write]
+    python bench/coverage.py [--tool structprune] [--jobs 2] [--resume] [--write]
+    python bench/coverage.py --models FILE --results FILE [...]
 
 --write keeps the rows in bench/results/coverage.json and the table in docs/coverage.md; --resume goes on after a run that was cut short;
---tool runs one of the two and leaves the other's rows as they were; --models takes another list than bench/models.txt.
+--tool runs one of the two and leaves the other's rows as they were. The second form is for lists of your own.
 
 Every model runs in a process of its own, with random weights, on one thread, and with limits on time and memory. Half of the channels of
 every prunable axis go. One oracle judges both tools: the original model, with the removed slices of its parameters set to zero and its
@@ -317,6 +318,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", nargs=2, metavar=("TOOL", "MODEL"), help=argparse.SUPPRESS)
     parser.add_argument("--models", type=Path, help="a list of models, one a line")
+    parser.add_argument("--results", type=Path, help="where to keep the rows of another list")
     parser.add_argument("--tool", choices=TOOLS, action="append")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there, run what is missing")
@@ -326,7 +328,8 @@ def main() -> None:
         print(json.dumps(one(*arguments.one)))
         return
     specs = zoo.listed(arguments.models) if arguments.models else zoo.listed()
-    old = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and arguments.write else {}
+    kept_in = arguments.results or (RESULTS if arguments.write and not arguments.models else None)
+    old = json.loads(kept_in.read_text())["rows"] if kept_in and kept_in.exists() else {}
     results = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
         "versions": {name: version(name) for name in PACKAGES},
@@ -340,11 +343,11 @@ def main() -> None:
         for (tool, spec), row in zip(wanted, pool.map(lambda case: in_process(*case), wanted), strict=True):
             results["rows"].setdefault(spec, {})[tool] = row
             print(f"{tool:14s} {spec:44s} {_verdict(row)[:70]:24s} {_number(row, 'macs_kept', 2)} {_number(row, 'seconds')}", flush=True)
-            if arguments.write:
-                RESULTS.parent.mkdir(exist_ok=True)
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            if kept_in:
+                kept_in.parent.mkdir(exist_ok=True)
+                kept_in.write_text(json.dumps(results, indent=1) + "\n")
     print(summary(results))
-    if arguments.write:
+    if kept_in == RESULTS:
         PAGE.write_text(page(results))
 
 
