@@ -18,22 +18,24 @@ from structprune.ir.graph import owners_of, source_code_of
 Attributes = dict[str, dict[str, Any]]  # module name -> attribute -> new value
 
 _MANY_KEYS = 12  # attributes in doubt, of which small sets are tried
-_GUESSES = 24
+_CHOICES = 24
 
 
 def guesses(model: nn.Module, tensors: Mapping[int, Tensor], literals: Mapping[fx.Node, list[tuple[int, int]]]) -> Iterator[Attributes]:
     """tensors: the small ones, by the identity of the original ones. literals: for each node, the numbers that changed, as (old, new)."""
     modules = dict(model.named_modules())
+    choices = list(itertools.islice(_choices(modules, _explanations(modules, literals)), _CHOICES))
     tried: list[Attributes] = []
-    for chosen in _choices(modules, _explanations(modules, literals)):
-        followed = _followed(modules, chosen)
-        for name, module in modules.items():
-            for attribute, value in _described_sizes(module, tensors, followed.get(name, {})).items():
-                if getattr(module, attribute, value) != value:
-                    followed.setdefault(name, {})[attribute] = value
-        for among in (None, "torch.", ""):  # torch's own layers describe themselves; in others a number may mean something else
-            attributes = followed if among is None else _sizes_by_value(modules, tensors, followed, among)
-            if attributes not in tried and len(tried) < _GUESSES:
+    for among in (None, "torch.", ""):  # torch's own layers describe themselves; in others a number may mean something else
+        for chosen in choices if among is None else choices[:1]:
+            attributes = _followed(modules, chosen)
+            for name, module in modules.items():
+                for attribute, value in _described_sizes(module, tensors, attributes.get(name, {})).items():
+                    if getattr(module, attribute, value) != value:
+                        attributes.setdefault(name, {})[attribute] = value
+            if among is not None:
+                attributes = _sizes_by_value(modules, tensors, attributes, among)
+            if attributes not in tried:
                 tried.append(attributes)
                 yield attributes
 
@@ -41,21 +43,23 @@ def guesses(model: nn.Module, tensors: Mapping[int, Tensor], literals: Mapping[f
 class _Option(NamedTuple):
     """An attribute that would explain why a number in the graph changed."""
 
+    level: int  # how far out the module is whose forward made the node; its children, whose methods it may have called, stand beside it
     owner: str
     name: str
     old: int
     new: int
-    factor: bool = False  # of a number that changed: 3 · self.width
+    computed: bool = False  # the number that changed was computed from this one: 3 · self.width, self.width // 2
 
 
 def _choices(modules: Mapping[str, nn.Module], changes: Sequence[Sequence[_Option]]) -> Iterator[list[_Option]]:
-    """Sets of attributes that may explain the changes: first those that hold the very numbers, then those that hold factors of them too.
+    """Sets of attributes that may explain the changes: first those that hold the very numbers, then others too, from which they were computed.
 
     A number that no attribute explains was computed from the sizes of tensors, and follows by itself.
     """
-    for factors in (False, True):
-        explained = [options for all_of in changes if (options := tuple(o for o in all_of if factors or not o.factor))]
-        yield [option for options in explained for option in options if option.owner == options[0].owner]
+    pools = [[options for all_of in changes if (options := tuple(o for o in all_of if c or not o.computed))] for c in (False, True)]
+    for explained in pools:
+        yield [option for options in explained for option in options if option.level == options[0].level]
+    for explained in pools:
         yield from _smallest_sets(modules, explained)
 
 
@@ -64,18 +68,34 @@ def _explanations(modules: Mapping[str, nn.Module], literals: Mapping[fx.Node, l
     found: dict[tuple[_Option, ...], None] = {}
     for node, changes in literals.items():
         code = source_code_of(node)
+        owners = [o for o in owners_of(node) if o in modules and not _describes_itself(modules[o])]
         for old, new in changes:
             options: list[_Option] = []
-            for owner in owners_of(node):
-                held = vars(modules[owner]) if owner in modules else {}
-                names = [n for n, v in held.items() if _holds(v, old)]
-                mentioned = [_Option(owner, n, old, new) for n in names if n in code]
-                factors = [(n, v) for n, v in held.items() if type(v) is int and 1 < v < old and n in code]
-                products = [_Option(owner, n, v, v * new // old, True) for n, v in factors if old % v == 0 and v * new % old == 0]
-                options += mentioned or products or [_Option(owner, n, old, new) for n in names]
+            for level, owner in enumerate(owners):
+                near = [f"{owner}.{child}" if owner else child for child, _ in modules[owner].named_children()] if level == 0 else []
+                options += _holding({n: vars(modules[n]) for n in (owner, *near)}, code, level, old, new)
             if options:
                 found[tuple(options)] = None
     return list(found)
+
+
+def _describes_itself(module: nn.Module) -> bool:
+    """torch's own layers, but convolutions, whose groups no tensor tells."""
+    return type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, nn.modules.conv._ConvNd)
+
+
+def _holding(held: Mapping[str, Mapping[str, Any]], code: str, level: int, old: int, new: int) -> list[_Option]:
+    """The attributes of a module and its children (by their names) that explain a change.
+
+    Of those that the source line mentions, the ones that hold the number, or else that it may be computed from; without such, any that hold it.
+    """
+    found = [(m, a) for m, attributes in held.items() for a, v in attributes.items() if _holds(v, old) and a not in ("in_channels", "out_channels")]
+    mentioned = [_Option(level, m, a, old, new) for m, a in found if a in code]
+    module, attributes = next(iter(held.items()))
+    numbers = [(a, v) for a, v in attributes.items() if type(v) is int and v > 1 and v != old and a in code]
+    factors = [_Option(level, module, a, v, v * new // old, True) for a, v in numbers if old % v == 0 and v * new % old == 0]
+    multiples = [_Option(level, module, a, v, v // old * new, True) for a, v in numbers if v % old == 0]
+    return mentioned or [*factors, *multiples] or [_Option(level, m, a, old, new) for m, a in found]
 
 
 def _smallest_sets(modules: Mapping[str, nn.Module], changes: Sequence[tuple[_Option, ...]]) -> Iterator[list[_Option]]:
