@@ -72,8 +72,9 @@ def _explanations(modules: Mapping[str, nn.Module], literals: Mapping[fx.Node, l
         for old, new in changes:
             options: list[_Option] = []
             for level, owner in enumerate(owners):
-                near = [f"{owner}.{child}" if owner else child for child, _ in modules[owner].named_children()] if level == 0 else []
-                options += _holding({n: vars(modules[n]) for n in (owner, *near)}, code, level, old, new)
+                children = [f"{owner}.{child}" if owner else child for child, _ in modules[owner].named_children()] if level == 0 else []
+                near = [owner, *(c for c in children if not type(modules[c]).__module__.startswith("torch."))]
+                options += _holding({n: vars(modules[n]) for n in near}, code, level, old, new)
             if options:
                 found[tuple(options)] = None
     return list(found)
