@@ -26,16 +26,6 @@ _TRAINING_FLAG = {
 
 _SWITCHES = "switches with the mode"  # in the meta of a node, which copies keep
 
-_CREATE = {
-    aten.zeros.default,
-    aten.ones.default,
-    aten.full.default,
-    aten.empty.memory_format,
-    aten.new_zeros.default,
-    aten.new_ones.default,
-    aten.new_full.default,
-}
-
 
 class TracedModule(fx.GraphModule):
     """A GraphModule on which `train()` and `eval()` switch dropout and batch norm, and `to()` moves what the graph creates."""
@@ -63,20 +53,26 @@ class TracedModule(fx.GraphModule):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """`to()`, `double()`, `cuda()`: what the graph creates follows the parameters in type and place."""
+        """`to()`, `double()`, `cuda()`: what the graph creates, or converts to the parameters' type, follows them in type and place."""
         before = next(self.parameters(), None)
         was = before.dtype if before is not None else None
         moved = super()._apply(fn, recurse)
         after = next(self.parameters(), None)
         changed = False
-        for node in self.graph.nodes if after is not None else ():
-            follow = {"device": after.device} if isinstance(node.kwargs.get("device"), torch.device) else {}
-            if node.kwargs.get("dtype") is was and node.target in _CREATE:
-                follow["dtype"] = after.dtype
-            for name, value in follow.items():
-                if node.kwargs[name] != value:
-                    node.update_kwarg(name, value)
-                    changed = True
+
+        def followed(value: Any) -> Any:
+            nonlocal changed
+            new = value
+            if isinstance(value, torch.device) and after is not None:
+                new = after.device
+            elif value is not None and value is was and after is not None:
+                new = after.dtype
+            changed = changed or new != value
+            return new
+
+        for node in self.graph.nodes:
+            if node.op == "call_function":
+                node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), followed)  # type: ignore[assignment]
         if changed:
             self.recompile()
         return moved

@@ -8,6 +8,7 @@ every change are tried. Nothing here is proof: whoever uses a guess compares ans
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -48,15 +49,15 @@ class _Option(NamedTuple):
     name: str
     old: int
     new: int
-    computed: bool = False  # the number that changed was computed from this one: 3 · self.width, self.width // 2
+    sure: bool  # the source line mentions it, and it holds the very number: not 3 · self.width, or self.width // 2
 
 
 def _choices(modules: Mapping[str, nn.Module], changes: Sequence[Sequence[_Option]]) -> Iterator[list[_Option]]:
-    """Sets of attributes that may explain the changes: first those that hold the very numbers, then others too, from which they were computed.
+    """Sets of attributes that may explain the changes: first of those that surely do, then of others too.
 
     A number that no attribute explains was computed from the sizes of tensors, and follows by itself.
     """
-    pools = [[options for all_of in changes if (options := tuple(o for o in all_of if c or not o.computed))] for c in (False, True)]
+    pools = [[options for all_of in changes if (options := tuple(o for o in all_of if o.sure or any_of))] for any_of in (False, True)]
     for explained in pools:
         yield [option for options in explained for option in options if option.level == options[0].level]
     for explained in pools:
@@ -68,7 +69,7 @@ def _explanations(modules: Mapping[str, nn.Module], literals: Mapping[fx.Node, l
     found: dict[tuple[_Option, ...], None] = {}
     for node, changes in literals.items():
         code = source_code_of(node)
-        owners = [o for o in owners_of(node) if o in modules and not _describes_itself(modules[o])]
+        owners = [o for o in owners_of(node) if o in modules]
         for old, new in changes:
             options: list[_Option] = []
             for level, owner in enumerate(owners):
@@ -80,23 +81,22 @@ def _explanations(modules: Mapping[str, nn.Module], literals: Mapping[fx.Node, l
     return list(found)
 
 
-def _describes_itself(module: nn.Module) -> bool:
-    """torch's own layers, but convolutions, whose groups no tensor tells."""
-    return type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, nn.modules.conv._ConvNd)
-
-
 def _holding(held: Mapping[str, Mapping[str, Any]], code: str, level: int, old: int, new: int) -> list[_Option]:
     """The attributes of a module and its children (by their names) that explain a change.
 
     Of those that the source line mentions, the ones that hold the number, or else that it may be computed from; without such, any that hold it.
     """
+
+    def mentioned(name: str) -> bool:
+        return re.search(rf"\.{name}\b", code) is not None
+
     found = [(m, a) for m, attributes in held.items() for a, v in attributes.items() if _holds(v, old) and a not in ("in_channels", "out_channels")]
-    mentioned = [_Option(level, m, a, old, new) for m, a in found if a in code]
+    sure = [_Option(level, m, a, old, new, True) for m, a in found if mentioned(a)]
     module, attributes = next(iter(held.items()))
-    numbers = [(a, v) for a, v in attributes.items() if type(v) is int and v > 1 and v != old and a in code]
-    factors = [_Option(level, module, a, v, v * new // old, True) for a, v in numbers if old % v == 0 and v * new % old == 0]
-    multiples = [_Option(level, module, a, v, v // old * new, True) for a, v in numbers if v % old == 0]
-    return mentioned or [*factors, *multiples] or [_Option(level, m, a, old, new) for m, a in found]
+    numbers = [(a, v) for a, v in attributes.items() if type(v) is int and v > 1 and v != old and mentioned(a)]
+    factors = [_Option(level, module, a, v, v * new // old, False) for a, v in numbers if old % v == 0 and v * new % old == 0]
+    multiples = [_Option(level, module, a, v, v // old * new, False) for a, v in numbers if v % old == 0]
+    return sure or [*factors, *multiples] or [_Option(level, m, a, old, new, False) for m, a in found]
 
 
 def _smallest_sets(modules: Mapping[str, nn.Module], changes: Sequence[tuple[_Option, ...]]) -> Iterator[list[_Option]]:

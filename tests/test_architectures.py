@@ -1,0 +1,195 @@
+"""Whole pipelines: half of every prunable axis goes, and an oracle that knows nothing of structprune says whether the answer is right.
+
+The module that comes back, the user's own or a graph, must then do all that a module does.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import architectures
+import oracle
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import structprune as sp
+from structprune.ir.traced import TracedModule
+from structprune.pipeline import Result
+
+# what stays of the multiply-accumulates, where the widths that users read and write leave more than a third
+KEPT = {"contrastive": 0.5, "slow_fast": 0.45, "deformable_attention": 0.4, "expert_modules": 0.4}
+GRAPHS = {"detr", "radiance"}  # sines for the old width stand in their code: nothing that the class could be told
+
+
+def compressed(make: Callable[[], architectures.Model], **options: Any) -> tuple[nn.Module, tuple[Tensor, ...], Result]:
+    torch.manual_seed(0)
+    model, inputs = make()
+    model = oracle.randomise_norms(model.eval())
+    return model, inputs, sp.compress(model, inputs, target="channels=0.5", **options)
+
+
+@pytest.mark.parametrize("make", architectures.ALL, ids=lambda make: make.__name__)
+def test_an_independent_oracle_agrees(make: Callable[[], architectures.Model]) -> None:
+    model, inputs, result = compressed(make)
+    tensors = {name: cut.keep for name, cut in result.plan.tensors.items()}
+    error, tolerance = oracle.error_of(model, result.model, tensors, inputs)
+    assert error <= tolerance == oracle.TOLERANCE
+    macs = result.report.data["macs"]
+    assert macs["after"] / macs["before"] <= KEPT.get(make.__name__, 0.34)
+    own = type(result.model) is type(model)
+    assert own is (make.__name__ not in GRAPHS), result.report.data["verification"]["module_note"]
+
+
+def test_the_oracle_can_fail() -> None:
+    model, inputs, result = compressed(architectures.unet)
+    tensors = {name: dict(cut.keep) for name, cut in result.plan.tensors.items()}
+    name = "b.0.0.weight"
+    kept = set(tensors[name][0])
+    tensors[name][0] = sorted({next(i for i in range(32) if i not in kept), *sorted(kept)[1:]})  # one filter of sixteen is another one
+    error, tolerance = oracle.error_of(model, result.model, tensors, inputs)
+    assert error > 10 * tolerance
+    with torch.no_grad():
+        next(result.model.parameters()).mul_(1.001)
+    tensors[name][0] = sorted(kept)
+    assert oracle.error_of(model, result.model, tensors, inputs)[0] > 10 * tolerance
+
+
+def as_graph(result: Result) -> nn.Module:
+    return result.small
+
+
+def as_module(result: Result) -> nn.Module:
+    return result.model
+
+
+# the user's own class, with and without hooks for its attention, and graphs: of convolutions, norms, dropout, recurrent cells
+@pytest.mark.parametrize("of", [as_module, as_graph])
+@pytest.mark.parametrize("make", [architectures.yolo, architectures.translator, architectures.conformer, architectures.stepwise, architectures.detr])
+def test_what_comes_back_is_an_ordinary_module(make: Callable[[], architectures.Model], of: Callable[[Result], nn.Module]) -> None:
+    _, inputs, result = compressed(make)
+    small = of(result)
+
+    def answer(module: nn.Module, values: tuple[Tensor, ...] = inputs) -> Tensor:
+        return torch.cat([v.flatten().float() for v in pytree.tree_leaves(module(*values))])
+
+    with torch.no_grad():
+        wanted = answer(small)
+        assert torch.equal(answer(small), wanted)
+        assert torch.equal(answer(copy.deepcopy(small)), wanted)
+
+        other = copy.deepcopy(small)
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert not torch.equal(answer(other), wanted)
+        other.load_state_dict(small.state_dict())
+        assert torch.equal(answer(other), wanted)
+
+        wide = copy.deepcopy(small).to(torch.float64)
+        assert torch.allclose(answer(wide, pytree.tree_map(lambda t: t.double() if t.is_floating_point() else t, inputs)), wanted, atol=1e-3)
+        if isinstance(small, TracedModule):  # the classes make their grids on the CPU, whatever they are moved to
+            assert answer(copy.deepcopy(small).to("meta"), tuple(t.to("meta") for t in inputs)).device.type == "meta"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.allclose(answer(small), wanted, atol=0.2 * wanted.abs().max().item() + 0.05)
+
+    small.train()
+    assert small.training and all(m.training for m in small.modules())
+    optimiser = torch.optim.AdamW(small.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(3):
+        optimiser.zero_grad()
+        torch.manual_seed(1)  # of dropout
+        loss = answer(small).square().mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(p.grad is not None for p in small.parameters())
+    small.eval()
+    with torch.no_grad():
+        assert torch.equal(answer(small), answer(small)), "evaluation after training is deterministic"
+        assert not torch.equal(answer(small), wanted)
+
+
+def test_a_class_with_hooks_can_be_saved_and_loaded() -> None:
+    torch.manual_seed(0)
+    model, x = Fused().eval(), torch.randn(2, 5, 12)
+    result = sp.compress(model, (x,), target="channels=0.5")
+    assert type(result.model) is Fused and "hooks on 1 modules" in result.report.data["verification"]["module_note"]
+    file = io.BytesIO()
+    torch.save(result.model, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), result.model(x))
+    error, tolerance = oracle.error_of(model, result.model, {name: cut.keep for name, cut in result.plan.tensors.items()}, (x,))
+    assert error <= tolerance
+    for hooks in (result.model._forward_pre_hooks, result.model._forward_hooks):
+        hooks.clear()
+    assert oracle.error_of(model, result.model, {name: cut.keep for name, cut in result.plan.tensors.items()}, (x,))[0] > tolerance
+
+
+class Fused(nn.Module):
+    """Three heads, half of which is no number of heads: they lose width, and the scale that attention takes from it must stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.embed = 3, nn.Linear(12, 48)
+        self.qkv, self.out = nn.Linear(48, 144), nn.Linear(48, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(self.embed(x)).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1))
+
+
+# --- other sizes ----------------------------------------------------------------------------------------------------------
+
+SIZES = {
+    architectures.unet: ((2, 3), (24, 8)),
+    architectures.yolo: ((2, 3), (96, 32)),
+    architectures.detr: ((2, 3), (96, 48)),
+    architectures.speech_ctc: ((2,), (22,)),
+    architectures.summariser: ((1,), (5,)),
+    architectures.translator: ({"source": (1,), "target": (1,)}, (5,)),
+}
+
+
+@pytest.mark.parametrize("make", SIZES, ids=lambda make: make.__name__)
+def test_onnx_runs_at_other_sizes_as_torch_does(make: Callable[[], architectures.Model], tmp_path: Any) -> None:
+    import onnxruntime
+
+    dynamic, sizes = SIZES[make]
+    _, inputs, result = compressed(make, dynamic=dynamic)
+    assert result.export_onnx(tmp_path / "model.onnx") < 1e-4
+    axes = dynamic["source"] if isinstance(dynamic, dict) else dynamic
+    others = []
+    for value in inputs:
+        shape = [3, *value.shape[1:]]
+        for axis, size in zip(axes, sizes, strict=True):
+            shape[axis] = size
+        others.append(torch.randn(shape) if value.is_floating_point() else torch.randint(0, 40, shape))
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    got = session.run(None, {i.name: v.numpy() for i, v in zip(session.get_inputs(), others, strict=True)})
+    with torch.no_grad():
+        for module in (result.model, result.small):
+            for mine, theirs in zip(got, pytree.tree_leaves(module(*others)), strict=True):
+                assert torch.allclose(torch.from_numpy(mine), theirs, atol=1e-4 * (1 + theirs.abs().max().item()))
+
+
+def test_axes_that_the_code_fixes_are_told() -> None:
+    _, _, result = compressed(architectures.state_space, dynamic=(1,))
+    assert result.report.data["notes"] == ["axis 1 of x keeps its size: the model's code needs it"]
+    assert result.report.data["verification"]["dynamic_axes"] == {"x": [0]}
+
+
+def test_dynamic_axes_of_no_input_are_refused() -> None:
+    with pytest.raises(sp.StructpruneError, match="'y', which is no input; the inputs are x"):
+        compressed(architectures.unet, dynamic={"y": (1,)})
+
+
+def test_the_graph_is_handed_out_where_the_class_cannot_follow() -> None:
+    _, _, result = compressed(architectures.detr)
+    assert isinstance(result.model, TracedModule)
