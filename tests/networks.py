@@ -291,6 +291,18 @@ def position_table(draw: st.DrawFn, state: State) -> Step:
     return Step(lambda m, x: x + m.table, table=nn.Parameter(torch.randn(1, *state.x.shape[1:])))
 
 
+@step(SEQUENCE, VECTOR)
+def table_in_code(draw: st.DrawFn, state: State) -> Step:
+    """Added to removed channels too, where a mask does not silence it."""
+    columns = draw(st.booleans())
+
+    def run(m: Step, x: Tensor) -> Tensor:
+        table = torch.arange(x.shape[-1]).to(x.dtype).mul(0.3)
+        return x + (torch.stack([table.sin(), table.cos()]).sum(0) if columns else table.sin())
+
+    return Step(run, inexact=True)
+
+
 @step(IMAGE, SEQUENCE, VECTOR)
 def in_place(draw: st.DrawFn, state: State) -> Step:
     return Step(lambda m, x: F.relu(x * 1.5, inplace=True).add_(0.5).mul_(x))
@@ -581,6 +593,31 @@ def recurrent(draw: st.DrawFn, state: State) -> Step:
 def final_states(draw: st.DrawFn, state: State) -> Step:
     layer = nn.GRU(state.channels, draw(st.integers(2, 6)), num_layers=one_of(draw, 1, 2), bidirectional=draw(st.booleans()), batch_first=True)
     return Step(lambda m, x: m.layer(x)[1].transpose(0, 1).flatten(1), layer=layer)
+
+
+@step(VECTOR)
+def recurrent_cell(draw: st.DrawFn, state: State) -> Step:
+    """A cell, called twice with what it gave."""
+    hidden, kind = draw(st.integers(2, 6)), one_of(draw, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+
+    def run(m: Step, x: Tensor) -> Tensor:
+        first = m.cell(x)
+        second = m.cell(x, first)
+        return second[0] if isinstance(second, tuple) else second
+
+    return Step(run, cell=kind(state.channels, hidden))
+
+
+@step(SEQUENCE)
+def spectrum(draw: st.DrawFn, state: State) -> Step:
+    return Step(lambda m, x: torch.fft.rfft(x, dim=1).abs())
+
+
+@step(SEQUENCE)
+def scattered(draw: st.DrawFn, state: State) -> Step:
+    """Tokens change places by a table of numbers."""
+    order = torch.randperm(state.x.shape[1])
+    return Step(lambda m, x: torch.zeros_like(x).index_add(1, m.order, x), order=order)
 
 
 @step(SEQUENCE)

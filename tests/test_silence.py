@@ -50,3 +50,17 @@ def test_exact_means_that_a_zero_mask_agrees(name: str) -> None:
                 state[tensor].index_fill_(dim, gone, 0)
         agrees = torch.allclose(model(x), result.model(x), rtol=1e-9)
     assert agrees is exact
+
+
+def test_a_mean_over_channels_that_are_not_zero_keeps_them() -> None:
+    """Rectified channels are zero where they are removed, and their mean is over the kept ones; sigmoids are not."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 6)
+    for run, prunable in (
+        (lambda m, x: m.q(x).relu().mean(-1, keepdim=True) * m.b(x), True),
+        (lambda m, x: m.q(x).sigmoid().mean(-1, keepdim=True) * m.b(x), False),
+    ):
+        groups = sp.inspect(Of(run).eval(), (x,))
+        assert any(m.tensor == "q.weight" and m.dim == 0 for g in groups for m in g.members) is prunable
+        reasons = [f.reason for f in groups.frozen if any(m.tensor == "q.weight" and m.dim == 0 for m in f.members)]
+        assert reasons == ([] if prunable else ["a mean over these channels, which are not zero where they are removed"])

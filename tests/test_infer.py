@@ -1,0 +1,173 @@
+"""What inference finds in single constructs: which axes are free, how they are coupled, and the widths that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import structprune as sp
+
+
+class Of(nn.Module):
+    """Layers, and a function over them."""
+
+    def __init__(self, run: Callable[..., Tensor], **layers: nn.Module | nn.Parameter | Tensor):
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            if isinstance(layer, Tensor) and not isinstance(layer, nn.Parameter):
+                self.register_buffer(name, layer)
+            else:
+                setattr(self, name, layer)
+
+    def forward(self, *x: Tensor) -> Tensor:
+        return self.run(self, *x)
+
+
+def pruned(model: nn.Module, inputs: Sequence[Tensor], **options: object) -> dict[str, tuple[int, ...]]:
+    """Half of everything goes and the oracle agrees; returns the new shapes."""
+    result = sp.compress(oracle.randomise_norms(model.eval()), tuple(inputs), target="channels=0.5", **options)  # type: ignore[arg-type]
+    error, tolerance = oracle.error_of(model, result.model, {name: cut.keep for name, cut in result.plan.tensors.items()}, inputs)
+    assert error <= tolerance
+    return {name: tuple(t.shape) for name, t in result.small.state_dict().items()}
+
+
+def frozen(model: nn.Module, inputs: Sequence[Tensor], tensor: str, dim: int) -> list[str]:
+    groups = sp.inspect(model.eval(), tuple(inputs))
+    return [f.reason for f in groups.frozen if any((m.tensor, m.dim) == (tensor, dim) for m in f.members)]
+
+
+def test_a_stream_under_sines_that_the_code_computes_can_shrink() -> None:
+    def run(m: Of, x: Tensor) -> Tensor:
+        rate = torch.exp(torch.arange(0, 32, 2) * -0.3)
+        angle = torch.arange(x.shape[1])[:, None] * rate
+        return m.b(F.relu(m.a(x) + torch.stack([angle.sin(), angle.cos()], -1).flatten(1).to(x.dtype)))
+
+    torch.manual_seed(0)
+    shapes = pruned(Of(run, a=nn.Linear(6, 32), b=nn.Linear(32, 4)), [torch.randn(2, 5, 6)])
+    assert shapes["a.weight"] == (16, 6)
+
+
+def test_a_table_on_which_little_depends_keeps_its_size() -> None:
+    model = Of(
+        lambda m, x, t: m.c(F.relu(m.a(torch.sin(t[:, None] * torch.arange(1, 9))) + m.b(x))),
+        a=nn.Linear(8, 64),
+        b=nn.Linear(512, 64),
+        c=nn.Linear(64, 4),
+    )
+    inputs = [torch.randn(2, 512), torch.randn(2)]
+    assert frozen(model, inputs, "a.weight", 1) == ["stands on a table that the code computes"]
+    assert type(sp.compress(model, tuple(inputs), target="channels=0.5").model) is Of
+
+
+def test_an_empty_part_freezes_nothing() -> None:
+    def run(m: Of, x: Tensor) -> Tensor:
+        q = m.a(x)
+        return m.b(torch.cat([q[:, :0], q[:, 0:] * 2], 1))
+
+    torch.manual_seed(0)
+    assert pruned(Of(run, a=nn.Linear(6, 8), b=nn.Linear(8, 4)), [torch.randn(2, 5, 6)])["a.weight"] == (4, 6)
+
+
+def test_rows_that_the_example_does_not_reach_stay() -> None:
+    model = Of(lambda m, x: m.b(m.a(x) + m.table[: x.shape[1]]), a=nn.Linear(6, 8), b=nn.Linear(8, 4), table=nn.Parameter(torch.randn(50, 8)))
+    assert pruned(model, [torch.randn(2, 5, 6)])["table"] == (50, 4)
+
+
+def test_a_place_known_only_at_run_time_keeps_the_axis() -> None:
+    model = Of(lambda m, x: m.b(m.a(x) + m.table[: x.shape[1]]), a=nn.Linear(6, 8), b=nn.Linear(8, 4), table=nn.Parameter(torch.randn(50, 8)))
+    result = sp.compress(model, (torch.randn(2, 5, 6),), target="channels=0.5", dynamic=(1,))
+    assert result.model(torch.randn(3, 40, 6)).shape == (3, 40, 4) == result.small(torch.randn(3, 40, 6)).shape
+
+
+def test_standardised_weights_keep_what_they_are_standardised_over_and_stay_standardised() -> None:
+    class Standardised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True, eps=1e-6).reshape_as(self.weight)
+            return F.conv2d(x, weight, self.bias, 1, 1)
+
+    torch.manual_seed(0)
+    model = Of(lambda m, x: m.b(F.relu(m.a(x))), a=nn.Conv2d(3, 8, 3), b=Standardised(8, 12, 3))
+    model = Of(lambda m, x: m.head(F.relu(m.body(x)).mean((2, 3))), body=model, head=nn.Linear(12, 4))
+    x = torch.randn(2, 3, 8, 8)
+    assert frozen(model, [x], "body.b.weight", 1) == ["a norm takes statistics along this axis"]
+    assert pruned(model, [x])["body.b.weight"] == (6, 8, 3, 3)
+    small = sp.compress(model, (x,), target="channels=0.5").small
+    wanted = small(x)
+    assert torch.equal(small.train().eval()(x), wanted)
+
+
+def test_widths_beside_each_other_take_the_same_share() -> None:
+    """Three heads; queries, keys and values of 32 each stand in one projection."""
+
+    def run(m: Of, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = m.qkv(x).view(b, n, 3, 96).split(32, -1)
+        weight = torch.einsum("bihd,bjhd->bhij", q, k).softmax(-1)
+        return m.out(torch.einsum("bhij,bjhd->bihd", weight, v).reshape(b, n, 96))
+
+    groups = sp.inspect(Of(run, qkv=nn.Linear(16, 288), out=nn.Linear(96, 4)).eval(), (torch.randn(2, 5, 16),))
+    widths = sp.plan(sp.trace(Of(run, qkv=nn.Linear(16, 288), out=nn.Linear(96, 4)), torch.randn(2, 5, 16)), groups, "channels=0.5")
+    kept = sorted((g.channels, len(g.keep)) for g in widths.groups)
+    assert [k for c, k in kept if c == 32] in ([16, 16], [24, 24])
+
+
+@pytest.mark.parametrize(
+    ("run", "shape"),
+    [
+        (lambda m, x: F.cosine_similarity(m.a(x), m.b(x), dim=-1), (8, 6)),
+        (lambda m, x: torch.cdist(m.a(x), m.b(x)), (8, 6)),
+        (lambda m, x: torch.view_as_real(torch.view_as_complex(m.a(x).view(2, 5, 8, 2)) * 1j).flatten(2) @ m.b.weight, (8, 6)),
+        (lambda m, x: torch.fft.fft2(m.a(x), dim=(0, 1)).real @ m.b.weight, (8, 6)),
+        (lambda m, x: torch.zeros_like(m.a(x)).scatter(1, torch.zeros(2, 5, 16, dtype=torch.long), m.a(x)) @ m.b.weight, (8, 6)),
+    ],
+)
+def test_single_operators(run: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    assert pruned(Of(run, a=nn.Linear(6, 16), b=nn.Linear(6, 16)), [torch.randn(2, 5, 6)])["a.weight"] == shape
+
+
+def test_embeddings_by_bags() -> None:
+    torch.manual_seed(0)
+    model = Of(lambda m, ids, offsets: m.b(m.e(ids, offsets)), e=nn.EmbeddingBag(20, 8, mode="sum"), b=nn.Linear(8, 3))
+    groups = sp.inspect(model.eval(), (torch.tensor([1, 2, 4, 5]), torch.tensor([0, 2])))
+    assert [[(m.tensor, m.dim) for m in g.members] for g in groups] == [[("e.weight", 1), ("b.weight", 1)]]
+
+
+def test_deformable_convolution_and_regions() -> None:
+    from torchvision.ops import deform_conv2d
+
+    torch.manual_seed(0)
+    model = Of(
+        lambda m, x: m.c(deform_conv2d(m.a(x), m.o(m.a(x)), m.w, padding=1)), a=nn.Conv2d(3, 8, 3), o=nn.Conv2d(8, 18, 3, padding=1),
+        w=nn.Parameter(torch.randn(12, 8, 3, 3)), c=nn.Conv2d(12, 4, 1),
+    )  # fmt: skip
+    assert pruned(model, [torch.randn(2, 3, 8, 8)])["w"] == (6, 4, 3, 3)
+
+
+def test_what_an_unchecked_operator_reads_as_positions_is_not_made_noise() -> None:
+    """Out of the image or the batch, such an operator would read memory that is not its own."""
+    from architectures import detector
+
+    from structprune.transform.verify import _unsafe_inputs, _with_noise
+
+    model, inputs = detector()
+    graph = sp.trace(model, inputs)
+    assert _unsafe_inputs(graph) == {1}
+    image, boxes = _with_noise(graph.flat_inputs(), 3, _unsafe_inputs(graph))
+    assert torch.equal(boxes, inputs[1].repeat(4, 1)) and len(image.unique(dim=0)) == 8
+
+
+def test_a_failing_export_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if x.sum() > 0 else x
+
+    with pytest.raises(sp.StructpruneError, match="branches on values of tensors"):
+        sp.trace(Branches(), torch.randn(2, 3))
+    assert capfd.readouterr() == ("", "")
