@@ -85,6 +85,16 @@ def test_inspect_why(run) -> None:
     assert "model output" in out
 
 
+def test_dynamic_axes(run, tmp_path: Path) -> None:
+    status, out, _ = run("compress", "demo", "--dynamic", "2,3", "--no-latency", "--json", "--out", str(tmp_path / "small"))
+    assert status == 0
+    assert json.loads(out)["verification"]["dynamic_axes"] == {"images": [0, 2, 3]}
+    status, _, err = run("compress", "demo", "--dynamic", "height", "--out", str(tmp_path / "other"))
+    assert (status, err.strip().splitlines()[-1]) == (2, "structprune: --dynamic 'height': write axes as 2,3, or of one input as NAME=1")
+    status, _, err = run("compress", "demo", "--dynamic", "x=1", "--out", str(tmp_path / "other"))
+    assert status == 2 and "no input; the inputs are images" in err
+
+
 def test_every_kind_of_file(run, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("import models\ndef build():\n    print('hello from the user')\n    return models.build('residual')\n")
     model, inputs = models.build("residual")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from structprune.ir.axes import Axis, Shape, product
-from structprune.ops.rules import Equations, Resize, axis_index, resizer, rule
+from structprune.ops.rules import Equations, Resize, Unsupported, axis_index, resizer, rule
 
 _WINDOW = "a convolution window slides along this axis"
 
@@ -151,6 +151,21 @@ def addmm(eq: Equations, bias: Shape, a: Shape, b: Shape, **_: Any) -> Shape:
     out = matmul(eq, a, b)
     eq.broadcast(out, bias)
     return out
+
+
+@rule("_grouped_mm", "transformers::grouped_mm_fallback")
+def grouped_matmul(eq: Equations, rows: Shape, experts: Shape, offsets: Shape, bias: Shape | None = None, *_: Any) -> Shape:
+    """(rows, inner) and (experts, inner, outer) → (rows, outer): each expert multiplies the rows between two offsets."""
+    why = "rows are dealt out to experts"
+    if len(rows) != 2 or len(experts) != 3:
+        raise Unsupported("an outer product in groups")
+    eq.freeze(why, rows[0], experts[0], *offsets)
+    eq.equate(rows[-1], experts[-2])
+    eq.sums(experts[-2])
+    if bias is not None:
+        eq.broadcast(experts[-1:], bias[-1:])
+    eq.macs(*rows, experts[-1])
+    return (*rows[:-1], experts[-1])
 
 
 @rule("outer", "ger")

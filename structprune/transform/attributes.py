@@ -19,7 +19,7 @@ from structprune.ir.graph import owners_of, source_code_of
 Attributes = dict[str, dict[str, Any]]  # module name -> attribute -> new value
 
 _MANY_KEYS = 12  # attributes in doubt, of which small sets are tried
-_CHOICES = 24
+_CHOICES = 10
 
 
 def guesses(model: nn.Module, tensors: Mapping[int, Tensor], literals: Mapping[fx.Node, list[tuple[int, int]]]) -> Iterator[Attributes]:

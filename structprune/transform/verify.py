@@ -24,8 +24,8 @@ _log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-8  # of what pruning itself changed; one wrong channel among hundreds shows as 1e-5 or more, a wrong epsilon as 1e-7
 _ROUNDING = 1e-9  # of the answer: what float64 arithmetic may lose in a deep network
-_WORK = 8_000_000_000  # multiply-accumulates that float64 may take in one comparison
-_MEMORY = 64 << 20  # bytes that the activations of one comparison may take, or as many as the model's own tensors
+_WORK = 3_000_000_000  # multiply-accumulates that float64 may take in one comparison
+_MEMORY = 32 << 20  # bytes that the activations of one comparison may take, or as many as the model's own tensors
 _LIVE = 4  # activations of the largest size that are alive at one time
 _SAMPLES = 32
 _DOES_NOT_RUN = (RuntimeError, IndexError, ValueError)  # what torch raises for sizes that do not fit
