@@ -31,6 +31,8 @@ CASES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
     "an inner product": (lambda m, x: (m.q(x) * m.k(x)).sum(-1, keepdim=True) * m.b(x), True),
     "one silent factor is enough": (lambda m, x: (m.q(x) * m.k(x).sigmoid()).sum(-1, keepdim=True) * m.b(x), True),
     "linear attention": (lambda m, x: (F.elu(m.q(x)) + 1) @ (F.elu(m.k(x)) + 1).t() @ m.b(x), False),
+    "a choice between silent values": (lambda m, x: m.q(x).relu().masked_fill(x[:, :1] > 0, 0).sum(-1, keepdim=True) * m.b(x), True),
+    "a choice of something else": (lambda m, x: m.q(x).masked_fill(x[:, :1] > 0, 1).sum(-1, keepdim=True) * m.b(x), False),
     "attention": (lambda m, x: (m.q(x) @ m.k(x).t()).softmax(-1) @ m.b(x), True),
 }
 

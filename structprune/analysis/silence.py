@@ -32,6 +32,7 @@ _ZERO_AT_ZERO = frozenset({
 _FACTORS = frozenset({"mul", "multiply", "logical_and", "__and__", "bitwise_and"})
 _QUOTIENTS = frozenset({"div", "divide", "true_divide", "floor_divide", "fmod", "remainder", "expand_as"})
 _ADDENDS = frozenset({"add", "sub", "subtract", "maximum", "minimum"})
+_CHOICES = {"where": (1, 2), "masked_fill": (0, 2)}
 _WEIGHTED = (contraction.linear, contraction.conv, contraction.conv_transpose)
 _AFFINE = {"batch_norm": (1, 2), "instance_norm": (1, 2), "layer_norm": (2, 3), "group_norm": (2, 3), "rms_norm": (2, None)}
 # zeros stay zeros; of a recurrent layer too, whose gates of zero weights halve the state
@@ -74,6 +75,11 @@ def _loud(graph: Graph, node: fx.Node, constants: frozenset[fx.Node], atoms: Map
     rule = RULES.get(name)
     if name in _FACTORS:  # one silent factor is enough
         return frozenset(a for a in mine if all(a in loud[o] for o in operands if a in atoms[o]))
+    if name in _CHOICES:  # one value or another, each of which must be silent
+        values = [node.args[p] for p in _CHOICES[name] if p < len(node.args)]
+        chosen = [v for v in values if isinstance(v, fx.Node)]
+        outside = any(not _is_zero(v) for v in values if not isinstance(v, fx.Node))
+        return mine if outside else frozenset(a for a in mine if any(a in loud[o] or a not in atoms[o] for o in chosen))
     if name in _ADDENDS:  # every addend must be silent, and none may come from outside the channel
         outside = len(operands) < 2 and not _is_zero(node.args[1] if len(node.args) > 1 else 0)
         return mine if outside else frozenset(a for a in mine if any(a in loud[o] or a not in atoms[o] for o in operands))
@@ -87,7 +93,7 @@ def _loud(graph: Graph, node: fx.Node, constants: frozenset[fx.Node], atoms: Map
         return frozenset(a for a in mine if _loud_norm(a, node, _AFFINE[name], atoms, loud))
     if rule is contraction.attention:
         return loud[node.args[2]] | (mine - atoms[node.args[2]])  # type: ignore[index]
-    if rule in (contraction.matmul, contraction.einsum):
+    if rule in (contraction.matmul, contraction.einsum, contraction.grouped_matmul):
         return frozenset(a for a in mine if all(a in loud[o] for o in operands if a in atoms[o]))
     if node.target is operator.getitem or rule in _REDUCED or (rule is not None and rule.__module__ in _PASSING):
         return frozenset(a for a in mine if any(a in loud[o] for o in operands))
