@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -88,14 +89,14 @@ def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> Groups:
         for dim, axis in enumerate(shape):
             for atom in dict.fromkeys(types.solver.atoms(axis)):
                 members.setdefault(atom, []).append(Member(name, dim))
+    loud = read_where_loud(graph, types)
     inexact = _inexact(types) | {
-        atom: f"{operator_name(node)} sums over these channels, and they are not zero where they are removed"
-        for atom, node in read_where_loud(graph, types, "sum").items()
+        atom: f"{operator_name(node)} sums over these channels, and they are not zero where they are removed" for atom, node in loud["sum"].items()
     }
     work = tuple(tuple(map(types.solver.resolve, w.axes)) for w in types.work)
     _keep_unread_entries(types, axes, members)
     _keep_tables(types, work)
-    for atom, node in read_where_loud(graph, types, "mean").items():
+    for atom, node in loud["mean"].items():
         types.solver.freeze(atom, Reason("a mean over these channels, which are not zero where they are removed", source_of(node)))
     names = _Names()
     groups, frozen = [], []
@@ -150,12 +151,14 @@ def _keep_tables(types: Types, work: Sequence[Shape]) -> None:
 
     The table of the user's own class keeps its size: to cut it is to give the class up.
     """
-    total = sum(_volume(axes, {}) for axes in work)
+    depends: Counter[Atom] = Counter()
+    for axes in work:
+        depends.update(dict.fromkeys((atom for axis in axes for atom in types.solver.atoms(axis)), _volume(axes, {})))
+    much = _MUCH * sum(_volume(axes, {}) for axes in work)
     for node in types.constants:
-        for axis in types.shape(node) if isinstance(types.nodes[node], tuple) and any(u not in types.constants for u in node.users) else ():
-            for atom in types.solver.atoms(axis):
-                depends = sum(_volume(axes, {}) for axes in work if any(atom in types.solver.atoms(a) for a in axes))
-                if depends < _MUCH * total:
+        if isinstance(types.nodes[node], tuple) and any(u not in types.constants for u in node.users):
+            for atom in (atom for axis in types.shape(node) for atom in types.solver.atoms(axis)):
+                if depends[atom] < much:
                     types.solver.freeze(atom, Reason("stands on a table that the code computes", source_of(node)))
 
 

@@ -40,19 +40,18 @@ _PASSING = frozenset({layout.__name__, joining.__name__, spatial.__name__, recur
 _REDUCED = (normalization.total, normalization.mean, normalization.vector_norm, normalization.norm, normalization.reduction)
 
 
-def read_where_loud(graph: Graph, types: Types, how: str) -> dict[Atom, fx.Node]:
-    """The atoms over which some operator takes a 'sum' or 'mean' of entries that are not zero where they are removed, and which operator."""
+def read_where_loud(graph: Graph, types: Types) -> dict[str, dict[Atom, fx.Node]]:
+    """For sums and means: the atoms over which an operator takes one of entries that are not zero where they are removed, and the operator."""
     atoms = {n: _atoms(types, n) for n in graph.nodes}
     loud: dict[fx.Node, Loud] = {}
     for node in graph.nodes:
         loud[node] = _loud(graph, node, types.constants, atoms, loud) & atoms[node]
-    found: dict[Atom, fx.Node] = {}
+    found: dict[str, dict[Atom, fx.Node]] = {"sum": {}, "mean": {}}
     for reading in types.readings:
-        if reading.how == how:
-            operands = reading.node.all_input_nodes
-            for atom in types.solver.atoms(reading.axis):
-                if all(atom in loud[o] for o in operands if atom in atoms[o]):
-                    found.setdefault(atom, reading.node)
+        operands = reading.node.all_input_nodes
+        for atom in types.solver.atoms(reading.axis) if reading.how in found else ():
+            if all(atom in loud[o] for o in operands if atom in atoms[o]):
+                found[reading.how].setdefault(atom, reading.node)
     return found
 
 

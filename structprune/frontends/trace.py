@@ -44,23 +44,22 @@ def trace(
     notes: list[str] = []
     given = pytree.tree_leaves((args, kwargs))
     wanted = _wanted_axes(model, args, kwargs, dynamic)
+    doubled = pytree.tree_map_only(Tensor, _two_samples, (args, kwargs))
+    attempts = [((args, kwargs), set[int](), wanted), ((args, kwargs), set[int](), [()] * len(wanted))]
+    if batch:
+        attempts = [(doubled, {0}, axes) for _, _, axes in attempts] + attempts
+    attempts = [attempt for i, attempt in enumerate(attempts) if i % 2 or any(wanted)]  # from the most freedom to none
     with _evaluation(model):
-        exported = None
-        doubled = pytree.tree_map_only(Tensor, _two_samples, (args, kwargs))
-        attempts: list[tuple[Any, list[set[int]]]] = [(doubled, [{0, *axes} for axes in wanted]), (doubled, [{0} for _ in wanted])] if batch else []
-        for inputs, axes in attempts[0 if any(wanted) else 1 :]:
+        for inputs, first, axes in attempts:
             try:
-                exported = _export(model, inputs[0], inputs[1], axes)
+                exported = _export(model, inputs[0], inputs[1], [first.union(a) for a in axes])
                 args, kwargs = inputs
                 break
-            except Exception as error:  # torch.export raises whatever the model's code meets: try with less freedom below
-                _log.debug("dynamic axes refused", exc_info=True)
-                notes.append(f"{'static sizes' if any(a - {0} for a in axes) else 'static batch'}: {_first_line(error)}")
-        if exported is None:
-            try:
-                exported = _export(model, args, kwargs, [set(axes) for axes in wanted])
-            except Exception as error:
-                raise _explained(error) from error
+            except Exception as error:  # torch.export raises whatever the model's code meets
+                _log.debug("traced with less freedom", exc_info=True)
+                if not first and not any(axes):
+                    raise _explained(error) from error
+                notes.append(f"{'static sizes' if any(axes) else 'static batch'}: {_first_line(error)}")
     two = any(a is not b for a, b in zip(pytree.tree_leaves((args, kwargs)), given, strict=True))
     graph = from_exported(exported, args, kwargs, model=model, notes=tuple(notes), doubled=two)
     fixed = [
@@ -97,18 +96,17 @@ def parse_dynamic(options: Sequence[str]) -> Dynamic:
 
 def _wanted_axes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Dynamic) -> list[tuple[int, ...]]:
     """For each leaf of the arguments, the axes beside the batch that are asked to be dynamic. Raises InputError for a name that is no input."""
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    leaves = [(name, leaf) for name, value in bound.arguments.items() for leaf in pytree.tree_leaves(value)]
-    if isinstance(dynamic, Mapping) and (unknown := set(dynamic) - {name for name, _ in leaves}):
-        raise InputError(
-            f"dynamic axes for {sorted(unknown)[0]!r}, which is no input; the inputs are {', '.join(dict.fromkeys(n for n, _ in leaves))}"
-        )
+    parameters = list(inspect.signature(model.forward).parameters) or ["input"]
+    named = [*((parameters[min(i, len(parameters) - 1)], value) for i, value in enumerate(args)), *kwargs.items()]
+    names = list(dict.fromkeys(name for name, _ in named))
+    if isinstance(dynamic, Mapping) and (unknown := set(dynamic) - set(names)):
+        raise InputError(f"dynamic axes for {sorted(unknown)[0]!r}, which is no input; the inputs are {', '.join(names)}")
 
     def axes(name: str, leaf: Any) -> tuple[int, ...]:
         asked = dynamic.get(name, ()) if isinstance(dynamic, Mapping) else dynamic
         return tuple(d for d in asked if isinstance(leaf, Tensor) and 0 < d < leaf.dim())
 
-    return [axes(name, leaf) for name, leaf in leaves]
+    return [axes(name, leaf) for name, value in named for leaf in pytree.tree_leaves(value)]
 
 
 def from_exported(

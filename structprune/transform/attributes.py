@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
 from structprune.ir.graph import owners_of, source_code_of
@@ -151,7 +152,7 @@ def _sizes_by_value(modules: Mapping[str, nn.Module], tensors: Mapping[int, Tens
 
 
 def _holds(value: Any, number: int) -> bool:
-    if isinstance(value, (tuple, list)):
+    if type(value) in (tuple, list, torch.Size):
         return any(type(v) is int and v == number for v in value)
     return type(value) is int and value == number
 
