@@ -29,7 +29,7 @@ def guesses(model: nn.Module, tensors: Mapping[int, Tensor], literals: Mapping[f
     choices = list(itertools.islice(_choices(modules, _explanations(modules, literals)), _CHOICES))
     tried: list[Attributes] = []
     for among in (None, "torch.", ""):  # torch's own layers describe themselves; in others a number may mean something else
-        for chosen in choices if among is None else choices[:1]:
+        for chosen in choices if among is None else choices[:2]:
             attributes = _followed(modules, chosen)
             for name, module in modules.items():
                 for attribute, value in _described_sizes(module, tensors, attributes.get(name, {})).items():

@@ -54,21 +54,24 @@ def own_class(
         return None, "the model came as a graph"
     note = ""
     for attributes in guesses(model, surgery.tensors, surgery.literals):
-        for held in ({}, scales) if scales else ({},):
-            try:
-                candidate = hold_scales(rebuild(model, surgery.tensors, attributes).eval(), held)
-                error = _compare(candidate, graph, surgery.module, answers)
-                if _has_unseen_parameters(model, surgery.tensors):
-                    _runs_in_training(candidate, graph)
-                hooks = f"; hooks on {len(held)} modules keep the original's attention scale" if held else ""
-                return candidate, f"the user's class agrees with the small graph to {error:.1g}{hooks}"
-            except VerificationError as differs:
-                note = note or f"the user's class does not follow the new sizes: {differs}"
-            except Exception as raised:  # the user's code may raise anything when its sizes change
-                _log.debug("the user's class does not run at the new sizes", exc_info=True)
-                reason = f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:160]}"
-                note = note or f"the user's class does not run at the new sizes: {reason}"
-                break
+        try:
+            candidate = rebuild(model, surgery.tensors, attributes).eval()
+            hooks = hold_scales(candidate, scales)
+            error = _compare(candidate, graph, surgery.module, answers)
+            needed = [h for h in hooks if h.needed]
+            for hook in hooks:
+                if not hook.needed:  # the class says its scale itself
+                    hook.remove()
+            if _has_unseen_parameters(model, surgery.tensors):
+                _runs_in_training(candidate, graph)
+            held = f"; hooks on {len(needed)} modules keep the original's attention scale" if needed else ""
+            return candidate, f"the user's class agrees with the small graph to {error:.1g}{held}"
+        except VerificationError as differs:
+            note = note or f"the user's class does not follow the new sizes: {differs}"
+        except Exception as raised:  # the user's code may raise anything when its sizes change
+            _log.debug("the user's class does not run at the new sizes", exc_info=True)
+            reason = f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:160]}"
+            note = note or f"the user's class does not run at the new sizes: {reason}"
     return None, note
 
 

@@ -27,38 +27,40 @@ def changed_scales(graph: Graph, types: Types, keep: Keep) -> dict[str, float]:
     return found
 
 
-def hold_scales(model: nn.Module, scales: Mapping[str, float]) -> nn.Module:
-    """`model`, with hooks under which the attention of these modules takes these scales."""
-    for name, scale in scales.items():
-        held = _Scale(scale)
-        module = model.get_submodule(name)
-        module.register_forward_pre_hook(held.enter)
-        module.register_forward_hook(held.leave, always_call=True)
-    return model
+def hold_scales(model: nn.Module, scales: Mapping[str, float]) -> list[Held]:
+    """Put hooks on `model` under which the attention of these modules takes these scales."""
+    return [Held(model.get_submodule(name), scale) for name, scale in scales.items()]
 
 
-class _Scale:
-    """Hooks around a module's forward; it may call itself."""
+class Held:
+    """Hooks around a module's forward, which may call itself. `needed`: whether some attention left its scale to be computed."""
 
-    def __init__(self, scale: float):
+    def __init__(self, module: nn.Module, scale: float):
+        self.needed = False
         self._scale = scale
         self._entered: list[_Scaled] = []
+        self._hooks = module.register_forward_pre_hook(self.enter), module.register_forward_hook(self.leave, always_call=True)
 
     def enter(self, *_: Any) -> None:
-        self._entered.append(_Scaled(self._scale))
+        self._entered.append(_Scaled(self, self._scale))
         self._entered[-1].__enter__()
 
     def leave(self, *_: Any) -> None:
         self._entered.pop().__exit__(None, None, None)
 
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
 
 class _Scaled(TorchFunctionMode):
-    def __init__(self, scale: float):
+    def __init__(self, held: Held, scale: float):
         super().__init__()
-        self._scale = scale
+        self._held, self._scale = held, scale
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if function is F.scaled_dot_product_attention and kwargs.get("scale") is None:
             kwargs["scale"] = self._scale
+            self._held.needed = True
         return function(*args, **kwargs)
