@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import time
+import traceback
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -48,7 +49,7 @@ def chunk(seed: int) -> tuple[int, Counter[str], str]:
     try:
         many()
     except Exception as error:  # whatever it is, it is what this looks for
-        return tried, operators_met, f"seed {seed}: {type(error).__name__}: {str(error)[:2000]}"
+        return tried, operators_met, f"seed {seed}: " + "".join(traceback.format_exception(error))[-6000:]
     return tried, operators_met, ""
 
 

@@ -10,6 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class Of(nn.Module):
+    """Layers, parameters and buffers, and a function over them."""
+
+    def __init__(self, run: Callable[..., Any], **layers: Any):
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            if isinstance(layer, Tensor) and not isinstance(layer, nn.Parameter):
+                self.register_buffer(name, layer)
+            else:
+                setattr(self, name, layer)
+
+    def forward(self, *x: Tensor) -> Any:
+        return self.run(self, *x)
+
+
 class Residual(nn.Module):
     """Two convolutions and a shortcut; the stream's channels are one group, the inner ones another."""
 

@@ -16,25 +16,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
+from models import Of
 from torch import Tensor, nn
 
 VECTOR, SEQUENCE, IMAGE = 2, 3, 4  # a kind is a number of axes
 
 
-class Step(nn.Module):
+class Step(Of):
     """Layers, and what they make of the current tensor and of the earlier answers at `reads`."""
 
     def __init__(self, run: Callable[..., Tensor], *, reads: Sequence[int] = (), inexact: bool = False, note: str = "", **layers: Any):
-        super().__init__()
-        self.run, self.reads, self.inexact, self.note = run, tuple(reads), inexact, note
-        for name, layer in layers.items():
-            if isinstance(layer, Tensor) and not isinstance(layer, nn.Parameter):
-                self.register_buffer(name, layer)
-            else:
-                setattr(self, name, layer)
-
-    def forward(self, *x: Tensor) -> Tensor:
-        return self.run(self, *x)
+        super().__init__(run, **layers)
+        self.reads, self.inexact, self.note = tuple(reads), inexact, note
 
     def _get_name(self) -> str:
         return self.run.__qualname__.partition(".")[0]  # the function that made the step
@@ -632,7 +625,8 @@ def class_token(draw: st.DrawFn, state: State) -> Step:
 @step(IMAGE, when=lambda state: state.x[0].numel() <= 512)
 def flatten(draw: st.DrawFn, state: State) -> Step:
     features = state.x[0].numel()
-    flat = one_of(draw, lambda x: x.flatten(1), lambda x: x.view(-1, features), lambda x: x.reshape(x.shape[0], -1))
+    ways = [lambda x: x.flatten(1), lambda x: x.reshape(x.shape[0], -1)] + [lambda x: x.view(-1, features)] * state.x.is_contiguous()
+    flat = one_of(draw, *ways)
     return Step(lambda m, x: m.fc(flat(x)), fc=nn.Linear(features, draw(WIDTHS)))
 
 

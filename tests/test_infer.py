@@ -8,25 +8,10 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from models import Of
 from torch import Tensor, nn
 
 import structprune as sp
-
-
-class Of(nn.Module):
-    """Layers, and a function over them."""
-
-    def __init__(self, run: Callable[..., Tensor], **layers: nn.Module | nn.Parameter | Tensor):
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            if isinstance(layer, Tensor) and not isinstance(layer, nn.Parameter):
-                self.register_buffer(name, layer)
-            else:
-                setattr(self, name, layer)
-
-    def forward(self, *x: Tensor) -> Tensor:
-        return self.run(self, *x)
 
 
 def pruned(model: nn.Module, inputs: Sequence[Tensor], **options: object) -> dict[str, tuple[int, ...]]:

@@ -7,19 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from models import Of
 from torch import Tensor, nn
 
 import structprune as sp
 
 
-class Of(nn.Module):
-    def __init__(self, run: Callable[[nn.Module, Tensor], Tensor]):
-        super().__init__()
-        self.q, self.k, self.a, self.b = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(6, 3)
-        self.run = run
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
+def over_linears(run: Callable[[nn.Module, Tensor], Tensor]) -> Of:
+    return Of(run, q=nn.Linear(6, 8), k=nn.Linear(6, 8), a=nn.Linear(8, 4), b=nn.Linear(6, 3), gru=nn.GRU(6, 8, batch_first=True))
 
 
 CASES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
@@ -33,6 +28,7 @@ CASES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
     "linear attention": (lambda m, x: (F.elu(m.q(x)) + 1) @ (F.elu(m.k(x)) + 1).t() @ m.b(x), False),
     "a choice between silent values": (lambda m, x: m.q(x).relu().masked_fill(x[:, :1] > 0, 0).sum(-1, keepdim=True) * m.b(x), True),
     "a choice of something else": (lambda m, x: m.q(x).masked_fill(x[:, :1] > 0, 1).sum(-1, keepdim=True) * m.b(x), False),
+    "the final state of a recurrent layer, from zeros": (lambda m, x: m.a(F.normalize(m.gru(x.unflatten(0, (5, 1)))[1][0], dim=-1)), True),
     "attention": (lambda m, x: (m.q(x) @ m.k(x).t()).softmax(-1) @ m.b(x), True),
 }
 
@@ -41,7 +37,7 @@ CASES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
 def test_exact_means_that_a_zero_mask_agrees(name: str) -> None:
     torch.manual_seed(0)
     run, exact = CASES[name]
-    model, x = Of(run).double().eval(), torch.randn(5, 6, dtype=torch.float64)
+    model, x = over_linears(run).double().eval(), torch.randn(5, 6, dtype=torch.float64)
     result = sp.compress(model, (x,), target="channels=0.5")
     assert result.report.data["verification"]["exact"] is exact, [g.reason for g in result.plan.groups]
     state = model.state_dict()
@@ -62,7 +58,7 @@ def test_a_mean_over_channels_that_are_not_zero_keeps_them() -> None:
         (lambda m, x: m.q(x).relu().mean(-1, keepdim=True) * m.b(x), True),
         (lambda m, x: m.q(x).sigmoid().mean(-1, keepdim=True) * m.b(x), False),
     ):
-        groups = sp.inspect(Of(run).eval(), (x,))
+        groups = sp.inspect(over_linears(run).eval(), (x,))
         assert any(m.tensor == "q.weight" and m.dim == 0 for g in groups for m in g.members) is prunable
         reasons = [f.reason for f in groups.frozen if any(m.tensor == "q.weight" and m.dim == 0 for m in f.members)]
         assert reasons == ([] if prunable else ["a mean over these channels, which are not zero where they are removed"])

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from models import Of
 from torch import Tensor, fx, nn
 
 from structprune.analysis.groups import Groups, find_groups
@@ -33,19 +34,6 @@ from structprune.transform.verify import Verification, verify
 torch.set_num_threads(1)
 
 # ---------------------------------------------------------------------------------------------------------------- models
-
-
-class Of(nn.Module):
-    """Layers and a function over them."""
-
-    def __init__(self, run: Callable[..., Any], **layers: nn.Module | nn.Parameter):
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, *x: Tensor) -> Any:
-        return self.run(self, *x)
 
 
 def conv(inputs: int, outputs: int, **options: Any) -> nn.Conv2d:

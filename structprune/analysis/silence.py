@@ -25,10 +25,11 @@ _NONE: Loud = frozenset()
 _ZERO_AT_ZERO = frozenset({
     "abs", "asin", "asinh", "atan", "atanh", "ceil", "celu", "elu", "erf", "expm1", "floor", "frac", "gelu", "glu", "hardshrink", "hardswish",
     "hardtanh", "leaky_relu", "log1p", "mish", "nan_to_num", "neg", "negative", "positive", "prelu", "relu", "relu6", "round", "rrelu", "selu",
-    "sign", "silu", "sin", "sinh", "softshrink", "sqrt", "square", "tan", "tanh", "tanhshrink", "trunc", "zero", "zeros_like",
+    "sign", "silu", "sin", "sinh", "softshrink", "sqrt", "square", "tan", "tanh", "tanhshrink", "trunc", "zero",
     "alias", "clone", "contiguous", "cpu", "detach", "double", "float", "half", "lift_fresh_copy", "to", "_to_copy", "type_as",
     "dropout", "alpha_dropout", "feature_dropout",
 })  # fmt: skip
+_ZEROS = frozenset({"zeros", "new_zeros", "zeros_like"})
 _FACTORS = frozenset({"mul", "multiply", "logical_and", "__and__", "bitwise_and"})
 _QUOTIENTS = frozenset({"div", "divide", "true_divide", "floor_divide", "fmod", "remainder", "expand_as"})
 _ADDENDS = frozenset({"add", "sub", "subtract", "maximum", "minimum"})
@@ -68,9 +69,11 @@ def _loud(graph: Graph, node: fx.Node, constants: frozenset[fx.Node], atoms: Map
     mine, operands = atoms[node], node.all_input_nodes
     if node.op == "get_attr":  # a parameter's removed entries are the ones that are set to zero
         return _NONE if str(node.target) in graph.aliases and not str(node.target).endswith("running_var") else mine
-    if node.op != "call_function" or not mine or node in constants:
+    name = operator_name(node) if node.op == "call_function" else ""
+    if name in _ZEROS:
+        return _NONE
+    if not name or not mine or node in constants:
         return mine
-    name = operator_name(node)
     rule = RULES.get(name)
     if name in _FACTORS:  # one silent factor is enough
         return frozenset(a for a in mine if all(a in loud[o] for o in operands if a in atoms[o]))
