@@ -25,6 +25,7 @@ from structprune.frontends.trace import Dynamic, fold_parametrizations, retrace,
 from structprune.ir.graph import Graph, resized
 from structprune.ir.plan import Plan
 from structprune.ir.traced import TracedModule
+from structprune.transform.memory import freed_at_once
 from structprune.transform.own_class import own_class
 from structprune.transform.scale import changed_scales
 from structprune.transform.surgery import operate
@@ -122,12 +123,13 @@ def explain(
 def realise(model: nn.Module, graph: Graph, groups: Groups, plan: Plan, clock: Clock, *, seed: int = 0) -> Result:
     """Carry out a plan: surgery, verification, and the user's own class where it follows."""
     keep = decide.atoms_of(plan, groups)
-    with clock("surgery"):
-        surgery = operate(graph, groups.types, keep, plan.tensors)
-    with clock("verify"):
-        verification = compare(graph, groups.types, keep, surgery.module)
-    with clock("rebuild"):
-        own, note = own_class(model, graph, surgery, changed_scales(graph, groups.types, keep), verification.answers)
+    with freed_at_once(graph.module.state_dict().values()):
+        with clock("surgery"):
+            surgery = operate(graph, groups.types, keep, plan.tensors)
+        with clock("verify"):
+            verification = compare(graph, groups.types, keep, surgery.module)
+        with clock("rebuild"):
+            own, note = own_class(model, graph, surgery, changed_scales(graph, groups.types, keep), verification.answers)
     report = _report(graph, groups, plan, verification, own is not None, note, clock, seed)
     return Result(own if own is not None else surgery.module, plan, report, graph, surgery.module, clock)
 

@@ -28,6 +28,7 @@ from structprune.ir.axes import Keep
 from structprune.ir.graph import Graph, operator_name
 from structprune.ir.plan import Cut, Plan, PlannedGroup
 from structprune.ir.traced import TracedModule
+from structprune.transform import verify as verification
 from structprune.transform.surgery import operate
 from structprune.transform.verify import Verification, verify
 
@@ -407,6 +408,25 @@ def test_units_that_only_a_few_samples_excite_are_checked():
                 wrong = [*kept[:place], removed, *kept[place + 1 :]]
                 small = known.small({**known.plan.tensors, tensor: with_kept(cut, dim, wrong)})
                 assert caught(known, small), f"{tensor}, entry {index} of axis {dim}"
+
+
+@pytest.mark.parametrize(("pool", "sides"), [(nn.AdaptiveAvgPool2d(2), [48]), (nn.AvgPool2d(48), [48, 96])])
+def test_of_heavy_pictures_a_smaller_one_is_compared_where_the_model_takes_it(pool: nn.Module, sides: list[int], monkeypatch: pytest.MonkeyPatch):
+    def build() -> tuple[nn.Module, Tensor]:
+        layers = {"a": conv(3, 6), "pool": pool, "head": nn.Linear(6 * 4, 3)}
+        return Of(lambda m, x: m.head(m.pool(F.relu(m.a(x))).flatten(1)), **layers), torch.randn(2, 3, 96, 96)
+
+    compared = []
+    original = verification._compared
+    monkeypatch.setattr(verification, "_WORK", 1_000_000)
+    monkeypatch.setattr(verification, "_compared", lambda *args: compared.append(args[-1][0].shape[-1]) or original(*args))
+    known = made(build)
+    known.verify(known.small())
+    assert compared == sides
+    for tensor, cut in known.plan.tensors.items():
+        for dim, kept in cut.keep.items():
+            small = known.small({**known.plan.tensors, tensor: with_kept(cut, dim, [*kept[1:], kept[0]])})
+            assert caught(known, small), f"{tensor}, axis {dim}"
 
 
 # --------------------------------------------------------------------------------------------------------- wrong plans

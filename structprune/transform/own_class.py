@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,7 +18,6 @@ from torch.utils import _pytree as pytree
 
 from structprune.errors import VerificationError
 from structprune.ir.graph import Graph
-from structprune.ir.traced import TracedModule
 from structprune.transform.attributes import Attributes, guesses
 from structprune.transform.reference import Exact, in_double
 from structprune.transform.scale import hold_scales
@@ -52,12 +52,20 @@ def own_class(
     """
     if isinstance(model, fx.GraphModule):
         return None, "the model came as a graph"
+
+    @cache
+    def wanted(double: bool) -> Sequence[Tensor]:
+        """The small graph's answers, in the model's own precision or in float64; the same for all guesses."""
+        if double:
+            return floats(Exact(surgery.module).run(*map(in_double, graph.flat_inputs()), enable_io_processing=False))
+        return answers or floats(fx.Interpreter(surgery.module).run(*graph.flat_inputs(), enable_io_processing=False))
+
     note = ""
     for attributes in guesses(model, surgery.tensors, surgery.literals):
         try:
             candidate = rebuild(model, surgery.tensors, attributes).eval()
             hooks = hold_scales(candidate, scales)
-            error = _compare(candidate, graph, surgery.module, answers)
+            error = _compare(candidate, graph, wanted)
             needed = [h for h in hooks if h.needed]
             for hook in hooks:
                 if not hook.needed:  # the class says its scale itself
@@ -75,20 +83,17 @@ def own_class(
     return None, note
 
 
-def _compare(candidate: nn.Module, graph: Graph, small: TracedModule, answers: Sequence[Tensor] | None) -> float:
+def _compare(candidate: nn.Module, graph: Graph, wanted: Callable[[bool], Sequence[Tensor]]) -> float:
     """Largest difference between the candidate and the small graph as a share of the answer, in the model's own precision.
 
     Both hold the same tensors and call the same kernels, mostly in the same order. Where rounding may explain what is left, float64 decides.
     """
     with torch.no_grad():
         args, kwargs = graph.example()
-        got = floats(candidate(*args, **kwargs))
-        wanted = floats(fx.Interpreter(small).run(*graph.flat_inputs(), enable_io_processing=False)) if answers is None else answers
-        error = _apart(got, wanted, graph)
+        error = _apart(floats(candidate(*args, **kwargs)), wanted(False), graph)
         if _TOLERANCE < error < _TOLERANCE_SINGLE:
             args, kwargs = pytree.tree_map(in_double, graph.example())
-            got = floats(copy.deepcopy(candidate).double()(*args, **kwargs))
-            error = _apart(got, floats(Exact(small).run(*map(in_double, graph.flat_inputs()), enable_io_processing=False)), graph)
+            error = _apart(floats(copy.deepcopy(candidate).double()(*args, **kwargs)), wanted(True), graph)
     if not error <= _TOLERANCE:
         raise VerificationError(f"it differs by {error:.2g}")
     return error

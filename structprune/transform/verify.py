@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from structprune.analysis.infer import Types
 from structprune.errors import VerificationError
 from structprune.ir.axes import Keep
-from structprune.ir.graph import Graph, operator_name, shape_of
+from structprune.ir.graph import Graph, operator_name, resized, shape_of
 from structprune.ops import RULES, contraction
 from structprune.transform.reference import Exact, Masked, in_double
 
@@ -25,9 +25,10 @@ _log = logging.getLogger(__name__)
 TOLERANCE = 1e-8  # of what pruning itself changed; one wrong channel among hundreds shows as 1e-5 or more, a wrong epsilon as 1e-7
 _ROUNDING = 1e-9  # of the answer: what float64 arithmetic may lose in a deep network
 _WORK = 3_000_000_000  # multiply-accumulates that float64 may take in one comparison
-_MEMORY = 32 << 20  # bytes that the activations of one comparison may take, or as many as the model's own tensors
+_MEMORY = 8 << 20  # bytes that the activations of one comparison may take, or as many as the model's own tensors
 _LIVE = 4  # activations of the largest size that are alive at one time
 _SAMPLES = 32
+_LARGE = 96  # pixels: a longer side may become shorter
 _DOES_NOT_RUN = (RuntimeError, IndexError, ValueError)  # what torch raises for sizes that do not fit
 _SINGLE = 1e-3  # of the answer: what float32 may lose
 
@@ -50,7 +51,8 @@ def verify(graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inputs
 
     Where the batch is dynamic, it is filled up with noise, so that units which the example leaves silent speak; of a heavy model, on which
     float64 costs most of the time, its last samples alone are compared, and that the small graph answers them alike within the whole
-    batch is checked in the model's own precision. Where a model does not run on other batches, the example is compared as it is.
+    batch is checked in the model's own precision. Of pictures of which a single one is heavy a smaller one is compared. Where a model does not
+    run on other batches or sizes, the example is compared as it is.
 
     Raises VerificationError, with the output and both numbers, when they differ by more than rounding explains.
     """
@@ -58,7 +60,13 @@ def verify(graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inputs
     wide = [in_double(v) for v in flat]
     with torch.no_grad():
         batch = next((v.shape[0] for v in wide if isinstance(v, Tensor) and v.dim()), 1)
-        room = min(_WORK * batch // max(1, sum(math.prod(axis.size for axis in w.axes) for w in types.work)), _samples_in_memory(graph, batch))
+        room = min(_WORK * batch / max(1, sum(math.prod(axis.size for axis in w.axes) for w in types.work)), _samples_in_memory(graph, batch))
+        if room < 1 and not _unsafe_inputs(graph):
+            try:
+                return _compared(graph, types, keep, small, _smaller(_last(wide, 1) if graph.dynamic_batch else wide, room))[1]
+            except (*_DOES_NOT_RUN, VerificationError):  # a size that the graph was traced for; the whole picture decides
+                _log.debug("smaller pictures do not run", exc_info=True)
+        room = int(room)
         if graph.dynamic_batch:
             try:
                 chosen = _last(wide, max(1, room)) if room < batch else _with_noise(wide, min(room, _SAMPLES) // batch - 1, _unsafe_inputs(graph))
@@ -111,11 +119,19 @@ def _last(values: Sequence[Any], number: int) -> list[Any]:
     return [v[-number:] if isinstance(v, Tensor) and v.dim() else v for v in values]
 
 
-def _samples_in_memory(graph: Graph, batch: int) -> int:
+def _smaller(values: Sequence[Any], share: float) -> list[Any]:
+    """The corners of large pictures, of which the work is about that share, but no less than a sixteenth."""
+    axes = [[d for d in range(2, v.dim()) if v.shape[d] >= _LARGE] if isinstance(v, Tensor) and v.dim() > 3 else [] for v in values]
+    if not any(axes):
+        raise ValueError("no input is a large picture")
+    return resized(values, axes, 0.5 if share >= 1 / 4 else 0.25)
+
+
+def _samples_in_memory(graph: Graph, batch: int) -> float:
     values = [n.meta.get("val") for n in graph.nodes if n.op == "call_function"]
     largest = max((8 * math.prod(shape_of(v)) for v in values if isinstance(v, Tensor)), default=0)
     own = sum(t.numel() * t.element_size() for t in graph.module.parameters())
-    return max(_MEMORY, own // 2) * batch // max(1, _LIVE * largest)
+    return max(_MEMORY, own / 2) * batch / max(1, _LIVE * largest)
 
 
 def _unsafe_inputs(graph: Graph) -> set[int]:
