@@ -73,6 +73,18 @@ def test_an_attribute_of_the_users_class_follows() -> None:
     assert (result.model.heads, model.heads) == (2, 4)
 
 
+def test_attributes_follow_beside_a_child_that_two_modules_share() -> None:
+    gate = models.Of(lambda m, x: x.tanh())
+
+    def block() -> nn.Module:
+        return models.Of(lambda m, x: m.out(m.gate(m.fc(x)).view(-1, m.width)), gate=gate, fc=nn.Linear(6, 8), out=nn.Linear(8, 6), width=8)
+
+    model = models.Of(lambda m, x: m.second(m.first(x)), first=block(), second=block()).eval()
+    small = sp.compress(model, (torch.randn(2, 6),), target="channels=0.5").model
+    assert type(small) is models.Of
+    assert (small.first.width, small.second.width) == (4, 4)
+
+
 def test_a_graph_comes_back_where_the_class_cannot_follow() -> None:
     model, inputs = models.build("hard_coded")
     result = sp.compress(model, inputs, target="channels=0.5")

@@ -75,7 +75,8 @@ def _explanations(modules: Mapping[str, nn.Module], literals: Mapping[fx.Node, l
             options: list[_Option] = []
             for level, owner in enumerate(owners):
                 children = [f"{owner}.{child}" if owner else child for child, _ in modules[owner].named_children()] if level == 0 else []
-                near = [owner, *(c for c in children if not type(modules[c]).__module__.startswith("torch."))]
+                own = [c for c in children if c in modules and not type(modules[c]).__module__.startswith("torch.")]  # a shared child has one name
+                near = [owner, *own]
                 options += _holding({n: vars(modules[n]) for n in near}, code, level, old, new)
             if options:
                 found[tuple(options)] = None
