@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 import networkx as nx
-from torch import fx
 
 from structprune.analysis.groups import Groups
 from structprune.errors import InputError
@@ -56,16 +55,10 @@ def _tensors(groups: Groups, layer: str) -> list[str]:
 def couplings(graph: Graph, groups: Groups, atom: Atom) -> nx.Graph:
     """The values in which an atom stands, joined where one is computed from the other."""
     coupled = nx.Graph()
-    standing = {n for n in graph.nodes if _stands_in(groups, n, atom)}
+    standing = {n for n in graph.nodes if atom in groups.types.atoms(n)}
     for node in graph.nodes:  # a node that uses the axis up, a contraction, still joins its operands
         coupled.add_edges_from((node, operand) for operand in node.all_input_nodes if operand in standing)
     return coupled
-
-
-def _stands_in(groups: Groups, node: fx.Node, atom: Atom) -> bool:
-    found = groups.types.nodes.get(node)
-    shapes = found if isinstance(found, list) else [found]
-    return any(atom in groups.types.solver.atoms(axis) for shape in shapes if isinstance(shape, tuple) for axis in shape)
 
 
 def _steps(graph: Graph, groups: Groups, atom: Atom, first: str, last: str) -> Iterator[str]:

@@ -119,8 +119,7 @@ def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> Groups:
 
 def _ignore(graph: Graph, types: Types, named: Mapping[str, Shape], pattern: str) -> None:
     """Freeze what a module computes, its inputs aside, or the axes of a tensor."""
-    computed = [types.nodes[n] for n in graph.nodes if n in types.nodes and any(fnmatchcase(o, pattern) for o in owners_of(n))]
-    shapes = [s for found in computed for s in (found if isinstance(found, list) else [found]) if isinstance(s, tuple)]
+    shapes = [shape for n in graph.nodes if any(fnmatchcase(o, pattern) for o in owners_of(n)) for shape in types.shapes(n)]
     if not shapes:
         shapes = [shape for name, shape in named.items() if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
     if not shapes:
@@ -132,15 +131,7 @@ def _ignore(graph: Graph, types: Types, named: Mapping[str, Shape], pattern: str
 
 def _keep_unread_entries(types: Types, axes: Mapping[str, Shape], members: Mapping[Atom, list[Member]]) -> None:
     """Freeze what stands in one tensor and in nothing that is computed: rows of a table of positions beyond the example's length."""
-    computed = {
-        atom
-        for node, found in types.nodes.items()
-        if node.op == "call_function"
-        for shape in (found if isinstance(found, list) else [found])
-        if isinstance(shape, tuple)
-        for axis in shape
-        for atom in types.solver.atoms(axis)
-    }
+    computed = {atom for node in types.nodes if node.op == "call_function" for atom in types.atoms(node)}
     for atom, where in members.items():
         if len(where) == 1 and atom not in computed and isinstance(axes[where[0].tensor][where[0].dim], Sum):
             types.solver.freeze(atom, Reason("entries that the example does not reach"))
@@ -156,8 +147,8 @@ def _keep_tables(types: Types, work: Sequence[Shape]) -> None:
         depends.update(dict.fromkeys((atom for axis in axes for atom in types.solver.atoms(axis)), _volume(axes, {})))
     much = _MUCH * sum(_volume(axes, {}) for axes in work)
     for node in types.constants:
-        if isinstance(types.nodes[node], tuple) and any(u not in types.constants for u in node.users):
-            for atom in (atom for axis in types.shape(node) for atom in types.solver.atoms(axis)):
+        if any(user not in types.constants for user in node.users):
+            for atom in types.atoms(node):
                 if depends[atom] < much:
                     types.solver.freeze(atom, Reason("stands on a table that the code computes", source_of(node)))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structprune.ir.axes import Shape, Solver, Unsolved
+from structprune.ir.axes import Atom, Shape, Solver, Unsolved
 from structprune.ir.graph import Graph, computed_constants, operator_name, shape_of, size_of, source_of
 from structprune.ops import RULES, creation
 from structprune.ops.rules import Equations, Reading, Unsupported, Work
@@ -34,6 +34,15 @@ class Types:
         if isinstance(found, list):
             return [self._resolved(part) for part in found]
         return self._resolved(found)
+
+    def shapes(self, node: fx.Node) -> list[Shape]:
+        """The axes of every tensor that a node answers."""
+        found = self.nodes.get(node)
+        return [shape for shape in (found if isinstance(found, list) else [found]) if isinstance(shape, tuple)]
+
+    def atoms(self, node: fx.Node) -> set[Atom]:
+        """All atoms in a node's answer, frozen ones too."""
+        return {atom for shape in self.shapes(node) for axis in shape for atom in self.solver.atoms(axis)}
 
     def _resolved(self, shape: Any) -> Any:
         return tuple(map(self.solver.resolve, shape)) if isinstance(shape, tuple) else shape

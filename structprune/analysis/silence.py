@@ -58,10 +58,7 @@ def read_where_loud(graph: Graph, types: Types) -> dict[str, dict[Atom, fx.Node]
 
 def _atoms(types: Types, node: fx.Node) -> Loud:
     """The free atoms in a node's answer: frozen ones lose nothing."""
-    found = types.nodes.get(node)
-    shapes = found if isinstance(found, list) else [found]
-    leaves = (atom for shape in shapes if isinstance(shape, tuple) for axis in shape for atom in types.solver.atoms(axis))
-    return frozenset(a for a in leaves if types.solver.reason(a) is None)
+    return frozenset(a for a in types.atoms(node) if types.solver.reason(a) is None)
 
 
 def _loud(graph: Graph, node: fx.Node, constants: frozenset[fx.Node], atoms: Mapping[fx.Node, Loud], loud: Mapping[fx.Node, Loud]) -> Loud:

@@ -44,20 +44,18 @@ def trace(
     notes: list[str] = []
     given = pytree.tree_leaves((args, kwargs))
     wanted = _wanted_axes(model, args, kwargs, dynamic)
-    doubled = pytree.tree_map_only(Tensor, _two_samples, (args, kwargs))
-    attempts = [((args, kwargs), set[int](), wanted), ((args, kwargs), set[int](), [()] * len(wanted))]
-    if batch:
-        attempts = [(doubled, {0}, axes) for _, _, axes in attempts] + attempts
-    attempts = [attempt for i, attempt in enumerate(attempts) if i % 2 or any(wanted)]  # from the most freedom to none
+    sizes = [wanted, [()] * len(wanted)] if any(wanted) else [wanted]
+    attempts = [(free, axes) for free in ([True, False] if batch else [False]) for axes in sizes]  # from the most freedom to none
     with _evaluation(model):
-        for inputs, first, axes in attempts:
+        for free, axes in attempts:
+            example = pytree.tree_map_only(Tensor, _two_samples, (args, kwargs)) if free else (args, kwargs)
             try:
-                exported = _export(model, inputs[0], inputs[1], [first.union(a) for a in axes])
-                args, kwargs = inputs
+                exported = _export(model, example[0], example[1], [{0, *a} if free else set(a) for a in axes])
+                args, kwargs = example
                 break
             except Exception as error:  # torch.export raises whatever the model's code meets
                 _log.debug("traced with less freedom", exc_info=True)
-                if not first and not any(axes):
+                if not free and not any(axes):
                     raise _explained(error) from error
                 notes.append(f"{'static sizes' if any(axes) else 'static batch'}: {_first_line(error)}")
     two = any(a is not b for a, b in zip(pytree.tree_leaves((args, kwargs)), given, strict=True))

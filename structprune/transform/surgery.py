@@ -54,7 +54,7 @@ def operate(graph: Graph, types: Types, keep: Keep, cuts: Mapping[str, Cut]) -> 
         if (
             resizer is not None
             and originals[node] not in types.constants
-            and any(_shrinks(types, originals[n], keep) for n in (node, *node.all_input_nodes) if n in originals)
+            and any(not types.atoms(originals[n]).isdisjoint(keep) for n in (node, *node.all_input_nodes) if n in originals)
         ):
             resizer(resize, node)
     for node in [n for n, old in originals.items() if old in types.constants]:
@@ -150,9 +150,3 @@ def _touched(axis: Axis, keep: Keep) -> bool:
     if isinstance(axis, Atom):
         return axis in keep
     return any(_touched(part, keep) for part in (axis.factors if isinstance(axis, Product) else axis.terms))
-
-
-def _shrinks(types: Types, node: fx.Node, keep: Keep) -> bool:
-    found = types.shape(node) if node in types.nodes else None
-    shapes = found if isinstance(found, list) else [found]
-    return any(_touched(axis, keep) for shape in shapes if isinstance(shape, tuple) for axis in shape)
