@@ -55,12 +55,13 @@ class Masked(Exact):
 
     def run_node(self, n: fx.Node) -> Any:
         name = operator_name(n)
-        if n.op == "get_attr":  # a copy, and large: it is silenced in place, once for all readers
-            return self._without(super().run_node(n), self._types.nodes.get(n), in_place=True)
+        if n.op == "get_attr":  # a copy, and large: it is silenced in place, once for all readers, unless zeros in their input silence it
+            value = super().run_node(n)
+            return value if all(_weighs(n, user) for user in n.users) else self._without(value, self._types.nodes.get(n), in_place=True)
         if n.op != "call_function" or name in _ENTRY_BY_ENTRY or n.target is operator.getitem:
             return super().run_node(n)
         written = n.args[0] if n.args and has_effect(n) else None  # an operator in place needs the tensor itself
-        silenced = n.args[1] if name in _LINEAR else None  # zeros in the input silence the weights that read them
+        silenced = n.args[1] if name in _LINEAR else None
         args = fx.map_arg(n.args, lambda a: self.env[a] if a is written or a is silenced else self._read(a))
         kwargs = fx.map_arg(n.kwargs, self._read)
         operand = n.args[0] if n.args else None
@@ -98,6 +99,11 @@ class Masked(Exact):
                 mask[torch.as_tensor(kept_entries(known, self._keep))] = True
             self._masks[id(axis)] = axis, mask  # holds the axis, so that its id stays its own
         return self._masks[id(axis)][1]
+
+
+def _weighs(weight: fx.Node, user: fx.Node) -> bool:
+    """Whether a node is a linear operator's weight and nothing else to it."""
+    return operator_name(user) in _LINEAR and user.args[1] is weight and weight not in (user.args[0], *user.args[2:])
 
 
 # --- operators whose arithmetic depends on how many entries there are ---------------------------------------------------------
