@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from torch import Tensor
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
-_LEAST, _MOST = 128 << 10, 4 << 20  # bytes; smaller blocks cost time, larger ones memory
+_LEAST, _MOST = 128 << 10, 2 << 20  # bytes; smaller blocks cost time, larger ones memory
 _GLIBC_AT_MOST = 32 << 20
-_SHARE = 64
+_SHARE = 256
 
 
 @contextmanager
