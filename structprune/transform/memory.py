@@ -17,7 +17,7 @@ from torch import Tensor
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LEAST, _MOST = 128 << 10, 2 << 20  # bytes; smaller blocks cost time, larger ones memory
 _GLIBC_AT_MOST = 32 << 20
-_SHARE = 256
+_SHARE = 256  # a block is worth its time if it is more than this part of the model
 
 
 @contextmanager
