@@ -59,23 +59,28 @@ def verify(graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inputs
     """
     flat = graph.flat_inputs() if inputs is None else list(inputs)
     wide = [in_double(v) for v in flat]
+
+    def own_precision() -> list[Tensor]:
+        return floats(fx.Interpreter(small).run(*_copies(flat), enable_io_processing=False))
+
     with torch.no_grad():
         batch = next((v.shape[0] for v in wide if isinstance(v, Tensor) and v.dim()), 1)
         room = min(_WORK * batch / max(1, sum(math.prod(axis.size for axis in w.axes) for w in types.work)), _samples_in_memory(graph, batch))
         if room < 1 and not _unsafe_inputs(graph):
             try:
-                return _compared(graph, types, keep, small, _smaller(_last(wide, 1) if graph.dynamic_batch else wide, room))[1]
+                found = _compared(graph, types, keep, small, _smaller(_last(wide, 1) if graph.dynamic_batch else wide, room))[1]
+                return replace(found, answers=own_precision())
             except (*_DOES_NOT_RUN, VerificationError):  # a size that the graph was traced for; the whole picture decides
                 _log.debug("smaller pictures do not run", exc_info=True)
-        room = int(room)
         if graph.dynamic_batch:
+            samples = max(1, int(room))
             try:
-                chosen = _last(wide, max(1, room)) if room < batch else _with_noise(wide, min(room, _SAMPLES) // batch - 1, _unsafe_inputs(graph))
+                chosen = _last(wide, samples) if samples < batch else _with_noise(wide, min(samples, _SAMPLES) // batch - 1, _unsafe_inputs(graph))
                 answer, found = _compared(graph, types, keep, small, chosen)
-                if room >= batch:
+                if samples >= batch:
                     return found
-                whole = floats(fx.Interpreter(small).run(*flat, enable_io_processing=False))
-                if _close(_last(whole, max(1, room)), answer):
+                whole = own_precision()
+                if _close(_last(whole, samples), answer):
                     return replace(found, answers=whole)
             except _DOES_NOT_RUN:
                 _log.debug("the chosen samples do not run", exc_info=True)
@@ -89,8 +94,7 @@ def _compared(graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inp
     """The small graph's answers, and how far they are from the reference's."""
 
     def answers(interpreter: fx.Interpreter) -> list[Tensor]:
-        copies = [v.clone() if isinstance(v, Tensor) else v for v in inputs]  # a model may write to its inputs
-        return floats(interpreter.run(*copies, enable_io_processing=False))
+        return floats(interpreter.run(*_copies(inputs), enable_io_processing=False))
 
     got, wanted = answers(Exact(small)), answers(Masked(graph, types, keep))
 
@@ -104,6 +108,11 @@ def _compared(graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inp
             f"the small model differs from the reference by {error:.2g} of what pruning changed (rounding explains {TOLERANCE:g})"
         )
     return got, Verification(error, TOLERANCE, len(wanted))
+
+
+def _copies(inputs: Sequence[Any]) -> list[Any]:
+    """For a model that writes to its inputs."""
+    return [v.clone() if isinstance(v, Tensor) else v for v in inputs]
 
 
 def _close(batch: Sequence[Tensor], alone: Sequence[Tensor]) -> bool:
