@@ -14,7 +14,8 @@ import structprune as sp
 
 
 def over_linears(run: Callable[[nn.Module, Tensor], Tensor]) -> Of:
-    return Of(run, q=nn.Linear(6, 8), k=nn.Linear(6, 8), a=nn.Linear(8, 4), b=nn.Linear(6, 3), gru=nn.GRU(6, 8, batch_first=True))
+    layers = {"q": nn.Linear(6, 8), "k": nn.Linear(6, 8), "a": nn.Linear(8, 4), "b": nn.Linear(6, 3), "c": nn.Linear(12, 4)}
+    return Of(run, **layers, gru=nn.GRU(6, 8, batch_first=True))
 
 
 CASES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
@@ -29,6 +30,8 @@ CASES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
     "a choice between silent values": (lambda m, x: m.q(x).relu().masked_fill(x[:, :1] > 0, 0).sum(-1, keepdim=True) * m.b(x), True),
     "a choice of something else": (lambda m, x: m.q(x).masked_fill(x[:, :1] > 0, 1).sum(-1, keepdim=True) * m.b(x), False),
     "the final state of a recurrent layer, from zeros": (lambda m, x: m.a(F.normalize(m.gru(x.unflatten(0, (5, 1)))[1][0], dim=-1)), True),
+    "copies": (lambda m, x: m.c(x.repeat_interleave(2, -1)), True),
+    "a norm over copies": (lambda m, x: m.c(F.normalize(x.repeat_interleave(2, -1), dim=-1)), False),
     "attention": (lambda m, x: (m.q(x) @ m.k(x).t()).softmax(-1) @ m.b(x), True),
 }
 

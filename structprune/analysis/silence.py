@@ -95,7 +95,8 @@ def _loud(graph: Graph, node: fx.Node, constants: frozenset[fx.Node], atoms: Map
     if rule in (contraction.matmul, contraction.einsum, contraction.grouped_matmul):
         return frozenset(a for a in mine if all(a in loud[o] for o in operands if a in atoms[o]))
     if node.target is operator.getitem or rule in _REDUCED or (rule is not None and rule.__module__ in _PASSING):
-        return frozenset(a for a in mine if any(a in loud[o] for o in operands))
+        copies = mine.difference(*(atoms[o] for o in operands))  # of one entry, which a zero in its weights does not tell apart
+        return copies | frozenset(a for a in mine if any(a in loud[o] for o in operands))
     return mine
 
 
