@@ -38,6 +38,7 @@ _WEIGHTED = (contraction.linear, contraction.conv, contraction.conv_transpose)
 _AFFINE = {"batch_norm": (1, 2), "instance_norm": (1, 2), "layer_norm": (2, 3), "group_norm": (2, 3), "rms_norm": (2, None)}
 # zeros stay zeros; of a recurrent layer too, whose gates of zero weights halve the state
 _PASSING = frozenset({layout.__name__, joining.__name__, spatial.__name__, recurrent.__name__})
+_COPYING = (layout.expand, layout.repeat_interleave)
 _REDUCED = (normalization.total, normalization.mean, normalization.vector_norm, normalization.norm, normalization.reduction)
 
 
@@ -95,8 +96,10 @@ def _loud(graph: Graph, node: fx.Node, constants: frozenset[fx.Node], atoms: Map
     if rule in (contraction.matmul, contraction.einsum, contraction.grouped_matmul):
         return frozenset(a for a in mine if all(a in loud[o] for o in operands if a in atoms[o]))
     if node.target is operator.getitem or rule in _REDUCED or (rule is not None and rule.__module__ in _PASSING):
-        copies = mine.difference(*(atoms[o] for o in operands))  # of one entry, which a zero in its weights does not tell apart
-        return copies | frozenset(a for a in mine if any(a in loud[o] for o in operands))
+        passed = frozenset(a for a in mine if any(a in loud[o] for o in operands))
+        if rule in _COPYING:  # zeros in the weights of an entry silence all of its copies, and no single one
+            return passed.union(mine.difference(*(atoms[o] for o in operands)))
+        return passed
     return mine
 
 
