@@ -319,7 +319,6 @@ def summary(results: Mapping[str, Any]) -> str:
         )
     ours = {spec: r for spec, r in rows["structprune"].items() if r["ran"]}
     if ours:
-        sum(r["own_class"] for r in ours.values())
         own = sum(r["own_class"] for r in ours.values())
         lines += [f"- the user's own class comes back for {own} of {len(ours)}; a traced module for the others", _cost(ours), _memory(ours)]
         more = [s for s, r in ours.items() if (t := rows["torch-pruning"].get(s, {})).get("right") and r["macs_kept"] > t["macs_kept"] + 0.03]

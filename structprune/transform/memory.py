@@ -1,7 +1,7 @@
 """Freed tensors go back to the system at once, while a model is rebuilt and checked.
 
 glibc keeps freed blocks below a threshold that it raises to 32 MiB by itself, and the tensors of a network, each a little larger than the
-one before, fit into none of the holes: peak memory was 1.8 times ResNet-50's own size, and is 0.8 times so.
+one before, fit into none of the holes: peak memory was 1.8 times ResNet-50's own size, and is 0.7 times so.
 """
 
 from __future__ import annotations
