@@ -51,6 +51,7 @@ Dynamic = Annotated[
     list[str] | None,
     typer.Option("--dynamic", help="axes that may change size beside the batch: 2,3 of every input, or NAME=1 of one; repeatable"),
 ]
+Threads = Annotated[int | None, typer.Option("--threads", help="threads of the runtime; as torch is set by default")]
 Seed = Annotated[int, typer.Option("--seed", help="seed of everything random")]
 
 _state = {"debug": False}
@@ -60,7 +61,7 @@ _state = {"debug": False}
 def compress(
     model: ModelSpec,
     target: Annotated[
-        str, typer.Option("--target", help="what must hold: channels=0.5, macs=0.5, macs=2G, params=5M; several joined by commas")
+        str, typer.Option("--target", help="what must hold: latency=0.5, latency=4ms, channels=0.5, macs=2G, params=5M; several joined by commas")
     ] = "macs=0.5",
     criterion: Annotated[str, typer.Option("--criterion", help="which channels matter: auto, l1, l2, bn_scale, random")] = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="output directory; by default structprune-NAME here")] = None,
@@ -68,6 +69,9 @@ def compress(
     input: Inputs = None,
     ignore: Ignore = None,
     dynamic: Dynamic = None,
+    allocation: Annotated[str, typer.Option("--allocation", help="how widths are found: auto, milp, greedy, uniform")] = "auto",
+    align: Annotated[int | None, typer.Option("--align", help="widths are multiples of this, instead of the measured steps")] = None,
+    threads: Threads = None,
     seed: Seed = 0,
     trust_pickle: Trust = False,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="measure both ONNX files")] = True,
@@ -92,6 +96,9 @@ def compress(
             criterion=criterion,
             ignore=ignore or (),
             dynamic=parse_dynamic(dynamic or ()),
+            allocation=allocation,
+            align=align,
+            threads=threads,
             seed=seed,
             progress=say,
         )
@@ -156,7 +163,7 @@ def bench(
     ],
     input: Inputs = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or tensorrt")] = "cpu",
-    threads: Annotated[int | None, typer.Option("--threads", help="threads of the runtime")] = None,
+    threads: Threads = None,
     seconds: Annotated[float, typer.Option("--seconds", help="time limit")] = 10.0,
     seed: Seed = 0,
     as_json: AsJson = False,

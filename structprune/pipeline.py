@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from structprune.backends import directory as out
 from structprune.backends import onnx
 from structprune.backends.benchmark import benchmark, environment
 from structprune.backends.report import Report
+from structprune.closed_loop import Found, plan_for_latency
 from structprune.errors import InputError, VerificationError
 from structprune.frontends.trace import Dynamic, fold_parametrizations, retrace, trace
 from structprune.ir.graph import Graph, resized
@@ -45,6 +47,9 @@ def compress(
     criterion: Any = "auto",
     ignore: Sequence[str] = (),
     dynamic: Dynamic = (),
+    allocation: str = "auto",
+    align: int | None = None,
+    threads: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -52,17 +57,25 @@ def compress(
 
     model: in any mode, with any forward that torch.export can trace; it is left untouched.
     example_inputs: positional inputs of one call, the batch on the first axis; `example_kwargs` the keyword ones.
-    target: what must hold, such as 'channels=0.5', 'macs=2G' or 'params=0.3'; several, joined by commas, hold together.
+    target: what must hold, such as 'latency=0.5', 'latency=4ms', 'channels=0.5', 'macs=2G' or 'params=0.3'; several, joined by commas,
+        hold together. A latency is that of the ONNX file in ONNX Runtime on the CPU: its operators are timed, the tables kept for the next
+        model, and the whole model is measured against the dense one until the target is hit.
     criterion: which channels matter: 'random', 'l1', 'l2' ('auto'), 'bn_scale', a torch_pruning Importance, or a
         callable (Groups, tensors by name) -> {group name: score of each channel}.
     ignore: names or shell patterns of modules or tensors that keep their channels.
     dynamic: axes beside the batch that may change size after export: (2, 3) of every input, or {'ids': (1,)} of those named.
+    allocation: how widths are found: 'milp' and 'greedy' lose as little importance as they can, 'uniform' keeps one share everywhere;
+        'auto' is 'milp' for a latency, and else 'uniform'.
+    align: widths are multiples of this, in the place of the steps that were measured for each group.
+    threads: of the runtime, in all measurements; as torch is set if not given.
 
     Raises TraceError, InputError, TargetError or VerificationError; see structprune.errors.
     """
     if calibration is not None:
         raise InputError("calibration= is not used by any criterion yet; leave it out")
-    decide.parse_target(target)
+    measured = any(t.key == "latency" for t in decide.parse_target(target))
+    threads = torch.get_num_threads() if threads is None else threads
+    found: Found | None = None
     clock = Clock(progress)
     with clock("trace"):
         folded = fold_parametrizations(model)
@@ -70,8 +83,15 @@ def compress(
     with clock("infer"):
         groups = find_groups(graph, ignore)
     with clock("plan"):
-        plan = decide.plan(graph, groups, target, criterion, model=folded, ignore=ignore, seed=seed)
-    return realise(folded, graph, groups, plan, clock, seed=seed)
+        if measured:
+            name, scores = decide.scored(graph, groups, criterion, model=folded, seed=seed)
+            found = plan_for_latency(
+                graph, groups, target, name, scores, threads=threads, allocation=allocation, align=align, ignore=ignore, say=clock.say
+            )
+            plan = found.plan
+        else:
+            plan = decide.plan(graph, groups, target, criterion, model=folded, ignore=ignore, seed=seed, allocation=allocation)
+    return realise(folded, graph, groups, plan, clock, seed=seed, found=found, threads=threads)
 
 
 def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> nn.Module:
@@ -120,8 +140,18 @@ def explain(
     return why(graph, find_groups(graph), layer, other)
 
 
-def realise(model: nn.Module, graph: Graph, groups: Groups, plan: Plan, clock: Clock, *, seed: int = 0) -> Result:
-    """Carry out a plan: surgery, verification, and the user's own class where it follows."""
+def realise(
+    model: nn.Module,
+    graph: Graph,
+    groups: Groups,
+    plan: Plan,
+    clock: Clock,
+    *,
+    seed: int = 0,
+    found: Found | None = None,
+    threads: int | None = None,
+) -> Result:
+    """Carry out a plan: surgery, verification, and the user's own class where it follows. found: how a latency was met by it."""
     keep = decide.atoms_of(plan, groups)
     with freed_at_once(graph.module.state_dict().values()):
         with clock("surgery"):
@@ -130,8 +160,8 @@ def realise(model: nn.Module, graph: Graph, groups: Groups, plan: Plan, clock: C
             verification = compare(graph, groups.types, keep, surgery.module)
         with clock("rebuild"):
             own, note = own_class(model, graph, surgery, changed_scales(graph, groups.types, keep), verification.answers)
-    report = _report(graph, groups, plan, verification, own is not None, note, clock, seed)
-    return Result(own if own is not None else surgery.module, plan, report, graph, surgery.module, clock)
+    report = _report(graph, groups, plan, verification, own is not None, note, clock, seed, found)
+    return Result(own if own is not None else surgery.module, plan, report, graph, surgery.module, clock, threads, found)
 
 
 @dataclass(frozen=True)
@@ -144,6 +174,8 @@ class Result:
     graph: Graph = field(repr=False)
     small: TracedModule = field(repr=False)  # the same weights as `model`, as a graph
     clock: Clock = field(repr=False)
+    threads: int | None = None  # of the runtime, in measurements
+    found: Found | None = field(default=None, repr=False)  # how a latency that was asked for was met
 
     def export_onnx(self, path: str | Path) -> float:
         """Write the small model, with its present weights, as ONNX; returns ONNX Runtime's largest relative difference from it."""
@@ -172,7 +204,10 @@ class Result:
                 out.save_weights(self.small, work / "model.safetensors")
                 self.plan.save(work / "plan.json")
             with self.clock("onnx"):
-                onnx.export(self.graph.exported, work / "original.onnx", self.graph.input_names, self.graph.output_names)
+                if self.found is not None:
+                    shutil.copyfile(self.found.original, work / "original.onnx")
+                else:
+                    onnx.export(self.graph.exported, work / "original.onnx", self.graph.input_names, self.graph.output_names)
                 data["verification"]["onnx_error"] = self._export(program, work / "model.onnx")
             data["onnx_bytes"] = {"before": (work / "original.onnx").stat().st_size, "after": (work / "model.onnx").stat().st_size}
             if evaluate is not None and original is not None:
@@ -180,7 +215,7 @@ class Result:
                     data["accuracy"] = {"before": evaluate(original), "after": evaluate(self.model)}
             if latency:
                 with self.clock("benchmark"):
-                    data["latency_ms"] = measure(work / "original.onnx", work / "model.onnx", self.graph.given_inputs())
+                    data["latency_ms"] = measure(work / "original.onnx", work / "model.onnx", self.graph.given_inputs(), self.threads)
             data["seconds"] = dict(self.clock.seconds)
             report = Report(data)
             report.save_json(work / "report.json")
@@ -229,12 +264,11 @@ class Clock:
 
     def __init__(self, progress: Progress | None = None):
         self.seconds: dict[str, float] = {}
-        self._progress = progress
+        self.say = progress or (lambda line: None)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        if self._progress is not None:
-            self._progress(stage)
+        self.say(stage)
         started = time.perf_counter()
         try:
             yield
@@ -242,12 +276,12 @@ class Clock:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
-def measure(dense: Path, pruned: Path, inputs: Sequence[Any]) -> dict[str, Any]:
+def measure(dense: Path, pruned: Path, inputs: Sequence[Any], threads: int | None = None) -> dict[str, Any]:
     """Latency of two ONNX files on the CPU, and on the GPU where there is one: runtime -> before, after, ratio, verdict."""
     tensors = tuple(t for t in inputs if isinstance(t, Tensor))
     found = {}
     for device in ["cpu"] + (["cuda"] if "CUDAExecutionProvider" in environment()["providers"] and torch.cuda.is_available() else []):
-        compared = benchmark({"dense": dense, "pruned": pruned}, tensors, device=device)
+        compared = benchmark({"dense": dense, "pruned": pruned}, tensors, device=device, threads=threads)
         before, after = compared.latencies
         ratio = compared.ratios["pruned"]
         found[after.runtime] = {
@@ -262,7 +296,17 @@ def measure(dense: Path, pruned: Path, inputs: Sequence[Any]) -> dict[str, Any]:
     return found
 
 
-def _report(graph: Graph, groups: Groups, plan: Plan, verification: Verification, own: bool, note: str, clock: Clock, seed: int) -> Report:
+def _report(
+    graph: Graph,
+    groups: Groups,
+    plan: Plan,
+    verification: Verification,
+    own: bool,
+    note: str,
+    clock: Clock,
+    seed: int,
+    found: Found | None,
+) -> Report:
     widths = {g.atom: len(p.keep) for g, p in zip(groups, plan.groups, strict=True)}
     return Report(
         {
@@ -275,6 +319,7 @@ def _report(graph: Graph, groups: Groups, plan: Plan, verification: Verification
             "macs": {"before": groups.macs(), "after": groups.macs(widths)},
             "onnx_bytes": None,
             "latency_ms": {},
+            "latency_target": found.to_dict() if found is not None else None,
             "accuracy": None,
             "verification": {
                 "masked_error": verification.error,

@@ -10,14 +10,14 @@ import structprune
 ROOT = Path(structprune.__file__).parent
 
 # from the bottom up: a layer may import itself and what stands before it
-LAYERS = ["errors", "demo", "ir", "ops", "analysis", "decide", "frontends", "transform", "recover", "backends", "pipeline", "cli"]
+LAYERS = ["errors", "demo", "ir", "ops", "analysis", "decide", "frontends", "transform", "recover", "backends", "closed_loop", "pipeline", "cli"]
 
 # foreign libraries behind one door
 DOORS = {
     "networkx": {"analysis/explain.py"},
-    "onnx": {"backends/onnx.py", "backends/benchmark.py"},
+    "onnx": {"backends/onnx.py", "backends/benchmark.py", "backends/kernels.py"},
     "onnxslim": {"backends/onnx.py"},
-    "onnxruntime": {"backends/onnx.py", "backends/benchmark.py", "backends/candidates.py"},
+    "onnxruntime": {"backends/onnx.py", "backends/benchmark.py", "backends/candidates.py", "backends/kernels.py", "backends/tables.py"},
     "torch_pruning": {"decide/torch_pruning.py"},
     "typer": {"cli.py"},
     "rich": {"cli.py"},

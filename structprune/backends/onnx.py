@@ -29,9 +29,10 @@ class ExportError(StructpruneError):
 
 def export(
     program: torch.export.ExportedProgram, path: Path, inputs: Sequence[str], outputs: Sequence[str], metadata: Mapping[str, str] | None = None
-) -> None:
+) -> dict[str, str]:
     """Write `program` to `path`. Axes that are dynamic in the program are dynamic in the file.
 
+    Returns where the file's nodes come from: the name of a node, or of a value that it computes -> the name of a node of `program.module()`.
     Raises ExportError, with the operator, for what torch's exporter cannot translate.
     """
     with _quiet():
@@ -44,12 +45,31 @@ def export(
             raise ExportError(f"the model cannot be written as ONNX: {reason[:200]}") from error
         assert exported is not None
         model = exported.model_proto
+        origins = _origins(model, exported.exported_program)
         with contextlib.suppress(onnx.shape_inference.InferenceError):  # simplification is a bonus: the plain file is right too
             model = onnxslim.slim(model, skip_fusion_patterns=["FusionGelu"]) or model
     for key, value in (metadata or {}).items():
         model.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
+    return origins
+
+
+def _origins(model: onnx.ModelProto, program: torch.export.ExportedProgram | None) -> dict[str, str]:
+    """Through the exporter's note on each node, which begins with '%name :', and the history of that name in the program that it translated."""
+    first_names: dict[str, str] = {}
+    for node in program.graph.nodes if program is not None else ():
+        source = node.meta.get("from_node")
+        while source:
+            first_names[node.name] = source[-1].name
+            source = source[-1].from_node
+    found: dict[str, str] = {}
+    for made in model.graph.node:
+        note = next((p.value for p in made.metadata_props if p.key == "pkg.torch.onnx.fx_node"), "")
+        origin = first_names.get(note.partition(" ")[0].removeprefix("%"))
+        if origin:
+            found |= dict.fromkeys([made.name, *made.output], origin)
+    return found
 
 
 def check(path: Path, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:

@@ -1,6 +1,10 @@
 """Which channels go: targets, criteria, allocation, and the plan that they make."""
 
-from structprune.decide.plan import atoms_of, example_inputs, plan, planned
-from structprune.decide.targets import parse_target
+from structprune.decide.allocate import METHODS, Allocation, allocate, importance_kept
+from structprune.decide.plan import atoms_of, example_inputs, plan, plan_of, planned, scored
+from structprune.decide.targets import Target, parse_target
 
-__all__ = ["atoms_of", "example_inputs", "parse_target", "plan", "planned"]
+__all__ = [
+    "METHODS", "Allocation", "Target", "allocate", "atoms_of", "example_inputs", "importance_kept", "parse_target", "plan", "plan_of", "planned",
+    "scored",
+]  # fmt: skip

@@ -1,171 +1,201 @@
-"""How many channels each group keeps: the uniform allocation, and the share of it that meets the targets.
+"""How many channels each group keeps, under the targets: as a mixed-integer program, greedily, or uniformly.
 
-The place for other allocations: each is a function from groups and targets to widths.
+`milp` and `greedy` minimise the summed loss of all groups. A group that keeps the share k of its importance loses 1/k − 1: what is left has
+to stand in for what went, and the less is left, the more each further channel costs. Groups count alike, whatever their size: in a
+chain of layers each passes on what the others need.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from structprune.analysis.groups import Groups
+from structprune.decide.cost import Cost, macs, params
+from structprune.decide.criteria import Scores
+from structprune.decide.milp import Choice, solve
 from structprune.decide.targets import Target
-from structprune.errors import TargetError
-from structprune.ir.axes import Atom, Axis, Product, Shape, Sum, kept_size
+from structprune.decide.uniform import Uniform, Widths
+from structprune.errors import InputError, TargetError
+from structprune.ir.axes import Atom
 
-Widths = Mapping[Atom, int]
+METHODS = ("auto", "milp", "greedy", "uniform")
 
-ALIGN = (8, 4)  # ONNX Runtime on x86 works in blocks of channels: a width between two multiples costs as much as the next, or more
-_SAME_SHARE = 0.02  # allocations whose worst axis is this much nearer to the target share are told apart
-_SAME_COST = 0.01
+_LEAST = 1 / 8  # of a group's channels: less is offered where the budgets cannot be met otherwise
+_OPTIONS = {1: 12, 2: 6}  # widths of each atom, by how many are decided together
+_FEW_OPTIONS = 4
+_TRUE_LIMIT = 3  # attempts with a smaller limit, where a term of the program was an approximation
 
 
-class Uniform:
-    """Every prunable axis keeps about the same share of its entries.
+@dataclass(frozen=True)
+class Allocation:
+    """Widths; `loss`, as above; `gap`: how much less the best may lose, as a share of it, where that is known."""
 
-    An axis of several free factors (heads × width, groups × inner) keeps that share overall. Which factor gives? Both
-    orders are tried: the outer ones first (whole heads, whole groups), or the inner ones first; the one that comes
-    nearest to the share wins, then the one with fewer multiply-accumulates (grouped convolutions: the inner widths, for they
-    enter the work twice), then the outer ones (heads: their width, and what depends on it, stays).
+    widths: Widths
+    loss: float
+    gap: float | None = None
+
+
+def allocate(
+    groups: Groups,
+    targets: Sequence[Target],
+    scores: Scores,
+    *,
+    costs: Mapping[str, Cost] | None = None,
+    steps: Mapping[Atom, int] | None = None,
+    method: str = "auto",
+) -> Allocation:
+    """The widths of the least loss that meet every target.
+
+    `channels=` asks for shares, and gets them to the channel; beside budgets it is the most that a group keeps.
+    costs: measured ones, by the target that limits them. steps: between widths that are worth having.
+    method: 'auto' is 'milp' where steps were measured, and else 'uniform'.
+
+    Raises TargetError, with the closest that can be reached, where the least of every group is too much.
     """
-
-    def __init__(self, groups: Groups, align: bool = False):
-        """align: groups that are wide enough get widths that runtimes work in."""
-        self._align = align
-        free = {g.atom for g in groups}
-        self._products = _products(groups, free)
-        self._clusters = _clusters(free, self._products)
-        shared = [atom for cluster in self._clusters if len(cluster) > 1 for atom in cluster]
-        self._work = {atom: [axes for axes in groups.work if any(atom in _atoms(a) for a in axes)] for atom in shared}
-
-    def widths(self, share: float) -> Widths:
-        """Channels to keep for every group when each axis keeps `share` of its entries, at least one."""
-        widths: dict[Atom, int] = {}
-        for cluster in self._clusters:
-            if len(cluster) == 1:
-                widths[cluster[0]] = self._aligned(cluster[0], share)
-            else:
-                widths |= self._shared_out(cluster, share)
-        return widths
-
-    def _aligned(self, atom: Atom, share: float) -> int:
-        step = next((step for step in ALIGN if self._align and atom.size >= 4 * step), 1)
-        return min(atom.size, step * _rounded(atom.size * share / step))
-
-    def _shared_out(self, cluster: Sequence[Atom], share: float) -> Widths:
-        products = [p for p in self._products if any(a in cluster for a in _atoms(p))]
-        outer_first = _fit(cluster, products, share)
-        inner_first = _fit(cluster[::-1], products, share)
-
-        def miss(widths: Widths) -> float:
-            return max(abs(_share(p, widths) - share) for p in products)
-
-        def cost(widths: Widths) -> int:
-            work = {id(axes): axes for atom in cluster for axes in self._work[atom]}
-            return sum(math.prod(kept_size(a, widths) for a in axes) for axes in work.values())
-
-        if abs(miss(outer_first) - miss(inner_first)) > _SAME_SHARE:
-            return min(outer_first, inner_first, key=miss)
-        return inner_first if cost(inner_first) < (1 - _SAME_COST) * cost(outer_first) else outer_first
+    if method not in METHODS:
+        raise InputError(f"unknown allocation {method!r}; use one of {', '.join(METHODS)}")
+    share = min([t.value for t in targets if t.key == "channels"], default=1.0)
+    known = {"macs": macs(groups), "params": params(groups), **(costs or {})}
+    budgets = [(known[t.key], t.limit(known[t.key]())) for t in targets if t.key != "channels"]
+    if not budgets or method == "uniform" or (method == "auto" and steps is None):
+        uniform = Uniform(groups, align=bool(budgets))
+        widths = _uniform(groups, uniform, share, budgets)
+        return Allocation(widths, _total_loss(groups, widths, scores))
+    most = Uniform(groups).widths(share)
+    for least in (_LEAST, 0.0):
+        choices = _choices(groups, scores, steps or {}, most, least)
+        found = _greedy(choices, budgets) if method == "greedy" else _milp(choices, budgets)
+        if found is not None:
+            return found
+    smallest: dict[Atom, int] = {}
+    for choice in choices:
+        smallest |= choice.options[0]
+    raise _unreachable(budgets, smallest)
 
 
-def _fit(order: Sequence[Atom], products: Sequence[Product], share: float) -> Widths:
-    """Give the atoms their widths in turn: each takes what the axes that it stands in still have to give.
+def importance_kept(groups: Groups, widths: Widths, scores: Scores) -> float:
+    """The share of its importance that a group keeps in its best channels: the mean over all groups."""
+    return float(np.mean([_retained(scores[g.name])[widths.get(g.atom, g.size)] for g in groups]))
 
-    Atoms that are added, not multiplied (the widths of queries and of values beside each other), take the same share of it.
-    """
+
+def thinned(values: Sequence[int], number: int) -> list[int]:
+    """That many of the values, about evenly spread, the first and the last among them."""
+    places = np.linspace(0, len(values) - 1, min(number, len(values))).round().astype(int)
+    return [values[p] for p in dict.fromkeys(places.tolist())]
+
+
+def _retained(scores: np.ndarray) -> np.ndarray:
+    """[channels + 1]: the share of the scores that the best n channels have together."""
+    values = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
+    values = values - min(0.0, values[-1])
+    total = values.sum()
+    shares = np.cumsum(values) / total if total > 0 else np.arange(1, len(values) + 1) / len(values)
+    return np.concatenate([[0.0], shares])
+
+
+def _losses(scores: np.ndarray) -> np.ndarray:
+    """[channels + 1]: 1/k − 1 for the share k that n channels retain."""
+    return 1 / np.maximum(_retained(scores), 1e-9) - 1
+
+
+def _total_loss(groups: Groups, widths: Widths, scores: Scores) -> float:
+    return float(sum(_losses(scores[g.name])[widths.get(g.atom, g.size)] for g in groups))
+
+
+# --- choices ------------------------------------------------------------------------------------------------------------
+
+
+def _choices(groups: Groups, scores: Scores, steps: Mapping[Atom, int], most: Widths, least: float) -> list[Choice]:
+    """For each set of atoms that share a product, all combinations of widths: multiples of the step, from the least to the most."""
+    losses = {g.atom: _losses(scores[g.name]) for g in groups}
+    found = []
+    for cluster in Uniform(groups).clusters:
+        number = _OPTIONS.get(len(cluster), _FEW_OPTIONS)
+        widths = [thinned(_widths(atom.size, steps.get(atom, 1), most[atom], least), number) for atom in cluster]
+        options = tuple(dict(zip(cluster, chosen, strict=True)) for chosen in itertools.product(*widths))
+        found.append(Choice(options, np.array([sum(losses[a][w] for a, w in option.items()) for option in options])))
+    return found
+
+
+def _widths(size: int, step: int, most: int, least: float) -> list[int]:
+    first = max(1, math.ceil(size * least / step)) * step
+    multiples = [w for w in range(first, size, step) if w <= most]
+    return [*multiples, size] if most >= size else multiples or [most]
+
+
+def _milp(choices: Sequence[Choice], budgets: Sequence[tuple[Cost, float]]) -> Allocation | None:
+    """The program's answer; with smaller limits where it exceeds the true ones."""
+    limits = [limit for _, limit in budgets]
+    for _ in range(_TRUE_LIMIT):
+        solution = solve(choices, [(cost, limit) for (cost, _), limit in zip(budgets, limits, strict=True)])
+        if solution is None:
+            return None
+        true = [cost(solution.widths) for cost, _ in budgets]
+        if all(spent <= limit * (1 + 1e-6) for spent, (_, limit) in zip(true, budgets, strict=True)):
+            return Allocation(solution.widths, solution.loss, solution.gap)
+        limits = [own * min(1.0, limit / spent) for own, spent, (_, limit) in zip(limits, true, budgets, strict=True)]
+    return None
+
+
+def _greedy(choices: Sequence[Choice], budgets: Sequence[tuple[Cost, float]]) -> Allocation | None:
+    """From the widest options, one step at a time, the one that loses least for what it saves of the budgets that are exceeded."""
+    taken = [max(range(len(c.options)), key=lambda o: sum(c.options[o].values())) for c in choices]
     widths: dict[Atom, int] = {}
-    for i, atom in enumerate(order):
-        missing, last = 1.0 if not products else 0.0, True
-        for product in (p for p in products if atom in _atoms(p)):
-            beside = [a for factor in product.factors if atom not in _atoms(factor) for a in _atoms(factor)]
-            missing = max(missing, share / _share(product, {a: widths[a] for a in beside if a in widths}))
-            last = last and not any(a in order[i + 1 :] for a in beside)
-        wanted = atom.size * min(1.0, missing)
-        widths[atom] = _rounded(wanted) if last else max(1, math.ceil(wanted - 1e-9))
-    return widths
+    for choice, option in zip(choices, taken, strict=True):
+        widths |= choice.options[option]
+    spent = [cost(widths) for cost, _ in budgets]
+    while any(now > limit for now, (_, limit) in zip(spent, budgets, strict=True)):
+        best: tuple[float, int, int, list[float]] | None = None
+        for number, choice in enumerate(choices):
+            for option in _next_narrower(choice, taken[number]):
+                after = [now + cost.change(widths, choice.options[option]) for now, (cost, _) in zip(spent, budgets, strict=True)]
+                saved = sum(max(0.0, now - then) / limit for now, then, (_, limit) in zip(spent, after, budgets, strict=True) if now > limit)
+                price = (choice.losses[option] - choice.losses[taken[number]]) / saved if saved > 0 else math.inf
+                if best is None or price < best[0]:
+                    best = price, number, option, after
+        if best is None or best[0] == math.inf:
+            return None
+        _, number, option, spent = best
+        taken[number] = option
+        widths |= choices[number].options[option]
+    return Allocation(widths, float(sum(c.losses[o] for c, o in zip(choices, taken, strict=True))))
 
 
-def _share(axis: Axis, widths: Widths) -> float:
-    return kept_size(axis, widths) / axis.size
+def _next_narrower(choice: Choice, option: int) -> list[int]:
+    """The options in which one atom is at its next smaller width, and the others are as they are."""
+    now = choice.options[option]
+    found = []
+    for atom in now:
+        smaller = [
+            o for o, widths in enumerate(choice.options) if widths[atom] < now[atom] and all(widths[a] == now[a] for a in now if a is not atom)
+        ]
+        if smaller:
+            found.append(max(smaller, key=lambda o: choice.options[o][atom]))
+    return found
 
 
-def _rounded(value: float) -> int:
-    return max(1, math.floor(value + 0.5))
+# --- uniform ------------------------------------------------------------------------------------------------------------
 
 
-def _atoms(axis: Axis) -> list[Atom]:
-    if isinstance(axis, Atom):
-        return [axis]
-    return [a for part in (axis.factors if isinstance(axis, Product) else axis.terms) for a in _atoms(part)]
-
-
-def _products(groups: Groups, free: set[Atom]) -> list[Product]:
-    """The products with more than one free atom in the axes of the model's tensors."""
-    found: dict[Product, None] = {}
-
-    def visit(axis: Axis) -> None:
-        if isinstance(axis, Sum):
-            for term in axis.terms:
-                visit(term)
-        elif isinstance(axis, Product) and len(free.intersection(_atoms(axis))) > 1:
-            found[axis] = None
-            for factor in axis.factors:
-                visit(factor)
-
-    shapes: list[Shape] = list(groups.axes.values())
-    for shape in shapes:
-        for axis in shape:
-            visit(axis)
-    return list(found)
-
-
-def _clusters(free: set[Atom], products: Sequence[Product]) -> list[list[Atom]]:
-    """Atoms that share a product, transitively; each cluster from the outermost to the innermost atom."""
-    parent: dict[Atom, Atom] = {a: a for a in free}
-
-    def root(atom: Atom) -> Atom:
-        while parent[atom] is not atom:
-            atom = parent[atom]
-        return atom
-
-    depth: dict[Atom, int] = dict.fromkeys(free, 0)
-    for axis in products:
-        atoms = [a for a in _atoms(axis) if a in free]
-        for place, factor in enumerate(axis.factors):
-            for atom in _atoms(factor):
-                if atom in free:
-                    depth[atom] = max(depth[atom], place)
-        for atom in atoms[1:]:
-            parent[root(atom)] = root(atoms[0])
-    clusters: dict[Atom, list[Atom]] = {}
-    for atom in sorted(free, key=lambda a: a.number):
-        clusters.setdefault(root(atom), []).append(atom)
-    return [sorted(c, key=lambda a: (depth[a], a.number)) for c in clusters.values()]
-
-
-def allocate(groups: Groups, targets: Sequence[Target]) -> Widths:
-    """The widest uniform allocation that meets every target.
-
-    `channels=` asks for shares, and gets them to the channel. A budget leaves the widths to us, and they are multiples of ALIGN.
-
-    Raises TargetError, with the closest that can be reached, where even one channel a group is too much.
-    """
-    uniform = Uniform(groups, align=not any(t.key == "channels" for t in targets))
-    share, smallest = 1.0, uniform.widths(1e-9)
-    for target in targets:
-        if target.key == "channels":
-            share = min(share, target.value)
-            total = sum(g.size for g in groups)
-            if target.value < (reached := sum(smallest.values()) / total):
-                raise TargetError(f"channels={target.value:g} cannot be reached: with the least in every group {reached:.3g} of the channels stay")
-    budgets = [_budget(groups, t, smallest) for t in targets if t.key != "channels"]
+def _uniform(groups: Groups, uniform: Uniform, share: float, budgets: Sequence[tuple[Cost, float]]) -> Widths:
+    """The widest uniform allocation of at most that share that keeps every budget."""
+    smallest = uniform.widths(1e-9)
+    total = sum(g.size for g in groups)
+    if share < (reached := sum(smallest.values()) / total):
+        raise TargetError(f"channels={share:g} cannot be reached: with the least in every group {reached:.3g} of the channels stay")
 
     def fits(widths: Widths) -> bool:
-        return all(measure(widths) <= limit for measure, limit in budgets)
+        return all(cost(widths) <= limit for cost, limit in budgets)
 
     if fits(widest := uniform.widths(share)):
         return widest
+    if not fits(smallest):
+        raise _unreachable(budgets, smallest)
     low, high = 0.0, share  # bisection, down to less than one channel in any group
     for _ in range(24):
         middle = (low + high) / 2
@@ -177,13 +207,11 @@ def allocate(groups: Groups, targets: Sequence[Target]) -> Widths:
     return widths
 
 
-def _budget(groups: Groups, target: Target, smallest: Widths) -> tuple[Callable[[Widths], int], float]:
-    """A measure of widths and its limit. Raises TargetError where the smallest widths are above it."""
-    measure = groups.macs if target.key == "macs" else groups.params
-    limit, original, least = target.limit(measure()), measure(), measure(smallest)
-    if least > limit:
-        raise TargetError(
-            f"{target.key}={limit:.4g} cannot be reached: with the least in every group {least:,} of {original:,} {target.key} "
-            f"({least / original:.3g}) stay; `structprune inspect` lists the frozen axes"
-        )
-    return measure, limit
+def _unreachable(budgets: Sequence[tuple[Cost, float]], smallest: Widths) -> TargetError:
+    """For the first budget that the smallest widths exceed, or together with the others cannot be met."""
+    cost, limit = next(((c, limit) for c, limit in budgets if c(smallest) > limit), budgets[0])
+    original, least = cost(), cost(smallest)
+    return TargetError(
+        f"{cost.name}={limit:.4g} cannot be reached: with the least in every group {least:,.4g} of {original:,.4g} {cost.name} "
+        f"({least / original:.3g}) stay; `structprune inspect` lists the frozen axes"
+    )

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from structprune.analysis.groups import Groups
-from structprune.decide.allocate import Widths, allocate
+from structprune.decide.allocate import allocate
 from structprune.decide.criteria import Scores, criterion_of
 from structprune.decide.targets import parse_target
+from structprune.decide.uniform import Widths
 from structprune.errors import InputError, PlanError
 from structprune.ir.axes import Atom, Keep, Shape, kept_entries
 from structprune.ir.graph import Graph
@@ -21,20 +22,44 @@ from structprune.ir.plan import Cut, Plan, PlannedGroup
 
 
 def plan(
-    graph: Graph, groups: Groups, target: str, criterion: Any = "auto", *, model: nn.Module | None = None, ignore: Sequence[str] = (), seed: int = 0
+    graph: Graph,
+    groups: Groups,
+    target: str,
+    criterion: Any = "auto",
+    *,
+    model: nn.Module | None = None,
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+    allocation: str = "auto",
 ) -> Plan:
     """Decide which channels stay: widths from the target, the best channels of each group by the criterion.
 
+    A latency is measured, and so is no target here: see `compress`. allocation: 'auto', 'milp', 'greedy' or 'uniform'.
     Raises InputError for a target or criterion that cannot be read and TargetError for a target that cannot be reached.
     """
     targets = parse_target(target)
+    if any(t.key == "latency" for t in targets):
+        raise InputError("a latency is measured on the whole model: ask compress() for it")
+    name, scores = scored(graph, groups, criterion, model=model, seed=seed)
+    widths = allocate(groups, targets, scores, method=allocation).widths
+    return plan_of(graph, groups, widths, scores, target=target, criterion=name, ignore=tuple(ignore))
+
+
+def scored(graph: Graph, groups: Groups, criterion: Any, *, model: nn.Module | None = None, seed: int = 0) -> tuple[str, Scores]:
+    """The criterion's name, and its score of every channel of every group. Raises InputError where there is nothing to score."""
     name, score = criterion_of(criterion, model if model is not None else graph.module, seed)
     if not groups.groups:
         raise InputError("nothing can be pruned: every axis is frozen; `structprune inspect` says why")
-    widths = allocate(groups, targets)
-    scores = score(groups, named_tensors(graph))
-    keep = best_channels(groups, widths, scores)
-    return planned(groups, keep, target=target, criterion=name, inputs=described_inputs(graph.args, graph.kwargs), ignore=tuple(ignore))
+    scores = {group: np.asarray(values, dtype=np.float64) for group, values in score(groups, named_tensors(graph)).items()}
+    for group in groups:
+        if scores[group.name].shape != (group.size,):
+            raise InputError(f"the criterion gave {group.name} scores of shape {scores[group.name].shape}; it has {group.size} channels")
+    return name, scores
+
+
+def plan_of(graph: Graph, groups: Groups, widths: Widths, scores: Scores, **origin: Any) -> Plan:
+    """The best channels of each group. `origin`: the fields of Plan that say where it comes from."""
+    return planned(groups, best_channels(groups, widths, scores), inputs=described_inputs(graph.args, graph.kwargs), **origin)
 
 
 def named_tensors(graph: Graph) -> dict[str, Tensor]:
@@ -46,10 +71,7 @@ def best_channels(groups: Groups, widths: Widths, scores: Scores) -> Keep:
     """The highest-scored channels of each group, in ascending order; of equals the first."""
     keep: dict[Atom, np.ndarray] = {}
     for group in groups:
-        score = np.asarray(scores[group.name], dtype=np.float64)
-        if score.shape != (group.size,):
-            raise InputError(f"the criterion gave {group.name} scores of shape {score.shape}; it has {group.size} channels")
-        order = np.argsort(-score, kind="stable")
+        order = np.argsort(-scores[group.name], kind="stable")
         keep[group.atom] = np.sort(order[: widths[group.atom]])
     return keep
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from structprune.errors import InputError
 
-SUPPORTED = ("channels", "macs", "params")
-PLANNED = ("latency", "memory", "size")
-_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_UNITS = {"channels": {"": 1.0}, "macs": _COUNTS, "params": _COUNTS, "latency": {"": 1.0, "US": 1e-6, "MS": 1e-3, "S": 1.0}}
+_PLANNED = ("memory", "size")
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ def parse_target(text: str) -> tuple[Target, ...]:
         if match is None:
             raise InputError(f"target {part.strip()!r}: write it as key=value, such as macs=0.5 or params=5M")
         key, number, unit = match[1], float(match[2]), match[3].upper()
-        if key in PLANNED:
-            raise InputError(f"target {key}= is not supported yet; use one of {', '.join(SUPPORTED)}")
-        if key not in SUPPORTED:
-            raise InputError(f"unknown target {key!r}; use one of {', '.join(SUPPORTED)}")
-        if unit not in _UNITS or (key == "channels" and unit):
-            raise InputError(f"target {part.strip()!r}: unknown unit {match[3]!r}; K, M, G and T are understood for macs and params")
-        absolute = bool(unit) or number > 1
-        if number <= 0 or (key == "channels" and number > 1):
+        if key in _PLANNED:
+            raise InputError(f"target {key}= is not supported yet; use one of {', '.join(_UNITS)}")
+        if key not in _UNITS:
+            raise InputError(f"unknown target {key!r}; use one of {', '.join(_UNITS)}")
+        if unit not in _UNITS[key]:
+            raise InputError(f"target {part.strip()!r}: unknown unit {match[3]!r}; K, M, G and T are understood for macs and params, ms for latency")
+        absolute = bool(unit) or (number > 1 and _UNITS[key] is _COUNTS)
+        if number <= 0 or (not absolute and number > 1):
             raise InputError(f"target {part.strip()!r}: a share lies above 0 and at most at 1")
-        targets.append(Target(key, number * _UNITS[unit], absolute))
+        targets.append(Target(key, number * _UNITS[key][unit], absolute))
     return tuple(targets)

@@ -151,7 +151,7 @@ class Solver:
 
     def atoms(self, axis: Axis) -> Iterator[Atom]:
         """The free atoms of an axis, in order; one that occurs twice comes twice."""
-        return _leaves(self.resolve(axis))
+        return leaves(self.resolve(axis))
 
     def reason(self, atom: Atom) -> Reason | None:
         """Why a free atom is frozen, or None."""
@@ -332,16 +332,17 @@ def _factors(axis: Axis) -> tuple[Axis, ...]:
     return axis.factors if isinstance(axis, Product) else (axis,)
 
 
-def _leaves(axis: Axis) -> Iterator[Atom]:
+# --- what a decision about atoms means for an axis ------------------------------------------------------------------
+# These read resolved axes: `Solver.resolve` first.
+
+
+def leaves(axis: Axis) -> Iterator[Atom]:
+    """The atoms of an axis, in order; one that occurs twice comes twice."""
     if isinstance(axis, Atom):
         yield axis
     else:
         for part in axis.factors if isinstance(axis, Product) else axis.terms:
-            yield from _leaves(part)
-
-
-# --- what a decision about atoms means for an axis ------------------------------------------------------------------
-# These read resolved axes: `Solver.resolve` first.
+            yield from leaves(part)
 
 
 def kept_size(axis: Axis, widths: Mapping[Atom, int]) -> int:

@@ -1,0 +1,199 @@
+"""What ONNX Runtime runs of a model, kernel by kernel, and how long each takes: of a whole file, and of single contractions.
+
+The runtime's own profiler tells the time of every kernel. A contraction is timed as the runtime would run it in a model: written as plain
+ONNX, with the activation and the addition that the runtime fused into it there, so that fusion, layout and choice of algorithm are
+the runtime's. Many contractions stand side by side in one model and are timed in one session.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+
+RUNS = 7
+_WARM_UP = 2
+_AT_ONCE = 192 << 20  # bytes of weights and inputs in one session
+_ROOT_OF = re.compile(r"^p(\d+)\.")
+_SECOND_INPUTS = {"Clip": ((0.0, 6.0))}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a model: its name, which begins with that of an ONNX node or value; sizes; seconds a run.
+
+    `settings`: of the contraction that it runs (see `signature`), or empty.
+    """
+
+    name: str
+    operator: str
+    seconds: float
+    inputs: tuple[tuple[int, ...], ...]
+    outputs: tuple[tuple[int, ...], ...]
+    settings: Mapping[str, Any]
+
+
+def signature(kind: str, settings: Mapping[str, Any]) -> str:
+    """What a contraction's time depends on beside its sizes, as JSON: the key of measured tables."""
+    return json.dumps({"kind": kind, **settings}, sort_keys=True, separators=(",", ":"))
+
+
+def profile(path: Path, inputs: Sequence[np.ndarray], threads: int, runs: int = RUNS) -> tuple[list[Kernel], float]:
+    """The kernels of a file, in the order in which they run, and the seconds of a whole run: medians."""
+    with tempfile.TemporaryDirectory() as work:
+        optimized = Path(work) / "optimized.onnx"
+        session = _session(path, threads, work, optimized)
+        feeds = dict(zip((i.name for i in session.get_inputs()), inputs, strict=False))
+        events = _events(session, feeds, runs)
+        made = {node.name: node for node in onnx.load(str(optimized), load_external_data=False).graph.node}
+    per_run = len(events) // runs
+    kernels = []
+    for position in range(per_run):
+        event = events[position]
+        name, node = _name(event), made.get(_name(event))
+        seconds = median(events[position + run * per_run]["dur"] for run in range(runs)) * 1e-6
+        shapes = _shapes(event["args"]["input_type_shape"]), _shapes(event["args"]["output_type_shape"])
+        kernels.append(Kernel(name, event["args"]["op_name"], seconds, *shapes, _settings(node, shapes[0]) if node is not None else {}))
+    return kernels, sum(k.seconds for k in kernels)
+
+
+def time_contractions(points: Sequence[tuple[str, tuple[int, ...]]], threads: int, runs: int = RUNS) -> Iterator[tuple[int, float]]:
+    """points: (signature, sizes of its axes as in contractions.ROLES). Yields (index, seconds), the shortest of some runs."""
+    batch: list[int] = []
+    size = 0
+    for index, (key, sizes) in enumerate(points):
+        size += _bytes(json.loads(key), sizes)
+        batch.append(index)
+        if size > _AT_ONCE or index == len(points) - 1:
+            yield from zip(batch, _times([points[i] for i in batch], threads, runs), strict=True)
+            batch, size = [], 0
+
+
+def _times(points: Sequence[tuple[str, tuple[int, ...]]], threads: int, runs: int) -> list[float]:
+    model, feeds = _side_by_side(points)
+    with tempfile.TemporaryDirectory() as work:
+        events = _events(_session(model.SerializeToString(), threads, work), feeds, runs)
+    taken: dict[int, float] = defaultdict(float)
+    of_kernel: dict[tuple[int, str], list[float]] = defaultdict(list)
+    for event in events:
+        found = _ROOT_OF.match(event["name"])
+        if found and not event["args"]["op_name"].startswith("Reorder"):  # between a layout and plain order; inside a model there is none
+            of_kernel[int(found[1]), event["name"]].append(event["dur"] * 1e-6)
+    for (index, _), seconds in of_kernel.items():
+        taken[index] += min(seconds)
+    return [taken[i] for i in range(len(points))]
+
+
+def _session(model: Path | bytes, threads: int, work: str, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4
+    options.enable_profiling, options.profile_file_prefix = True, str(Path(work) / "profile")
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    return onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
+
+
+def _events(session: onnxruntime.InferenceSession, feeds: Mapping[str, np.ndarray], runs: int) -> list[dict[str, Any]]:
+    """The profiler's word on every kernel of `runs` runs, after some to warm up."""
+    for _ in range(_WARM_UP + runs):
+        session.run(None, dict(feeds))
+    told = json.loads(Path(session.end_profiling()).read_text())
+    kernels = [e for e in told if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+    return kernels[len(kernels) // (_WARM_UP + runs) * _WARM_UP :]
+
+
+def _name(event: Mapping[str, Any]) -> str:
+    return event["name"].removesuffix("_kernel_time")
+
+
+def _shapes(told: Sequence[Mapping[str, Sequence[int]]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(shape) for entry in told for shape in entry.values())
+
+
+def _settings(node: onnx.NodeProto, inputs: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """What a contraction's time depends on beside its sizes; nothing for other operators."""
+    if node.op_type in ("Conv", "FusedConv"):
+        given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        rank = len(inputs[0]) - 2
+        return {
+            "batch": inputs[0][0],
+            "space": list(inputs[0][2:]),
+            "window": list(inputs[1][2:]),
+            "strides": list(given.get("strides", [1] * rank)),
+            "pads": list(given.get("pads", [0] * 2 * rank)),
+            "dilations": list(given.get("dilations", [1] * rank)),
+            "activation": given.get("activation", b"").decode(),
+            "sum": len(node.input) > 3 and bool(node.input[3]),
+        }
+    return {"float": 32} if node.op_type in ("MatMul", "FusedMatMul", "Gemm", "FusedGemm") else {}
+
+
+def _bytes(given: Mapping[str, Any], sizes: tuple[int, ...]) -> int:
+    if given["kind"] == "conv":
+        groups, filters, inputs = sizes
+        return 4 * groups * (filters * inputs * int(np.prod(given["window"])) + (filters + inputs) * given["batch"] * int(np.prod(given["space"])))
+    batch, rows, inputs, columns = sizes
+    return 4 * (batch * rows * (inputs + columns) + (batch if given["kind"] == "matmul" else 1) * inputs * columns)
+
+
+def _side_by_side(points: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """A model that runs every point on inputs of its own, and noise for these."""
+    generator = np.random.default_rng(0)
+    nodes: list[onnx.NodeProto] = []
+    feeds: dict[str, np.ndarray] = {}
+    constants: dict[str, np.ndarray] = {}
+    outputs = []
+
+    def noise(*shape: int) -> np.ndarray:
+        return generator.standard_normal(shape, dtype=np.float32)
+
+    def add(operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(operator, list(inputs), [output], output, **attributes))
+        return output
+
+    for index, (key, sizes) in enumerate(points):
+        given, root = json.loads(key), f"p{index}."
+        if given["kind"] == "conv":
+            groups, filters, inputs = sizes
+            feeds[f"{root}x"] = noise(given["batch"], groups * inputs, *given["space"])
+            constants[f"{root}w"] = noise(groups * filters, inputs, *given["window"])
+            constants[f"{root}b"] = noise(groups * filters)
+            attributes = {"kernel_shape": given["window"], "group": groups} | {k: given[k] for k in ("strides", "pads", "dilations")}
+            value = add("Conv", [f"{root}{n}" for n in "xwb"], f"{root}conv", **attributes)
+            if given["sum"]:
+                feeds[f"{root}r"] = noise(given["batch"], groups * filters, *_space_after(given))
+                value = add("Add", [value, f"{root}r"], f"{root}sum")
+            if given["activation"]:
+                limits = [f"{root}limit{i}" for i in range(len(_SECOND_INPUTS.get(given["activation"], ())))]
+                constants |= {n: np.float32(v) for n, v in zip(limits, _SECOND_INPUTS.get(given["activation"], ()), strict=True)}
+                value = add(given["activation"], [value, *limits], f"{root}active")
+        else:
+            batch, rows, inputs, columns = sizes
+            feeds[f"{root}x"] = noise(batch, rows, inputs)
+            (constants if given["kind"] == "linear" else feeds)[f"{root}w"] = noise(*([] if given["kind"] == "linear" else [batch]), inputs, columns)
+            value = add("MatMul", [f"{root}x", f"{root}w"], f"{root}product")
+        outputs.append(helper.make_tensor_value_info(value, TensorProto.FLOAT, None))
+    declared = [helper.make_tensor_value_info(name, TensorProto.FLOAT, value.shape) for name, value in feeds.items()]
+    tensors = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "contractions", declared, outputs, tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), feeds
+
+
+def _space_after(given: Mapping[str, Any]) -> list[int]:
+    """The spatial sizes of a convolution's answer."""
+    rank = len(given["space"])
+    padded = [size + before + after for size, before, after in zip(given["space"], given["pads"][:rank], given["pads"][rank:], strict=True)]
+    covered = [dilation * (window - 1) + 1 for dilation, window in zip(given["dilations"], given["window"], strict=True)]
+    return [(p - c) // stride + 1 for p, c, stride in zip(padded, covered, given["strides"], strict=True)]

@@ -1,0 +1,182 @@
+"""A model's latency as a function of its widths: the kernels that the runtime runs, each with a measured table or its share of data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.interpolate import RegularGridInterpolator
+from torch import Tensor, fx
+
+from structprune.analysis.contractions import Contraction, contractions
+from structprune.analysis.groups import Groups
+from structprune.backends.kernels import Kernel, profile, signature
+from structprune.backends.tables import Point, Tables
+from structprune.decide.allocate import thinned
+from structprune.decide.cost import Cost, Term
+from structprune.ir.axes import Atom, Axis, Sum, kept_size, leaves
+from structprune.ir.graph import Graph
+
+_GRID = 6  # sizes of an axis in a table; between two of them time is linear
+_MATTERS = 0.005  # of the latency: the steps of what takes less are not looked for
+_STEPS = (1, 2, 4, 8, 16, 32)
+_BELOW = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # widths that are timed to find the step, counted from a multiple of the largest one
+_WORTH = 1.03  # a wider size that costs no more than this is free
+_PER_OUTLIER = 8  # timings, of which one may be disturbed
+_LEAST = 1 / 8  # of an axis: smaller sizes are not in the tables
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """`cost`: predicted seconds for widths. `steps`: for each group's atom, the step between widths that are worth having."""
+
+    cost: Cost
+    steps: Mapping[Atom, int]
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A kernel that runs a contraction, and the key of its table."""
+
+    kernel: Kernel
+    contraction: Contraction
+    key: str
+
+
+def latency_model(
+    graph: Graph, groups: Groups, path: Path, origins: Mapping[str, str], tables: Tables, threads: int, align: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> LatencyModel:  # fmt: skip
+    """path: the dense model's ONNX file; origins: which node of the graph each of its nodes comes from (see onnx.export).
+
+    align: a step for all groups, in the place of the measured ones.
+    """
+    inputs = [v.detach().cpu().numpy() for v in graph.given_inputs() if isinstance(v, Tensor)]
+    kernels, whole = profile(path, inputs, threads)
+    free = {g.atom for g in groups}
+    timed: list[_Timed] = []
+    rest: list[tuple[Kernel, fx.Node]] = []
+    constant = whole
+    for kernel, node, contraction in _attributed(graph, groups, kernels, origins):
+        if contraction is not None and any(free.intersection(leaves(a)) for a in contraction.axes):
+            timed.append(_Timed(kernel, contraction, signature(contraction.kind, kernel.settings)))
+            constant -= kernel.seconds
+        elif node is not None and contraction is None and not free.isdisjoint(groups.types.atoms(node)):
+            rest.append((kernel, node))
+            constant -= kernel.seconds
+    matter = [t for t in timed if t.kernel.seconds > _MATTERS * whole]
+    steps = {atom: align or _measured_step(groups, atom, matter, tables) for atom in free}
+    terms = [*_tabled(groups, timed, tables, steps), *(_by_data(groups, kernel, node) for kernel, node in rest)]
+    return LatencyModel(Cost("latency", tuple(terms), constant, groups.batch), steps)
+
+
+def _attributed(
+    graph: Graph, groups: Groups, kernels: Sequence[Kernel], origins: Mapping[str, str]
+) -> Iterator[tuple[Kernel, fx.Node | None, Contraction | None]]:
+    """For each kernel the node of the graph that it computes (of one without a name that we know, the one before it), and its contraction."""
+    nodes = {n.name: n for n in graph.nodes}
+    left = {node: list(several) for node, several in contractions(groups).items()}
+    node: fx.Node | None = None
+    for kernel in kernels:
+        base = kernel.name.split("/")[0]
+        origin = origins.get(base) or origins.get(base.removesuffix("_nchwc"))
+        node = nodes.get(origin, node) if origin else node
+        contraction = None
+        if kernel.settings and node is not None:
+            maker = _maker(node, left)
+            if maker is not None:
+                node, contraction = maker, left[maker].pop(0)
+        yield kernel, node, contraction
+
+
+def _maker(node: fx.Node, left: Mapping[fx.Node, list[Contraction]]) -> fx.Node | None:
+    """The node itself or the nearest before it with a contraction that no kernel has claimed.
+
+    A convolution bears the name of what was fused into it.
+    """
+    reached = [node]
+    for candidate in reached:  # grows while it is walked
+        if left.get(candidate):
+            return candidate
+        if candidate not in left:
+            reached.extend(n for n in candidate.all_input_nodes if n not in reached)
+    return None
+
+
+def _measured_step(groups: Groups, atom: Atom, timed: Sequence[_Timed], tables: Tables) -> int:
+    """The largest step such that a width between two multiples of it costs no less than the next multiple, in all kernels together."""
+    mine = [t for t in timed if any(atom in leaves(axis) for axis in t.contraction.axes)]
+    top = atom.size - atom.size % _STEPS[-1] or atom.size
+    widths = [top - below for below in _BELOW if below < top]
+    points = [(one.key, _sizes(one.contraction, {**groups.batch, atom: w})) for w in widths for one in mine]
+    times = dict(zip(widths, np.array(tables.seconds(points)).reshape(len(widths), len(mine)).sum(axis=1), strict=True))
+
+    def free(step: int) -> bool:
+        ends = {w: min(top, -(-w // step) * step) for w in widths}
+        costly = [w for w, end in ends.items() if times[end] > _WORTH * times[w]]
+        return len(costly) <= len(widths) // _PER_OUTLIER
+
+    return next(step for step in reversed(_STEPS) if step <= top and free(step)) if mine else 1
+
+
+def _beside(axis: Axis, atom: Atom) -> int:
+    """How many entries of an axis stand on one entry of the atom."""
+    if isinstance(axis, Atom):
+        return 1
+    if isinstance(axis, Sum):
+        return max(_beside(t, atom) for t in axis.terms if atom in leaves(t))
+    inside = next(f for f in axis.factors if atom in leaves(f))
+    return _beside(inside, atom) * (axis.size // inside.size)
+
+
+def _tabled(groups: Groups, timed: Sequence[_Timed], tables: Tables, steps: Mapping[Atom, int]) -> list[Term]:
+    """A term for each contraction: its table over a grid of sizes, times what it took within the model and takes alone."""
+    grids: dict[int, list[list[int]]] = {}
+    wanted: dict[Point, None] = {}
+    for number, one in enumerate(timed):
+        dense = _sizes(one.contraction, groups.batch)
+        grids[number] = [_grid(axis, size, steps) for axis, size in zip(one.contraction.axes, dense, strict=True)]
+        wanted |= dict.fromkeys((one.key, sizes) for sizes in _combinations(grids[number]))
+    known = dict(zip(wanted, tables.seconds(list(wanted)), strict=True))
+    terms = []
+    for number, one in enumerate(timed):
+        grid = grids[number]
+        free = [place for place, sizes in enumerate(grid) if len(sizes) > 1]
+        times = np.array([known[one.key, sizes] for sizes in _combinations(grid)]).reshape([len(grid[p]) for p in free])
+        table = RegularGridInterpolator([grid[p] for p in free], times * (one.kernel.seconds / times.flat[-1]), bounds_error=False, fill_value=None)
+        terms.append(Term(tuple(one.contraction.axes[p] for p in free), table))
+    return terms
+
+
+def _by_data(groups: Groups, kernel: Kernel, node: fx.Node) -> Term:
+    """What does not multiply takes time for each entry that it answers."""
+    axes = groups.types.shapes(node)[0]
+    axes = tuple(groups.types.solver.resolve(a) for a in axes)
+    dense = math.prod(kept_size(a, groups.batch) for a in axes)
+    return Term(axes, lambda sizes: kernel.seconds * sizes.prod(axis=-1) / dense)
+
+
+def _grid(axis: Axis, size: int, steps: Mapping[Atom, int]) -> list[int]:
+    """Sizes of an axis for a table: the present one, and some multiples of its atoms' steps, the least included."""
+    atoms = [a for a in leaves(axis) if a in steps]
+    if not atoms:
+        return [size]
+    step = max(_beside(axis, a) * steps[a] for a in atoms) if len(atoms) == 1 else max(steps[a] for a in atoms)
+    least = max(step, math.ceil(size * _LEAST / step) * step)
+    multiples = list(range(least, size, step)) or [max(1, size // 2)]
+    return [*thinned(multiples, _GRID - 1), size]
+
+
+def _combinations(grid: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """All of them, the last axis the fastest, as arrays are laid out."""
+    found: list[tuple[int, ...]] = [()]
+    for sizes in grid:
+        found = [(*before, size) for before in found for size in sizes]
+    return found
+
+
+def _sizes(contraction: Contraction, widths: Mapping[Atom, int]) -> tuple[int, ...]:
+    return tuple(kept_size(axis, widths) for axis in contraction.axes)

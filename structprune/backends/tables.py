@@ -1,0 +1,72 @@
+"""Measured times of contractions, kept on disk: by machine, runtime, threads and settings, shared between models and processes."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import onnxruntime
+
+from structprune.backends.benchmark import environment
+from structprune.backends.kernels import time_contractions
+
+Point = tuple[str, tuple[int, ...]]  # a signature (see kernels.py), and the sizes of the axes
+
+
+def default_path() -> Path:
+    """Where tables are kept: STRUCTPRUNE_CACHE, or structprune in the user's cache folder."""
+    base = os.environ.get("STRUCTPRUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "structprune"
+    return Path(base) / "tables.sqlite"
+
+
+class Tables:
+    """Seconds of contractions on this machine in one runtime with some number of threads; measured when asked for, once."""
+
+    def __init__(self, threads: int, path: Path | None = None, progress: Callable[[str], None] | None = None):
+        machine = environment()
+        processor = f"{machine['cpu']} ({machine['cpu_capability']}, {machine['cores']} cores)"
+        self.place = f"{processor}, onnxruntime {onnxruntime.__version__} cpu, {threads} thread(s)"
+        self._threads = threads
+        self._path = path or default_path()
+        self._say = progress or (lambda line: None)
+        self._known: dict[Point, float] = {}
+
+    def seconds(self, points: Sequence[Point]) -> list[float]:
+        """Of each point; what is not known yet is measured, and kept."""
+        missing = [p for p in dict.fromkeys(points) if p not in self._known]
+        if missing:
+            with self._open() as store:
+                for signature in dict.fromkeys(p[0] for p in missing):
+                    rows = store.execute("SELECT sizes, seconds FROM times WHERE place = ? AND signature = ?", (self.place, signature))
+                    self._known |= {(signature, _sizes(text)): taken for text, taken in rows}
+        missing = [p for p in missing if p not in self._known]
+        fresh = []
+        for number, (index, taken) in enumerate(time_contractions(missing, self._threads)):
+            if number % 50 == 0:
+                self._say(f"time operators: {number} of {len(missing)} sizes")
+            self._known[missing[index]] = taken
+            fresh.append((self.place, missing[index][0], _text(missing[index][1]), taken))
+        if fresh:
+            with self._open() as store:
+                store.executemany("INSERT OR REPLACE INTO times VALUES (?, ?, ?, ?)", fresh)
+        return [self._known[p] for p in points]
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(self._path, timeout=60)) as store, store:
+            store.execute(
+                "CREATE TABLE IF NOT EXISTS times (place TEXT, signature TEXT, sizes TEXT, seconds REAL, PRIMARY KEY (place, signature, sizes))"
+            )
+            yield store
+
+
+def _text(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split("x")))

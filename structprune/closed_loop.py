@@ -1,0 +1,139 @@
+"""A latency as the target: plan by measured tables, build, measure the whole model against the dense one, correct, and plan again."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from structprune import decide
+from structprune.analysis.groups import Groups
+from structprune.backends import onnx
+from structprune.backends.benchmark import benchmark
+from structprune.backends.latency import LatencyModel, latency_model
+from structprune.backends.tables import Tables
+from structprune.decide.criteria import Scores
+from structprune.errors import TargetError
+from structprune.frontends.trace import retrace
+from structprune.ir.graph import Graph
+from structprune.ir.plan import Plan
+from structprune.transform.surgery import operate
+
+_ROUNDS = 4
+_CLOSE = 0.015  # of the target: what is left of a measurement's noise
+_MISSED = 0.08  # of the target: more than this above it is no success
+_SECONDS = 6.0  # for one measurement
+
+
+@dataclass(frozen=True)
+class Round:
+    """Times as shares of the dense model's: `predicted` by the tables, `measured` in interleaved rounds, with an interval of 95 %.
+
+    `gap`: how far from the best allocation the solver may have stopped.
+    """
+
+    predicted: float
+    measured: float
+    low: float
+    high: float
+    gap: float | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The plan that came nearest to the target, and how; `original`: the dense model's ONNX file, as long as `keeper` lives."""
+
+    plan: Plan
+    share: float  # of the dense model's time that was asked for
+    rounds: tuple[Round, ...]
+    best: int  # which round's plan it is
+    importance: float  # that the groups keep, on average
+    original: Path
+    keeper: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the report: plain JSON."""
+        mine = self.rounds[self.best]
+        return {
+            "asked": self.share,
+            "predicted": mine.predicted,
+            "measured": mine.measured,
+            "importance_kept": self.importance,
+            "rounds": [asdict(r) for r in self.rounds],
+        }
+
+
+def plan_for_latency(
+    graph: Graph,
+    groups: Groups,
+    target: str,
+    name: str,
+    scores: Scores,
+    *,
+    threads: int,
+    allocation: str = "auto",
+    align: int | None = None,
+    ignore: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> Found:
+    """The plan of the least loss whose ONNX file takes the asked share of the dense one's time, measured in ONNX Runtime on the CPU.
+
+    Raises TargetError, with the closest that was reached, where that cannot be.
+    """
+    keeper = tempfile.TemporaryDirectory(prefix="structprune-")
+    original, small = Path(keeper.name) / "original.onnx", Path(keeper.name) / "model.onnx"
+    say("export the dense model")
+    origins = onnx.export(graph.exported, original, graph.input_names, graph.output_names)
+    model = latency_model(graph, groups, original, origins, Tables(threads, progress=say), threads, align, say)
+    inputs = tuple(v for v in graph.given_inputs() if isinstance(v, Tensor))
+    targets = decide.parse_target(target)
+    asked = next(t for t in targets if t.key == "latency")
+    dense = model.cost()
+    share = limit = asked.limit(dense) / dense
+    rounds: list[Round] = []
+    plans: list[Plan] = []
+    kept: list[float] = []
+    for number in range(_ROUNDS):
+        say(f"round {number + 1}: solve for {limit:.3f} of the dense model's time")
+        try:
+            found = _allocated(groups, targets, scores, model, limit * dense, allocation)
+        except TargetError:
+            if not rounds:
+                raise
+            break
+        plan = decide.plan_of(graph, groups, found.widths, scores, target=target, criterion=name, ignore=tuple(ignore))
+        if plans and plan.tensors == plans[-1].tensors:
+            break
+        surgery = operate(graph, groups.types, decide.atoms_of(plan, groups), plan.tensors)
+        onnx.export(retrace(surgery.module, graph).exported, small, graph.input_names, graph.output_names)
+        say(f"round {number + 1}: measure")
+        compared = benchmark({"dense": original, "small": small}, inputs, threads=threads, seconds=_SECONDS)
+        if asked.absolute:
+            share = asked.value / (compared.latencies[0].median_ms * 1e-3)
+        ratio = compared.ratios["small"]
+        plans.append(plan)
+        kept.append(decide.importance_kept(groups, found.widths, scores))
+        rounds.append(Round(model.cost(found.widths) / dense, ratio.median, ratio.low, ratio.high, found.gap))
+        if abs(ratio.median / share - 1) <= _CLOSE:
+            break
+        limit *= share / ratio.median
+    best = min(range(len(rounds)), key=lambda r: _miss(rounds[r].measured, share))
+    if rounds[best].measured > share * (1 + _MISSED):
+        raise TargetError(f"latency={share:.3g} of the dense model's time cannot be reached: the closest took {rounds[best].measured:.3g} of it")
+    return Found(plans[best], share, tuple(rounds), best, kept[best], original, keeper)
+
+
+def _allocated(groups: Groups, targets: Sequence[decide.Target], scores: Scores, model: LatencyModel, limit: float, method: str) -> decide.Allocation:
+    """With the latency's limit in the place of the one asked for."""
+    corrected = [replace(t, value=limit, absolute=True) if t.key == "latency" else t for t in targets]
+    return decide.allocate(groups, corrected, scores, costs={"latency": model.cost}, steps=model.steps, method=method)
+
+
+def _miss(measured: float, share: float) -> float:
+    """How far from the target; to be slower than asked counts twice."""
+    off = measured / share - 1
+    return 2 * off if off > 0 else -off
