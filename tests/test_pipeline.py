@@ -248,7 +248,7 @@ def test_reported_costs_are_those_of_torch(batch: int) -> None:
     [
         ("macs=0.0001", TargetError, "cannot be reached"),
         ("channels=0.001", TargetError, "cannot be reached"),
-        ("latency=0.5", InputError, "not supported yet"),
+        ("memory=0.5", InputError, "not supported yet"),
         ("speed=2", InputError, "unknown target"),
         ("macs", InputError, "key=value"),
         ("macs=0", InputError, "above 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor, fx
 from structprune.analysis.contractions import Contraction, contractions
 from structprune.analysis.groups import Groups
 from structprune.backends.kernels import Kernel, profile, signature
-from structprune.backends.tables import Point, Tables
+from structprune.backends.tables import Tables
 from structprune.decide.allocate import thinned
 from structprune.decide.cost import Cost, Term
 from structprune.ir.axes import Atom, Axis, Sum, kept_size, leaves
@@ -110,13 +111,13 @@ def _measured_step(groups: Groups, atom: Atom, timed: Sequence[_Timed], tables: 
     """The largest step such that a width between two multiples of it costs no less than the next multiple, in all kernels together."""
     mine = [t for t in timed if any(atom in leaves(axis) for axis in t.contraction.axes)]
     top = atom.size - atom.size % _STEPS[-1] or atom.size
-    widths = [top - below for below in _BELOW if below < top]
+    widths = sorted({top - below for below in _BELOW if below < top} | {s for s in _STEPS if s < top <= _STEPS[-1]})
     points = [(one.key, _sizes(one.contraction, {**groups.batch, atom: w})) for w in widths for one in mine]
     times = dict(zip(widths, np.array(tables.seconds(points)).reshape(len(widths), len(mine)).sum(axis=1), strict=True))
 
     def free(step: int) -> bool:
         ends = {w: min(top, -(-w // step) * step) for w in widths}
-        costly = [w for w, end in ends.items() if times[end] > _WORTH * times[w]]
+        costly = [w for w, end in ends.items() if end in times and times[end] > _WORTH * times[w]]
         return len(costly) <= len(widths) // _PER_OUTLIER
 
     return next(step for step in reversed(_STEPS) if step <= top and free(step)) if mine else 1
@@ -134,21 +135,30 @@ def _beside(axis: Axis, atom: Atom) -> int:
 
 def _tabled(groups: Groups, timed: Sequence[_Timed], tables: Tables, steps: Mapping[Atom, int]) -> list[Term]:
     """A term for each contraction: its table over a grid of sizes, times what it took within the model and takes alone."""
-    grids: dict[int, list[list[int]]] = {}
-    wanted: dict[Point, None] = {}
-    for number, one in enumerate(timed):
-        dense = _sizes(one.contraction, groups.batch)
-        grids[number] = [_grid(axis, size, steps) for axis, size in zip(one.contraction.axes, dense, strict=True)]
-        wanted |= dict.fromkeys((one.key, sizes) for sizes in _combinations(grids[number]))
-    known = dict(zip(wanted, tables.seconds(list(wanted)), strict=True))
+    grids = [
+        [_grid(axis, size, steps) for axis, size in zip(one.contraction.axes, _sizes(one.contraction, groups.batch), strict=True)] for one in timed
+    ]
+    points = [[(one.key, sizes) for sizes in itertools.product(*grid)] for one, grid in zip(timed, grids, strict=True)]
+    tables.seconds([p for several in points for p in several])  # all that are missing at once
     terms = []
-    for number, one in enumerate(timed):
-        grid = grids[number]
+    for one, grid, mine in zip(timed, grids, points, strict=True):
         free = [place for place, sizes in enumerate(grid) if len(sizes) > 1]
-        times = np.array([known[one.key, sizes] for sizes in _combinations(grid)]).reshape([len(grid[p]) for p in free])
+        shape = [len(grid[p]) for p in free]
+        times = np.array(tables.seconds(mine)).reshape(shape)
+        disturbed = np.flatnonzero(times > _WORTH * _least_of_the_wider(times))
+        if len(disturbed):
+            tables.again([mine[d] for d in disturbed])
+            times = np.array(tables.seconds(mine)).reshape(shape)
         table = RegularGridInterpolator([grid[p] for p in free], times * (one.kernel.seconds / times.flat[-1]), bounds_error=False, fill_value=None)
         terms.append(Term(tuple(one.contraction.axes[p] for p in free), table))
     return terms
+
+
+def _least_of_the_wider(times: np.ndarray) -> np.ndarray:
+    """For each point of a grid the least time of those that are as wide or wider: more work does not take less time."""
+    for axis in range(times.ndim):
+        times = np.flip(np.minimum.accumulate(np.flip(times, axis), axis), axis)
+    return times
 
 
 def _by_data(groups: Groups, kernel: Kernel, node: fx.Node) -> Term:
@@ -168,14 +178,6 @@ def _grid(axis: Axis, size: int, steps: Mapping[Atom, int]) -> list[int]:
     least = max(step, math.ceil(size * _LEAST / step) * step)
     multiples = list(range(least, size, step)) or [max(1, size // 2)]
     return [*thinned(multiples, _GRID - 1), size]
-
-
-def _combinations(grid: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """All of them, the last axis the fastest, as arrays are laid out."""
-    found: list[tuple[int, ...]] = [()]
-    for sizes in grid:
-        found = [(*before, size) for before in found for size in sizes]
-    return found
 
 
 def _sizes(contraction: Contraction, widths: Mapping[Atom, int]) -> tuple[int, ...]:

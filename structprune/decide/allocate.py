@@ -1,8 +1,12 @@
 """How many channels each group keeps, under the targets: as a mixed-integer program, greedily, or uniformly.
 
-`milp` and `greedy` minimise the summed loss of all groups. A group that keeps the share k of its importance loses 1/k − 1: what is left has
-to stand in for what went, and the less is left, the more each further channel costs. Groups count alike, whatever their size: in a
-chain of layers each passes on what the others need.
+`milp` and `greedy` minimise a loss. A group that keeps the share k of its importance loses w · (1/k − 1): what is left has to stand in for
+what went, and the less is left, the more each further channel costs. The weight w is the root of the share of the model's
+multiply-accumulates in which the group takes part, half-way between groups that count alike and groups that count by their work. Of plans
+that lose about as much, `milp` prefers the one that keeps more multiply-accumulates: it saves time where time goes into other things.
+
+Compared on trained networks (Kullback-Leibler divergence from the dense model, batch norms re-estimated), this form was better than losses
+that are linear or logarithmic in k, and than weights by channels or by work.
 """
 
 from __future__ import annotations
@@ -11,11 +15,12 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from structprune.analysis.groups import Groups
-from structprune.decide.cost import Cost, macs, params
+from structprune.decide.cost import Cost, Term, macs, params
 from structprune.decide.criteria import Scores
 from structprune.decide.milp import Choice, solve
 from structprune.decide.targets import Target
@@ -28,12 +33,13 @@ METHODS = ("auto", "milp", "greedy", "uniform")
 _LEAST = 1 / 8  # of a group's channels: less is offered where the budgets cannot be met otherwise
 _OPTIONS = {1: 12, 2: 6}  # widths of each atom, by how many are decided together
 _FEW_OPTIONS = 4
+_WORK = 0.5  # of the loss of half of every group: what it is worth to keep all multiply-accumulates
 _TRUE_LIMIT = 3  # attempts with a smaller limit, where a term of the program was an approximation
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Widths; `loss`, as above; `gap`: how much less the best may lose, as a share of it, where that is known."""
+    """Widths; `loss`: as above, the weighted mean over groups; `gap`: how far from the best, as a share, where that is known."""
 
     widths: Widths
     loss: float
@@ -65,13 +71,13 @@ def allocate(
     if not budgets or method == "uniform" or (method == "auto" and steps is None):
         uniform = Uniform(groups, align=bool(budgets))
         widths = _uniform(groups, uniform, share, budgets)
-        return Allocation(widths, _total_loss(groups, widths, scores))
+        return Allocation(widths, _mean_loss(groups, widths, scores))
     most = Uniform(groups).widths(share)
     for least in (_LEAST, 0.0):
         choices = _choices(groups, scores, steps or {}, most, least)
-        found = _greedy(choices, budgets) if method == "greedy" else _milp(choices, budgets)
+        found = _greedy(choices, budgets) if method == "greedy" else _milp(choices, budgets, _worth(groups))
         if found is not None:
-            return found
+            return Allocation(found[0], _mean_loss(groups, found[0], scores), found[1])
     smallest: dict[Atom, int] = {}
     for choice in choices:
         smallest |= choice.options[0]
@@ -103,8 +109,30 @@ def _losses(scores: np.ndarray) -> np.ndarray:
     return 1 / np.maximum(_retained(scores), 1e-9) - 1
 
 
-def _total_loss(groups: Groups, widths: Widths, scores: Scores) -> float:
-    return float(sum(_losses(scores[g.name])[widths.get(g.atom, g.size)] for g in groups))
+def _weights(groups: Groups) -> dict[Atom, float]:
+    """The root of the share of the multiply-accumulates that each group takes part in."""
+    part: dict[Atom, int] = {g.atom: 0 for g in groups}
+    for axes in groups.work:
+        volume = math.prod(kept_size(a, groups.batch) for a in axes)
+        for atom in {a for axis in axes for a in leaves(axis) if a in part}:
+            part[atom] += volume
+    return {atom: math.sqrt(max(volume, 1) / max(1, groups.macs())) for atom, volume in part.items()}
+
+
+def _mean_loss(groups: Groups, widths: Widths, scores: Scores) -> float:
+    weights = _weights(groups)
+    return float(sum(weights[g.atom] * _losses(scores[g.name])[widths.get(g.atom, g.size)] for g in groups) / sum(weights.values()))
+
+
+def _worth(groups: Groups) -> Cost:
+    """Multiply-accumulates, in the unit of the loss."""
+    work = macs(groups)
+    unit = _WORK * sum(_weights(groups).values()) / max(1.0, work())
+    return Cost("worth", tuple(Term(t.axes, partial(_scaled, t, unit)) for t in work.terms), fixed=work.fixed)
+
+
+def _scaled(term: Term, unit: float, sizes: np.ndarray) -> np.ndarray:
+    return term.value(sizes) * unit
 
 
 # --- choices ------------------------------------------------------------------------------------------------------------
@@ -112,7 +140,8 @@ def _total_loss(groups: Groups, widths: Widths, scores: Scores) -> float:
 
 def _choices(groups: Groups, scores: Scores, steps: Mapping[Atom, int], most: Widths, least: float) -> list[Choice]:
     """For each set of atoms that share a product, all combinations of widths: multiples of the step, from the least to the most."""
-    losses = {g.atom: _losses(scores[g.name]) for g in groups}
+    weights = _weights(groups)
+    losses = {g.atom: weights[g.atom] * _losses(scores[g.name]) for g in groups}
     found = []
     for cluster in Uniform(groups).clusters:
         number = _OPTIONS.get(len(cluster), _FEW_OPTIONS)
@@ -128,21 +157,21 @@ def _widths(size: int, step: int, most: int, least: float) -> list[int]:
     return [*multiples, size] if most >= size else multiples or [most]
 
 
-def _milp(choices: Sequence[Choice], budgets: Sequence[tuple[Cost, float]]) -> Allocation | None:
+def _milp(choices: Sequence[Choice], budgets: Sequence[tuple[Cost, float]], worth: Cost) -> tuple[Widths, float | None] | None:
     """The program's answer; with smaller limits where it exceeds the true ones."""
     limits = [limit for _, limit in budgets]
     for _ in range(_TRUE_LIMIT):
-        solution = solve(choices, [(cost, limit) for (cost, _), limit in zip(budgets, limits, strict=True)])
+        solution = solve(choices, [(cost, limit) for (cost, _), limit in zip(budgets, limits, strict=True)], worth)
         if solution is None:
             return None
         true = [cost(solution.widths) for cost, _ in budgets]
         if all(spent <= limit * (1 + 1e-6) for spent, (_, limit) in zip(true, budgets, strict=True)):
-            return Allocation(solution.widths, solution.loss, solution.gap)
+            return solution.widths, solution.gap
         limits = [own * min(1.0, limit / spent) for own, spent, (_, limit) in zip(limits, true, budgets, strict=True)]
     return None
 
 
-def _greedy(choices: Sequence[Choice], budgets: Sequence[tuple[Cost, float]]) -> Allocation | None:
+def _greedy(choices: Sequence[Choice], budgets: Sequence[tuple[Cost, float]]) -> tuple[Widths, float | None] | None:
     """From the widest options, one step at a time, the one that loses least for what it saves of the budgets that are exceeded."""
     taken = [max(range(len(c.options)), key=lambda o: sum(c.options[o].values())) for c in choices]
     widths: dict[Atom, int] = {}
@@ -163,7 +192,7 @@ def _greedy(choices: Sequence[Choice], budgets: Sequence[tuple[Cost, float]]) ->
         _, number, option, spent = best
         taken[number] = option
         widths |= choices[number].options[option]
-    return Allocation(widths, float(sum(c.losses[o] for c, o in zip(choices, taken, strict=True))))
+    return widths, None
 
 
 def _next_narrower(choice: Choice, option: int) -> list[int]:

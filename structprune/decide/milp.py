@@ -45,21 +45,24 @@ class Choice:
 
 @dataclass(frozen=True)
 class Solution:
-    """`gap`: how much less than `loss` the best may be, as a share of it."""
+    """`gap`: how much less than the value of these widths the best may be, as a share of it."""
 
     widths: Mapping[Atom, int]
-    loss: float
     gap: float
 
 
-def solve(choices: Sequence[Choice], budgets: Sequence[tuple[Cost, float]], seconds: float = 20, gap: float = 0.01) -> Solution | None:
-    """The options of the least total loss that keep every (cost, limit); None where there are none.
+def solve(
+    choices: Sequence[Choice], budgets: Sequence[tuple[Cost, float]], worth: Cost | None = None, seconds: float = 10, gap: float = 0.01
+) -> Solution | None:
+    """The options that keep every (cost, limit), with the least total loss less what is `worth` keeping; None where there are none.
 
     seconds and gap: when to stop; the solution says how far from the best it may be.
     """
     program = _Program(choices)
     for cost, limit in budgets:
         program.add_budget(cost, limit)
+    if worth is not None:
+        program.add_worth(worth)
     return program.solve(seconds, gap)
 
 
@@ -89,6 +92,17 @@ class _Program:
         return list(range(start, start + number))
 
     def add_budget(self, cost: Cost, limit: float) -> None:
+        spent, constant = self._linearised(cost)
+        self.rows.append((list(spent), list(spent.values()), -np.inf, limit - constant))
+
+    def add_worth(self, cost: Cost) -> None:
+        for column, amount in self._linearised(cost)[0].items():
+            self.loss[column] -= amount
+        for column in self._of(0):  # one of which is taken: all of the worth, so that a gap is a share of something above zero
+            self.loss[column] += cost()
+
+    def _linearised(self, cost: Cost) -> tuple[dict[int, float], float]:
+        """A cost as Σ amount · column, and a constant."""
         fixed = cost.fixed or {}
         constant = cost.constant
         spent: dict[int, float] = {}
@@ -116,7 +130,7 @@ class _Program:
                 constant += self._first_order(term, involved, fixed, spend)
         for pair, table in pairs.items():
             spend(self._joined(*pair), table.ravel().tolist())
-        self.rows.append((list(spent), list(spent.values()), -np.inf, limit - constant))
+        return spent, constant
 
     def _of(self, choice: int) -> list[int]:
         return list(range(self.first[choice], self.first[choice] + len(self.choices[choice].options)))
@@ -202,9 +216,7 @@ class _Program:
         if found.x is None:
             return None
         widths: dict[Atom, int] = {}
-        loss = 0.0
         for number, choice in enumerate(self.choices):
             taken = int(np.argmax(found.x[self._of(number)]))
             widths |= choice.options[taken]
-            loss += float(choice.losses[taken])
-        return Solution(widths, loss, float(found.mip_gap or 0.0))
+        return Solution(widths, float(found.mip_gap or 0.0))
