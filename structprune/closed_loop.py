@@ -13,7 +13,7 @@ from torch import Tensor
 from structprune import decide
 from structprune.analysis.groups import Groups
 from structprune.backends import onnx
-from structprune.backends.benchmark import benchmark
+from structprune.backends.benchmark import benchmark_afresh
 from structprune.backends.latency import LatencyModel, latency_model
 from structprune.backends.tables import Tables
 from structprune.decide.criteria import Scores
@@ -111,10 +111,10 @@ def plan_for_latency(
         surgery = operate(graph, groups.types, decide.atoms_of(plan, groups), plan.tensors)
         onnx.export(retrace(surgery.module, graph).exported, small, graph.input_names, graph.output_names)
         say(f"round {number + 1}: measure")
-        compared = benchmark({"dense": original, "small": small}, inputs, threads=threads, seconds=_SECONDS)
+        compared = benchmark_afresh(original, small, inputs, threads=threads, seconds=_SECONDS)
         if asked.absolute:
             share = asked.value / (compared.latencies[0].median_ms * 1e-3)
-        ratio = compared.ratios["small"]
+        ratio = compared.ratios[small.name]
         plans.append(plan)
         kept.append(decide.importance_kept(groups, found.widths, scores))
         rounds.append(Round(model.cost(found.widths) / dense, ratio.median, ratio.low, ratio.high, found.gap))

@@ -19,7 +19,7 @@ from structprune.analysis.explain import why
 from structprune.analysis.groups import Groups, find_groups
 from structprune.backends import directory as out
 from structprune.backends import onnx
-from structprune.backends.benchmark import benchmark, environment
+from structprune.backends.benchmark import benchmark_afresh, environment
 from structprune.backends.report import Report
 from structprune.closed_loop import Found, plan_for_latency
 from structprune.errors import InputError, VerificationError
@@ -281,14 +281,14 @@ def measure(dense: Path, pruned: Path, inputs: Sequence[Any], threads: int | Non
     tensors = tuple(t for t in inputs if isinstance(t, Tensor))
     found = {}
     for device in ["cpu"] + (["cuda"] if "CUDAExecutionProvider" in environment()["providers"] and torch.cuda.is_available() else []):
-        compared = benchmark({"dense": dense, "pruned": pruned}, tensors, device=device, threads=threads)
+        compared = benchmark_afresh(dense, pruned, tensors, device=device, threads=threads)
         before, after = compared.latencies
-        ratio = compared.ratios["pruned"]
+        ratio = compared.ratios[pruned.name]
         found[after.runtime] = {
             "before": {"median": before.median_ms, "low": before.low_ms, "high": before.high_ms},
             "after": {"median": after.median_ms, "low": after.low_ms, "high": after.high_ms},
             "ratio": {"median": ratio.median, "low": ratio.low, "high": ratio.high},
-            "verdict": compared.verdict("pruned"),
+            "verdict": compared.verdict(pruned.name),
             "threads": compared.threads,
             "device": device,
             "notes": list(compared.notes),

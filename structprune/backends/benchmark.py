@@ -11,10 +11,13 @@ two cores that made an interleaved ratio of 0.27 read 0.19, hence `session.force
 
 import copy
 import gc
+import json
 import math
 import os
 import platform
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -106,6 +109,18 @@ class Comparison:
             "notes": list(self.notes),
         }
 
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "Comparison":
+        """The inverse of `to_dict`."""
+        return Comparison(
+            latencies=tuple(Latency(**latency) for latency in data["latencies"]),
+            ratios={name: Ratio(**ratio) for name, ratio in data["ratios"].items()},
+            device=data["device"],
+            threads=data["threads"],
+            machine=data["machine"],
+            notes=tuple(data["notes"]),
+        )
+
     def __str__(self) -> str:
         rows = [("candidate", "runtime", "median ms", "95 % interval", "time ratio", "95 % interval", "rounds")]
         for latency in self.latencies:
@@ -182,6 +197,25 @@ def benchmark(
         machine=machine,
         notes=_notes(samples, rounds, seconds, threads, machine["cores"], others, mixed),
     )
+
+
+def benchmark_afresh(
+    baseline: Path, candidate: Path, inputs: Sequence[Tensor], *, device: str = "cpu", threads: int | None = None, seconds: float = 6.0
+) -> Comparison:
+    """`benchmark` of two ONNX files in a Python process of its own, on noise of the inputs' shapes.
+
+    A process that has traced, trained or pruned runs a model up to a third slower than one that only serves it: its memory is in pieces,
+    and threads of other libraries wait in it. Raises InputError as `benchmark` does.
+    """
+    shapes = [f"{'x'.join(map(str, t.shape))}:{str(t.dtype).removeprefix('torch.')}" for t in inputs]
+    threads = torch.get_num_threads() if threads is None else threads
+    options = {"--device": device, "--threads": threads, "--seconds": seconds}
+    command = [sys.executable, "-m", "structprune", "bench", str(baseline), str(candidate), "--json"]
+    command += [str(part) for pair in [*options.items(), *(("--input", s) for s in shapes)] for part in pair]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"benchmark: {(done.stderr.strip().splitlines() or ['no answer'])[-1]}")
+    return Comparison.from_dict(json.loads(done.stdout))
 
 
 def environment() -> dict[str, Any]:

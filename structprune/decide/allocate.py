@@ -26,7 +26,7 @@ from structprune.decide.milp import Choice, solve
 from structprune.decide.targets import Target
 from structprune.decide.uniform import Uniform, Widths
 from structprune.errors import InputError, TargetError
-from structprune.ir.axes import Atom
+from structprune.ir.axes import Atom, kept_size, leaves
 
 METHODS = ("auto", "milp", "greedy", "uniform")
 

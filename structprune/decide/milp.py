@@ -15,7 +15,7 @@ What is of no such form is expanded to the first order. Solved by HiGHS, through
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +25,7 @@ from scipy.sparse import coo_array
 from structprune.decide.cost import Cost, Term
 from structprune.ir.axes import Atom, Axis, kept_size, leaves
 
+Spend = Callable[[Sequence[int], Sequence[float]], None]  # (columns, an amount for each)
 Options = tuple[Mapping[Atom, int], ...]
 
 _SAMPLES = 6  # sizes of a concatenation at which a term is taken
@@ -159,7 +160,7 @@ class _Program:
             least, most = least + min(sizes), most + max(sizes)
         return found, least, most
 
-    def _concatenation(self, term: Term, place: int, beside: Sequence[int], fixed: Mapping[Atom, int], spend: object) -> float:
+    def _concatenation(self, term: Term, place: int, beside: Sequence[int], fixed: Mapping[Atom, int], spend: Spend) -> float:
         """The size of the axis at `place`, in turn for each option of the choice beside it. Returns what is constant."""
         size, least, most = self._linear(term.axes[place], fixed)
         rest = float(kept_size(term.axes[place], {**fixed, **dict.fromkeys(self.owner, 0)}))
@@ -172,7 +173,7 @@ class _Program:
 
         if not beside:
             slope, level = affine({})
-            spend(list(size), [slope * c for c in size.values()])  # type: ignore[operator]
+            spend(list(size), [slope * c for c in size.values()])
             return level + slope * rest
         options = self._of(beside[0])
         parts = self._columns(len(options))
@@ -181,11 +182,11 @@ class _Program:
         for part, option in zip(parts, options, strict=True):
             self.rows.append(([part, option], [1.0, -most], -np.inf, 0))
             self.rows.append(([part, option], [1.0, -least], 0, np.inf))
-        spend(parts, [slope for slope, _ in fits])  # type: ignore[operator]
-        spend(options, [level for _, level in fits])  # type: ignore[operator]
+        spend(parts, [slope for slope, _ in fits])
+        spend(options, [level for _, level in fits])
         return 0.0
 
-    def _first_order(self, term: Term, involved: Sequence[int], fixed: Mapping[Atom, int], spend: object) -> float:
+    def _first_order(self, term: Term, involved: Sequence[int], fixed: Mapping[Atom, int], spend: Spend) -> float:
         """Around the middle option of every choice."""
         middle: dict[Atom, int] = {}
         for choice in involved:
@@ -193,7 +194,7 @@ class _Program:
             middle |= options[int(len(options) * _MIDDLE)]
         level = term({**fixed, **middle})
         for choice in involved:
-            spend(self._of(choice), [term({**fixed, **middle, **o}) - level for o in self.choices[choice].options])  # type: ignore[operator]
+            spend(self._of(choice), [term({**fixed, **middle, **o}) - level for o in self.choices[choice].options])
         return level
 
     def solve(self, seconds: float, gap: float) -> Solution | None:
