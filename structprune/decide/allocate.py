@@ -69,7 +69,7 @@ def allocate(
     known = {"macs": macs(groups), "params": params(groups), **(costs or {})}
     budgets = [(known[t.key], t.limit(known[t.key]())) for t in targets if t.key != "channels"]
     if not budgets or method == "uniform" or (method == "auto" and steps is None):
-        uniform = Uniform(groups, align=bool(budgets))
+        uniform = Uniform(groups, bool(budgets), steps)
         widths = _uniform(groups, uniform, share, budgets)
         return Allocation(widths, _mean_loss(groups, widths, scores))
     most = Uniform(groups).widths(share)

@@ -24,9 +24,9 @@ class Uniform:
     enter the work twice), then the outer ones (heads: their width, and what depends on it, stays).
     """
 
-    def __init__(self, groups: Groups, align: bool = False):
-        """align: groups that are wide enough get widths that runtimes work in."""
-        self._align = align
+    def __init__(self, groups: Groups, align: bool = False, steps: Mapping[Atom, int] | None = None):
+        """align: groups that are wide enough get widths that runtimes work in; steps: these, where they were measured."""
+        self._align, self._steps = align, steps or {}
         free = {g.atom for g in groups}
         self._products = _products(groups, free)
         self.clusters = _clusters(free, self._products)  # atoms that share a product, from the outermost to the innermost
@@ -45,6 +45,7 @@ class Uniform:
 
     def _aligned(self, atom: Atom, share: float) -> int:
         step = next((step for step in ALIGN if self._align and atom.size >= 4 * step), 1)
+        step = self._steps.get(atom, step)
         return min(atom.size, step * _rounded(atom.size * share / step))
 
     def _shared_out(self, cluster: Sequence[Atom], share: float) -> Widths:

@@ -1,0 +1,237 @@
+"""Is the latency that was asked for the latency of the file, and what does it cost?
+
+    python bench/latency.py [--write] [--models SPEC ...] [--threads N ...] [--targets R ...]
+
+--write keeps each row in bench/results/latency.json as soon as it is there, and the table in docs/latency.md; rows that are there are not
+measured again (remove the file for that).
+
+Every model is compressed by the command line, `structprune compress MODEL --target latency=R --threads N`: for the first target with an
+empty cache of tables (cold), for the others with what that left (warm). Then a fresh process, which knows nothing of the loop
+that made the file, measures both ONNX files in interleaved rounds: that is *measured*; *predicted* is what the tables
+said before the loop's first measurement, beside what that measurement gave. *Efficiency* is the measured speed-up divided by the reduction of
+multiply-accumulates. *Importance* is the share of its summed scores that a group keeps, the mean over all groups; beside it that of
+uniform pruning with aligned widths at the same measured latency, found by the same loop. torch-pruning prunes 30 % of the channels with widths
+in multiples of 16, by L2 magnitude; its file is measured in the same way. Weights are random but for EfficientNet-Lite0.
+
+Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench/results/latency.json"
+MODELS = (
+    "torchvision:resnet50", "torchvision:mobilenet_v2", "torchvision:mobilenet_v3_small", "zoo:efficientnet_lite0", "torchvision:densenet121",
+    "torchvision:regnet_y_400mf", "timm:convnext_atto", "timm:vit_tiny_patch16_224", "torchvision:swin_t",
+)  # fmt: skip
+TARGETS = (0.5, 0.75, 0.35)
+UNIFORM_AT = 0.5  # the target at which uniform pruning is compared
+INPUT = "1x3x224x224"
+
+
+def compressed(spec: str, target: float, threads: int, work: Path, cache: Path, allocation: str = "auto") -> dict[str, Any]:
+    """The row of one compression, or why there is none."""
+    out = work / "out"
+    command = ["structprune", "compress", spec, "--target", f"latency={target}", "--threads", str(threads), "--input", INPUT]
+    started = _now()
+    done = _run([*command, "--allocation", allocation, "--no-latency", "--json", "--out", str(out)], cache)
+    seconds = _now() - started
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or ["no answer"])[-1]}
+    report = json.loads(done.stdout)
+    found, macs = report["latency_target"], report["macs"]
+    measured = independent(out / "original.onnx", out / "model.onnx", threads)
+    kept = macs["after"] / macs["before"]
+    first = found["rounds"][0]
+    return {
+        "measured": measured,
+        "predicted": first["predicted"],
+        "first_measured": first["measured"],
+        "rounds": len(found["rounds"]),
+        "gap": first["gap"],
+        "macs_kept": kept,
+        "efficiency": kept / measured["median"],
+        "importance": found["importance_kept"],
+        "verified": report["verification"]["masked_error"] <= report["verification"]["tolerance"],
+        "seconds": seconds,
+    }
+
+
+def independent(dense: Path, small: Path, threads: int) -> dict[str, float]:
+    """The ratio of the two files' times, from a process that does nothing else."""
+    done = _run(["structprune", "bench", str(dense), str(small), "--threads", str(threads), "--input", INPUT, "--seconds", "8", "--json"])
+    if done.returncode:
+        sys.exit(done.stderr)
+    return dict(json.loads(done.stdout)["ratios"][small.name])
+
+
+def torch_pruning(spec: str, threads: int, work: Path) -> dict[str, Any]:
+    """The same figures of torch-pruning's own pruner, or why it gave up."""
+    done = _run([sys.executable, __file__, "--one", spec, str(work)])
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or ["no answer"])[-1][:80]}
+    kept = float(done.stdout.splitlines()[-1])
+    measured = independent(work / "dense.onnx", work / "pruned.onnx", threads)
+    return {"measured": measured, "macs_kept": kept, "efficiency": kept / measured["median"]}
+
+
+def export_pruned(spec: str, work: Path) -> float:
+    """Writes both files of torch-pruning's model; returns the share of multiply-accumulates that it keeps, by torch's own counter."""
+    import torch
+    import torch_pruning as tp
+    import zoo
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, _ = zoo.efficientnet_lite0() if spec == "zoo:efficientnet_lite0" else zoo.build(spec)
+    inputs = (torch.randn(1, 3, 224, 224),)
+
+    def flops() -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(*inputs)
+        return int(counter.get_total_flops())
+
+    torch.onnx.export(model, inputs, str(work / "dense.onnx"), dynamo=True, external_data=False, verbose=False)
+    before = flops()
+    heads = {m: m.num_heads for m in model.modules() if isinstance(m, torch.nn.MultiheadAttention)}
+    heads |= {m.qkv: m.num_heads for m in model.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")}
+    last = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1]
+    importance = tp.importance.GroupMagnitudeImportance(p=2)
+    pruner = tp.pruner.BasePruner(model, inputs, importance, pruning_ratio=0.3, round_to=16, ignored_layers=[last], num_heads=heads)
+    pruner.step()
+    after = flops()
+    torch.onnx.export(model, inputs, str(work / "pruned.onnx"), dynamo=True, external_data=False, verbose=False)
+    return after / before
+
+
+def rows_of(spec: str, threads: int, targets: tuple[float, ...], known: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every row of a model that is not known yet, under its key."""
+    with tempfile.TemporaryDirectory() as folder:
+        work, cache = Path(folder), Path(folder) / "cache"
+        for target in targets:
+            key = f"{spec} {threads} {target}"
+            if key not in known:
+                cold = not cache.exists()
+                yield key, compressed(spec, target, threads, work, cache) | {"cold": cold}
+        if f"{spec} {threads} uniform" not in known and UNIFORM_AT in targets:
+            yield f"{spec} {threads} uniform", compressed(spec, UNIFORM_AT, threads, work, cache, "uniform")
+        if f"{spec} {threads} torch-pruning" not in known:
+            yield f"{spec} {threads} torch-pruning", torch_pruning(spec, threads, work)
+
+
+def table(rows: dict[str, Any]) -> str:
+    """The rows as Markdown, a line for each model, number of threads and target."""
+    head = ("model", "threads", "asked", "measured", "95 %", "predicted / first measured", "MACs kept", "efficiency", "torch-pruning's", "importance",
+            "uniform's", "rounds", "s")  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for key, row in rows.items():
+        spec, threads, target = key.rsplit(" ", 2)
+        if target in ("uniform", "torch-pruning"):
+            continue
+        if "failed" in row:
+            lines.append(f"| {spec} | {threads} | {target} | {row['failed']} |" + " |" * (len(head) - 4))
+            continue
+        theirs, uniform = (rows.get(f"{spec} {threads} {other}", {}) for other in ("torch-pruning", "uniform"))
+        measured = row["measured"]
+        beside = f"{uniform['importance']:.3f} ({uniform['measured']['median']:.3f})" if target == str(UNIFORM_AT) and "importance" in uniform else ""
+        lines.append(
+            f"| {spec} | {threads} | {target} | {measured['median']:.3f} | {measured['low']:.3f}–{measured['high']:.3f} "
+            f"| {row['predicted']:.3f} / {row['first_measured']:.3f} | {row['macs_kept']:.3f} | {row['efficiency']:.2f} "
+            f"| {theirs.get('efficiency', float('nan')):.2f} | {row['importance']:.3f} | {beside} | {row['rounds']} "
+            f"| {row['seconds']:.0f}{' cold' if row['cold'] else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def summary(rows: dict[str, Any]) -> str:
+    """The medians and the worst."""
+    ours = {k: r for k, r in rows.items() if k.rsplit(" ", 1)[1] not in ("uniform", "torch-pruning")}
+    right = {k: r for k, r in ours.items() if "failed" not in r}
+    off = {k: abs(r["measured"]["median"] / float(k.rsplit(" ", 1)[1]) - 1) for k, r in right.items()}
+    missed = {k: abs(r["predicted"] / r["first_measured"] - 1) for k, r in right.items()}
+    efficiency = {k: r["efficiency"] for k, r in right.items()}
+    slower = [k for k, r in right.items() if r["measured"]["low"] > 1]
+    more = {
+        k: r["importance"] / rows[f"{k.rsplit(' ', 1)[0]} uniform"]["importance"]
+        for k, r in right.items()
+        if k.endswith(f" {UNIFORM_AT}") and "importance" in rows.get(f"{k.rsplit(' ', 1)[0]} uniform", {})
+    }
+    theirs = {k: r["efficiency"] for k, r in rows.items() if k.endswith("torch-pruning") and "efficiency" in r}
+    below = [k for k, e in efficiency.items() if e < theirs.get(f"{k.rsplit(' ', 1)[0]} torch-pruning", 0)]
+    lines = [
+        f"- {len(right)} of {len(ours)} targets reached; off by {median(off.values()):.1%} in the median, {max(off.values()):.1%} at most "
+        f"({max(off, key=lambda k: off[k])}); slower than the dense model: {', '.join(slower) or 'none'}",
+        f"- prediction before the first measurement: off by {median(missed.values()):.1%} in the median, {max(missed.values()):.1%} at most",
+        f"- efficiency: {median(efficiency.values()):.2f} in the median, {min(efficiency.values()):.2f} at least "
+        f"({min(efficiency, key=lambda k: efficiency[k])}); torch-pruning's {median(theirs.values()) if theirs else float('nan'):.2f} in the median; "
+        f"below it: {', '.join(below) or 'none'}",
+        "- importance kept, beside uniform pruning at the same latency: "
+        + ", ".join(f"{k.rsplit(' ', 1)[0]} {ratio:.2f}×" for k, ratio in more.items()),
+        f"- seconds: cold at most {max((r['seconds'] for r in right.values() if r['cold']), default=0):.0f}, "
+        f"warm at most {max((r['seconds'] for r in right.values() if not r['cold']), default=0):.0f}",
+        *(f"- {k}: {r['failed']}" for k, r in rows.items() if "failed" in r),
+    ]
+    return "\n".join(lines)
+
+
+def page(results: dict[str, Any]) -> str:
+    description = (__doc__ or "").strip().split("\n\n")
+    text = "\n\n".join([description[0], description[3]])
+    rows = results["rows"]
+    return f"# Latency\n\nWritten by `bench/latency.py --write`.\n\n{text}\n\n{summary(rows)}\n\n{table(rows)}\n\n{results['ran_on']}\n"
+
+
+def _now() -> float:
+    import time
+
+    return time.perf_counter()
+
+
+def _run(command: list[str], cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")])}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if cache is not None:
+        environment["STRUCTPRUNE_CACHE"] = str(cache)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", nargs=2, metavar=("MODEL", "DIR"), help=argparse.SUPPRESS)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
+    parser.add_argument("--targets", nargs="+", type=float, default=TARGETS)
+    parser.add_argument("--write", action="store_true", help="keep the results in bench/results and docs")
+    given = parser.parse_args()
+    if given.one:
+        print(export_pruned(given.one[0], Path(given.one[1])))
+        return
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if given.write and RESULTS.exists() else {"rows": {}}
+    results["ran_on"] = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; " + ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "onnxruntime", "torch-pruning")
+    )
+    for threads in given.threads:
+        for spec in given.models:
+            for key, row in rows_of(spec, threads, tuple(given.targets), results["rows"]):
+                results["rows"][key] = row
+                print(key, json.dumps(row), file=sys.stderr, flush=True)
+                if given.write:
+                    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                    (ROOT / "docs/latency.md").write_text(page(results))
+    print(f"{summary(results['rows'])}\n\n{table(results['rows'])}\n\n{results['ran_on']}")
+
+
+if __name__ == "__main__":
+    main()
