@@ -64,7 +64,7 @@ def compressed(spec: str, target: float, threads: int, work: Path, cache: Path, 
         "gap": first["gap"],
         "macs_kept": kept,
         "efficiency": kept / measured["median"],
-        "importance": found["importance_kept"],
+        "importance": report["importance_kept"],
         "verified": report["verification"]["masked_error"] <= report["verification"]["tolerance"],
         "seconds": seconds,
     }

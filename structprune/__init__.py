@@ -7,7 +7,9 @@ from structprune.decide import plan
 from structprune.errors import StructpruneError
 from structprune.frontends.trace import trace
 from structprune.ir.plan import Plan
-from structprune.pipeline import Result, apply, compress, inspect, verify
+from structprune.pipeline import Result, apply, compress, front, inspect, verify
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "Result", "StructpruneError", "apply", "benchmark", "compress", "find_groups", "inspect", "load", "plan", "trace", "verify"]
+__all__ = [
+    "Plan", "Result", "StructpruneError", "apply", "benchmark", "compress", "find_groups", "front", "inspect", "load", "plan", "trace", "verify",
+]  # fmt: skip

@@ -61,7 +61,11 @@ _state = {"debug": False}
 def compress(
     model: ModelSpec,
     target: Annotated[
-        str, typer.Option("--target", help="what must hold: latency=0.5, latency=4ms, channels=0.5, macs=2G, params=5M; several joined by commas")
+        str,
+        typer.Option(
+            "--target",
+            help="what must hold: latency=0.5, latency=4ms, channels=0.5, macs=2G, params=5M; several joined by commas; a front: latency=0.3:0.9:7",
+        ),
     ] = "macs=0.5",
     criterion: Annotated[str, typer.Option("--criterion", help="which channels matter: auto, l1, l2, bn_scale, random")] = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="output directory; by default structprune-NAME here")] = None,
@@ -88,22 +92,32 @@ def compress(
         directory = out if out is not None else Path("structprune-" + _file_name(model))
         check_writable(directory)
         loaded = _loaded(say, model, arch=arch, inputs=input or (), trust_pickle=trust_pickle, seed=seed)
-        result = pipeline.compress(
-            loaded.model,
-            loaded.args,
-            target,
-            example_kwargs=loaded.kwargs,
-            criterion=criterion,
-            ignore=ignore or (),
-            dynamic=parse_dynamic(dynamic or ()),
-            allocation=allocation,
-            align=align,
-            threads=threads,
-            seed=seed,
-            progress=say,
-        )
-        report = result.save(directory, latency=latency, evaluate=loaded.evaluate, original=loaded.model, model_name=loaded.name, notes=loaded.notes)
-    print(json.dumps(report.to_dict(), indent=1) if as_json else f"{report}\n\nwritten to {directory}/")
+        options: dict[str, Any] = {
+            "example_kwargs": loaded.kwargs,
+            "dynamic": parse_dynamic(dynamic or ()),
+            "criterion": criterion,
+            "ignore": tuple(ignore or ()),
+        }
+        options |= {"allocation": allocation, "align": align, "seed": seed, "progress": say} | ({"threads": threads} if threads else {})
+        saving: dict[str, Any] = {
+            "latency": latency,
+            "evaluate": loaded.evaluate,
+            "original": loaded.model,
+            "model_name": loaded.name,
+            "notes": loaded.notes,
+        }
+        if ":" in target:
+            from structprune.backends import front
+
+            results = pipeline.front(loaded.model, loaded.args, target, **options)
+            reports = {r.plan.target.replace("=", "-"): r for r in results}
+            rows = front.rows_of({name: r.save(directory / name, **saving) for name, r in reports.items()})
+            front.save(rows, directory, loaded.name)
+            summary = json.dumps(rows, indent=1) if as_json else front.table(rows)
+        else:
+            report = pipeline.compress(loaded.model, loaded.args, target, **options).save(directory, **saving)
+            summary = json.dumps(report.to_dict(), indent=1) if as_json else str(report)
+    print(summary if as_json else f"{summary}\n\nwritten to {directory}/")
 
 
 @app.command()
@@ -159,8 +173,9 @@ def inspect(
 @app.command()
 def bench(
     candidates: Annotated[
-        list[str], typer.Argument(metavar="A [B ...]", help="ONNX files, .pt2 files or output directories; the first is the baseline")
-    ],
+        list[str] | None, typer.Argument(metavar="A [B ...]", help="ONNX files, .pt2 files or output directories; the first is the baseline")
+    ] = None,
+    table: Annotated[bool, typer.Option("--table", help="print the measured times of operators that `compress` has kept")] = False,
     input: Inputs = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or tensorrt")] = "cpu",
     threads: Threads = None,
@@ -171,15 +186,24 @@ def bench(
 ) -> None:
     """Latency side by side: interleaved rounds, ratios with intervals. An output directory alone compares its two ONNX files."""
     _state["debug"] = debug
+    if table == bool(candidates):
+        raise InputError("bench takes files or output directories to compare, or --table alone")
     with _progress() as say:
         from structprune.backends.benchmark import benchmark
         from structprune.backends.candidates import example_inputs, named
+        from structprune.backends.tables import Tables
 
-        chosen = named(candidates)
-        compared = benchmark(
-            chosen, example_inputs(chosen, input or (), seed), device=device, threads=threads, seconds=seconds, seed=seed, progress=say
-        )
-    print(json.dumps(compared.to_dict(), indent=1) if as_json else str(compared))
+        if table:
+            rows = Tables(threads or 1).rows()
+            summary = (
+                json.dumps(rows) if as_json else "\n".join(f"{sizes:>16} {1e3 * took:9.4f} ms  {what}  {place}" for place, what, sizes, took in rows)
+            )
+        else:
+            chosen = named(candidates or [])
+            inputs = example_inputs(chosen, input or (), seed)
+            compared = benchmark(chosen, inputs, device=device, threads=threads, seconds=seconds, seed=seed, progress=say)
+            summary = json.dumps(compared.to_dict(), indent=1) if as_json else str(compared)
+    print(summary)
 
 
 @app.command()

@@ -44,63 +44,70 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Dense:
+    """The model before pruning on this machine: its ONNX file, as long as `keeper` lives, and its latency as a function of widths."""
+
+    original: Path
+    latency: LatencyModel
+    threads: int
+    keeper: Any
+
+
+@dataclass(frozen=True)
 class Found:
-    """The plan that came nearest to the target, and how; `original`: the dense model's ONNX file, as long as `keeper` lives."""
+    """The plan that came nearest to the target, and how."""
 
     plan: Plan
     share: float  # of the dense model's time that was asked for
     rounds: tuple[Round, ...]
     best: int  # which round's plan it is
-    importance: float  # that the groups keep, on average
-    original: Path
-    keeper: Any
 
     def to_dict(self) -> dict[str, Any]:
         """For the report: plain JSON."""
         mine = self.rounds[self.best]
-        return {
-            "asked": self.share,
-            "predicted": mine.predicted,
-            "measured": mine.measured,
-            "importance_kept": self.importance,
-            "rounds": [asdict(r) for r in self.rounds],
-        }
+        return {"asked": self.share, "predicted": mine.predicted, "measured": mine.measured, "rounds": [asdict(r) for r in self.rounds]}
+
+
+def measure_dense(graph: Graph, groups: Groups, threads: int, align: int | None, say: Callable[[str], None]) -> Dense:
+    """Export the model as it is, and time its operators over the widths that they may have.
+
+    align: a step for all widths, in the place of the measured ones.
+    """
+    keeper = tempfile.TemporaryDirectory(prefix="structprune-")
+    original = Path(keeper.name) / "original.onnx"
+    say("export the dense model")
+    origins = onnx.export(graph.exported, original, graph.input_names, graph.output_names)
+    model = latency_model(graph, groups, original, origins, Tables(threads, progress=say), align)
+    return Dense(original, model, threads, keeper)
 
 
 def plan_for_latency(
     graph: Graph,
     groups: Groups,
+    dense: Dense,
     target: str,
     name: str,
     scores: Scores,
-    *,
-    threads: int,
-    allocation: str = "auto",
-    align: int | None = None,
-    ignore: Sequence[str] = (),
-    say: Callable[[str], None] = lambda line: None,
+    allocation: str,
+    ignore: Sequence[str],
+    say: Callable[[str], None],
 ) -> Found:
     """The plan of the least loss whose ONNX file takes the asked share of the dense one's time, measured in ONNX Runtime on the CPU.
 
     Raises TargetError, with the closest that was reached, where that cannot be.
     """
-    keeper = tempfile.TemporaryDirectory(prefix="structprune-")
-    original, small = Path(keeper.name) / "original.onnx", Path(keeper.name) / "model.onnx"
-    say("export the dense model")
-    origins = onnx.export(graph.exported, original, graph.input_names, graph.output_names)
-    model = latency_model(graph, groups, original, origins, Tables(threads, progress=say), threads, align, say)
     inputs = tuple(v for v in graph.given_inputs() if isinstance(v, Tensor))
+    small = dense.original.with_name("model.onnx")
     targets = decide.parse_target(target)
     asked = next(t for t in targets if t.key == "latency")
-    dense = model.cost()
-    share = limit = asked.limit(dense) / dense
+    whole = dense.latency.cost()
+    share = limit = asked.limit(whole) / whole
     rounds: list[Round] = []
     plans: list[Plan] = []
-    kept: list[float] = []
     for number in range(_ROUNDS):
         say(f"round {number + 1}: solve for {limit:.3f} of the dense model's time")
         try:
-            found = _allocated(groups, targets, scores, model, limit * dense, allocation)
+            found = _allocated(groups, targets, scores, dense.latency, limit * whole, allocation)
         except TargetError:
             if not rounds:
                 raise
@@ -111,20 +118,19 @@ def plan_for_latency(
         surgery = operate(graph, groups.types, decide.atoms_of(plan, groups), plan.tensors)
         onnx.export(retrace(surgery.module, graph).exported, small, graph.input_names, graph.output_names)
         say(f"round {number + 1}: measure")
-        compared = benchmark_afresh(original, small, inputs, threads=threads, seconds=_SECONDS)
+        compared = benchmark_afresh(dense.original, small, inputs, threads=dense.threads, seconds=_SECONDS)
         if asked.absolute:
             share = asked.value / (compared.latencies[0].median_ms * 1e-3)
         ratio = compared.ratios[small.name]
         plans.append(plan)
-        kept.append(decide.importance_kept(groups, found.widths, scores))
-        rounds.append(Round(model.cost(found.widths) / dense, ratio.median, ratio.low, ratio.high, found.gap))
+        rounds.append(Round(dense.latency.cost(found.widths) / whole, ratio.median, ratio.low, ratio.high, found.gap))
         if abs(ratio.median / share - 1) <= _CLOSE:
             break
-        limit *= share / ratio.median
+        limit = rounds[-1].predicted * share / ratio.median
     best = min(range(len(rounds)), key=lambda r: _miss(rounds[r].measured, share))
     if rounds[best].measured > share * (1 + _MISSED):
         raise TargetError(f"latency={share:.3g} of the dense model's time cannot be reached: the closest took {rounds[best].measured:.3g} of it")
-    return Found(plans[best], share, tuple(rounds), best, kept[best], original, keeper)
+    return Found(plans[best], share, tuple(rounds), best)
 
 
 def _allocated(groups: Groups, targets: Sequence[decide.Target], scores: Scores, model: LatencyModel, limit: float, method: str) -> decide.Allocation:

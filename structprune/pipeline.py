@@ -21,7 +21,8 @@ from structprune.backends import directory as out
 from structprune.backends import onnx
 from structprune.backends.benchmark import benchmark_afresh, environment
 from structprune.backends.report import Report
-from structprune.closed_loop import Found, plan_for_latency
+from structprune.closed_loop import Dense, Found, measure_dense, plan_for_latency
+from structprune.decide.criteria import Scores
 from structprune.errors import InputError, VerificationError
 from structprune.frontends.trace import Dynamic, fold_parametrizations, retrace, trace
 from structprune.ir.graph import Graph, resized
@@ -73,25 +74,92 @@ def compress(
     """
     if calibration is not None:
         raise InputError("calibration= is not used by any criterion yet; leave it out")
-    measured = any(t.key == "latency" for t in decide.parse_target(target))
-    threads = torch.get_num_threads() if threads is None else threads
-    found: Found | None = None
-    clock = Clock(progress)
+    options = Options(criterion, tuple(ignore), allocation, align, threads or torch.get_num_threads(), seed)
+    return _decide(_prepare(model, example_inputs, example_kwargs, dynamic, [target], options, Clock(progress)), target)
+
+
+def front(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Tensor,
+    target: str = "latency=0.3:0.9:7",
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic: Dynamic = (),
+    progress: Progress | None = None,
+    **options: Any,
+) -> list[Result]:
+    """`compress` to several targets: 'latency=0.3:0.9:7' stands for seven, from 0.3 to 0.9. The model is traced, scored and timed once.
+
+    options: criterion, ignore, allocation, align, threads and seed, as of `compress`. Raises as it does.
+    """
+    targets = decide.spread(target)
+    ready = _prepare(model, example_inputs, example_kwargs, dynamic, targets, Options(**options), Clock(progress))
+    return [_decide(ready, one) for one in targets]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose; see `compress`."""
+
+    criterion: Any = "auto"
+    ignore: tuple[str, ...] = ()
+    allocation: str = "auto"
+    align: int | None = None
+    threads: int = field(default_factory=torch.get_num_threads)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A model up to the decision: traced, its groups found and scored, and timed where a target asks for that."""
+
+    model: nn.Module
+    graph: Graph
+    groups: Groups
+    criterion: str
+    scores: Scores
+    dense: Dense | None
+    options: Options
+    clock: Clock
+
+
+def _prepare(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Tensor,
+    example_kwargs: Mapping[str, Any] | None,
+    dynamic: Dynamic,
+    targets: Sequence[str],
+    options: Options,
+    clock: Clock,
+) -> _Ready:
+    """All that one decision shares with another."""
+    measured = any(t.key == "latency" for target in targets for t in decide.parse_target(target))
     with clock("trace"):
         folded = fold_parametrizations(model)
         graph = trace(folded, example_inputs, example_kwargs, dynamic=dynamic)
     with clock("infer"):
-        groups = find_groups(graph, ignore)
+        groups = find_groups(graph, options.ignore)
+    with clock("score"):
+        name, scores = decide.scored(graph, groups, options.criterion, model=folded, seed=options.seed)
+    dense = None
+    if measured:
+        with clock("time operators"):
+            dense = measure_dense(graph, groups, options.threads, options.align, clock.say)
+    return _Ready(folded, graph, groups, name, scores, dense, options, clock)
+
+
+def _decide(ready: _Ready, target: str) -> Result:
+    """From the target to the verified small model."""
+    graph, groups, options, clock = ready.graph, ready.groups, ready.options, ready.clock.copy()
+    found: Found | None = None
     with clock("plan"):
-        if measured:
-            name, scores = decide.scored(graph, groups, criterion, model=folded, seed=seed)
-            found = plan_for_latency(
-                graph, groups, target, name, scores, threads=threads, allocation=allocation, align=align, ignore=ignore, say=clock.say
-            )
+        if ready.dense is not None:
+            found = plan_for_latency(graph, groups, ready.dense, target, ready.criterion, ready.scores, options.allocation, options.ignore, clock.say)
             plan = found.plan
         else:
-            plan = decide.plan(graph, groups, target, criterion, model=folded, ignore=ignore, seed=seed, allocation=allocation)
-    return realise(folded, graph, groups, plan, clock, seed=seed, found=found, threads=threads)
+            widths = decide.allocate(groups, decide.parse_target(target), ready.scores, method=options.allocation).widths
+            plan = decide.plan_of(graph, groups, widths, ready.scores, target=target, criterion=ready.criterion, ignore=options.ignore)
+    return realise(ready.model, graph, groups, plan, clock, options=options, scores=ready.scores, dense=ready.dense, found=found)
 
 
 def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> nn.Module:
@@ -147,11 +215,16 @@ def realise(
     plan: Plan,
     clock: Clock,
     *,
-    seed: int = 0,
+    options: Options | None = None,
+    scores: Scores | None = None,
+    dense: Dense | None = None,
     found: Found | None = None,
-    threads: int | None = None,
 ) -> Result:
-    """Carry out a plan: surgery, verification, and the user's own class where it follows. found: how a latency was met by it."""
+    """Carry out a plan: surgery, verification, and the user's own class where it follows.
+
+    scores, dense and found: what the plan was decided by, for the report.
+    """
+    options = options or Options()
     keep = decide.atoms_of(plan, groups)
     with freed_at_once(graph.module.state_dict().values()):
         with clock("surgery"):
@@ -160,8 +233,8 @@ def realise(
             verification = compare(graph, groups.types, keep, surgery.module)
         with clock("rebuild"):
             own, note = own_class(model, graph, surgery, changed_scales(graph, groups.types, keep), verification.answers)
-    report = _report(graph, groups, plan, verification, own is not None, note, clock, seed, found)
-    return Result(own if own is not None else surgery.module, plan, report, graph, surgery.module, clock, threads, found)
+    report = _report(graph, groups, plan, verification, own is not None, note, clock, options.seed, scores, found)
+    return Result(own if own is not None else surgery.module, plan, report, graph, surgery.module, clock, options.threads, dense)
 
 
 @dataclass(frozen=True)
@@ -175,7 +248,7 @@ class Result:
     small: TracedModule = field(repr=False)  # the same weights as `model`, as a graph
     clock: Clock = field(repr=False)
     threads: int | None = None  # of the runtime, in measurements
-    found: Found | None = field(default=None, repr=False)  # how a latency that was asked for was met
+    dense: Dense | None = field(default=None, repr=False)  # the model before pruning, where it was exported to be timed
 
     def export_onnx(self, path: str | Path) -> float:
         """Write the small model, with its present weights, as ONNX; returns ONNX Runtime's largest relative difference from it."""
@@ -204,8 +277,8 @@ class Result:
                 out.save_weights(self.small, work / "model.safetensors")
                 self.plan.save(work / "plan.json")
             with self.clock("onnx"):
-                if self.found is not None:
-                    shutil.copyfile(self.found.original, work / "original.onnx")
+                if self.dense is not None:
+                    shutil.copyfile(self.dense.original, work / "original.onnx")
                 else:
                     onnx.export(self.graph.exported, work / "original.onnx", self.graph.input_names, self.graph.output_names)
                 data["verification"]["onnx_error"] = self._export(program, work / "model.onnx")
@@ -266,6 +339,12 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self.say = progress or (lambda line: None)
 
+    def copy(self) -> Clock:
+        """One that has seen the same stages, and goes on alone."""
+        clock = Clock(self.say)
+        clock.seconds = dict(self.seconds)
+        return clock
+
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         self.say(stage)
@@ -305,6 +384,7 @@ def _report(
     note: str,
     clock: Clock,
     seed: int,
+    scores: Scores | None,
     found: Found | None,
 ) -> Report:
     widths = {g.atom: len(p.keep) for g, p in zip(groups, plan.groups, strict=True)}
@@ -318,6 +398,7 @@ def _report(
             "params": {"before": groups.params(), "after": groups.params(widths)},
             "macs": {"before": groups.macs(), "after": groups.macs(widths)},
             "onnx_bytes": None,
+            "importance_kept": decide.importance_kept(groups, widths, scores) if scores is not None else None,
             "latency_ms": {},
             "latency_target": found.to_dict() if found is not None else None,
             "accuracy": None,

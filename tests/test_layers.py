@@ -19,6 +19,8 @@ DOORS = {
     "onnxslim": {"backends/onnx.py"},
     "onnxruntime": {"backends/onnx.py", "backends/benchmark.py", "backends/candidates.py", "backends/kernels.py", "backends/tables.py"},
     "torch_pruning": {"decide/torch_pruning.py"},
+    "matplotlib": {"backends/front.py"},
+    "sqlite3": {"backends/tables.py"},
     "typer": {"cli.py"},
     "rich": {"cli.py"},
 }
@@ -68,6 +70,6 @@ def test_foreign_libraries_stand_behind_one_door() -> None:
 
 def test_public_names_are_the_contract() -> None:
     assert set(structprune.__all__) == {
-        "Plan", "Result", "StructpruneError", "apply", "benchmark", "compress", "find_groups", "inspect", "load", "plan", "trace", "verify",
+        "Plan", "Result", "StructpruneError", "apply", "benchmark", "compress", "find_groups", "front", "inspect", "load", "plan", "trace", "verify",
     }  # fmt: skip
     assert all(hasattr(structprune, name) for name in structprune.__all__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,16 +48,13 @@ class _Timed:
     key: str
 
 
-def latency_model(
-    graph: Graph, groups: Groups, path: Path, origins: Mapping[str, str], tables: Tables, threads: int, align: int | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> LatencyModel:  # fmt: skip
+def latency_model(graph: Graph, groups: Groups, path: Path, origins: Mapping[str, str], tables: Tables, align: int | None = None) -> LatencyModel:
     """path: the dense model's ONNX file; origins: which node of the graph each of its nodes comes from (see onnx.export).
 
     align: a step for all groups, in the place of the measured ones.
     """
     inputs = [v.detach().cpu().numpy() for v in graph.given_inputs() if isinstance(v, Tensor)]
-    kernels, whole = profile(path, inputs, threads)
+    kernels, whole = profile(path, inputs, tables.threads)
     free = {g.atom for g in groups}
     timed: list[_Timed] = []
     rest: list[tuple[Kernel, fx.Node]] = []

@@ -31,7 +31,7 @@ class Tables:
         machine = environment()
         processor = f"{machine['cpu']} ({machine['cpu_capability']}, {machine['cores']} cores)"
         self.place = f"{processor}, onnxruntime {onnxruntime.__version__} cpu, {threads} thread(s)"
-        self._threads = threads
+        self.threads = threads
         self._path = path or default_path()
         self._say = progress or (lambda line: None)
         self._known: dict[Point, float] = {}
@@ -53,7 +53,7 @@ class Tables:
 
     def _measure(self, points: Sequence[Point]) -> None:
         fresh = []
-        for number, (index, taken) in enumerate(time_contractions(points, self._threads)):
+        for number, (index, taken) in enumerate(time_contractions(points, self.threads)):
             if number % _TOLD == 0:
                 self._say(f"time operators: {number} of {len(points)} sizes")
             point = points[index]
@@ -62,6 +62,11 @@ class Tables:
         if fresh:
             with self._open() as store:
                 store.executemany("INSERT OR REPLACE INTO times VALUES (?, ?, ?, ?)", fresh)
+
+    def rows(self) -> list[tuple[str, str, str, float]]:
+        """All that is kept, of other places too: (place, signature, sizes, seconds)."""
+        with self._open() as store:
+            return list(store.execute("SELECT place, signature, sizes, seconds FROM times ORDER BY place, signature, seconds"))
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:

@@ -2,9 +2,9 @@
 
 from structprune.decide.allocate import METHODS, Allocation, allocate, importance_kept
 from structprune.decide.plan import atoms_of, example_inputs, plan, plan_of, planned, scored
-from structprune.decide.targets import Target, parse_target
+from structprune.decide.targets import Target, parse_target, spread
 
 __all__ = [
     "METHODS", "Allocation", "Target", "allocate", "atoms_of", "example_inputs", "importance_kept", "parse_target", "plan", "plan_of", "planned",
-    "scored",
+    "scored", "spread",
 ]  # fmt: skip

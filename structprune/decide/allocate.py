@@ -33,6 +33,8 @@ METHODS = ("auto", "milp", "greedy", "uniform")
 _LEAST = 1 / 8  # of a group's channels: less is offered where the budgets cannot be met otherwise
 _OPTIONS = {1: 12, 2: 6}  # widths of each atom, by how many are decided together
 _FEW_OPTIONS = 4
+_MANY_OPTIONS = 64  # of an atom, in a model of few groups
+_ALL_OPTIONS = 500  # of a model
 _WORK = 0.5  # of the loss of half of every group: what it is worth to keep all multiply-accumulates
 _TRUE_LIMIT = 3  # attempts with a smaller limit, where a term of the program was an approximation
 
@@ -142,9 +144,11 @@ def _choices(groups: Groups, scores: Scores, steps: Mapping[Atom, int], most: Wi
     """For each set of atoms that share a product, all combinations of widths: multiples of the step, from the least to the most."""
     weights = _weights(groups)
     losses = {g.atom: weights[g.atom] * _losses(scores[g.name]) for g in groups}
+    clusters = Uniform(groups).clusters
     found = []
-    for cluster in Uniform(groups).clusters:
-        number = _OPTIONS.get(len(cluster), _FEW_OPTIONS)
+    for cluster in clusters:
+        room = min(_MANY_OPTIONS, _ALL_OPTIONS // len(clusters)) ** (1 / len(cluster))
+        number = max(_OPTIONS.get(len(cluster), _FEW_OPTIONS), int(room))
         widths = [thinned(_widths(atom.size, steps.get(atom, 1), most[atom], least), number) for atom in cluster]
         options = tuple(dict(zip(cluster, chosen, strict=True)) for chosen in itertools.product(*widths))
         found.append(Choice(options, np.array([sum(losses[a][w] for a, w in option.items()) for option in options])))

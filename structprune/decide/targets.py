@@ -10,6 +10,7 @@ from structprune.errors import InputError
 _COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _UNITS = {"channels": {"": 1.0}, "macs": _COUNTS, "params": _COUNTS, "latency": {"": 1.0, "US": 1e-6, "MS": 1e-3, "S": 1.0}}
 _PLANNED = ("memory", "size")
+_MANY = 50  # targets of one front
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,23 @@ def parse_target(text: str) -> tuple[Target, ...]:
             raise InputError(f"target {part.strip()!r}: a share lies above 0 and at most at 1")
         targets.append(Target(key, number * _UNITS[key][unit], absolute))
     return tuple(targets)
+
+
+def spread(text: str) -> list[str]:
+    """The targets of a front: 'latency=0.3:0.9:7' stands for seven, evenly spaced from 0.3 to 0.9; a text without colons for itself.
+
+    Raises InputError for a range that is none, or more than one of them.
+    """
+    parts = text.split(",")
+    ranges = [i for i, part in enumerate(parts) if ":" in part]
+    if not ranges:
+        return [text]
+    match = re.fullmatch(r"\s*([a-z]+)\s*=\s*([0-9.]+):([0-9.]+):([0-9]+)\s*", parts[ranges[0]])
+    if match is None or len(ranges) > 1 or not 2 <= int(match[4]) <= _MANY:
+        raise InputError(f"target {text!r}: write a front as key=FROM:TO:NUMBER, such as latency=0.3:0.9:7, of 2 to {_MANY} targets")
+    try:
+        first, last, number = float(match[2]), float(match[3]), int(match[4])
+    except ValueError as error:
+        raise InputError(f"target {text!r}: {error}") from error
+    values = [first + (last - first) * i / (number - 1) for i in range(number)]
+    return [",".join([*parts[: ranges[0]], f"{match[1]}={value:.4g}", *parts[ranges[0] + 1 :]]) for value in values]

@@ -1,0 +1,80 @@
+"""Several compressions of one model side by side: latency against what was lost, as a table and as a chart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from structprune.backends.report import Report
+
+
+def rows_of(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
+    """reports: by the directory that each describes. One row each: shares of the dense model, and the accuracy where it was measured."""
+    rows = []
+    for directory, report in reports.items():
+        data = report.to_dict()
+        measured = next(iter((data.get("latency_ms") or {}).values()), None)
+        rows.append(
+            {
+                "directory": directory,
+                "target": data["target"],
+                "latency": measured["ratio"] if measured else None,
+                "macs": data["macs"]["after"] / data["macs"]["before"],
+                "params": data["params"]["after"] / data["params"]["before"],
+                "importance_kept": data.get("importance_kept"),
+                "accuracy": (data.get("accuracy") or {}).get("after"),
+            }
+        )
+    return rows
+
+
+def save(rows: Sequence[Mapping[str, Any]], directory: Path, name: str) -> None:
+    """Write front.json and front.svg."""
+    (directory / "front.json").write_text(json.dumps(list(rows), indent=1) + "\n")
+    chart(rows, directory / "front.svg", name)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each compression."""
+    head = ("target", "latency", "95 %", "MACs", "parameters", "importance kept", "accuracy", "directory")
+    cells = [head]
+    for row in rows:
+        ratio = row["latency"]
+        cells.append((
+            row["target"],
+            f"{ratio['median']:.3f}" if ratio else "–",
+            f"{ratio['low']:.3f}–{ratio['high']:.3f}" if ratio else "–",
+            f"{row['macs']:.3f}",
+            f"{row['params']:.3f}",
+            _shown(row["importance_kept"]),
+            _shown(row["accuracy"]),
+            row["directory"],
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+
+
+def chart(rows: Sequence[Mapping[str, Any]], path: Path, name: str) -> None:
+    """Latency (or multiply-accumulates, where it was not measured) against importance kept, and accuracy where there is one."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    measured = all(row["latency"] for row in rows)
+    cost = [row["latency"]["median"] if measured else row["macs"] for row in rows]
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for key, label, marker in (("importance_kept", "importance kept", "o"), ("accuracy", "accuracy", "s")):
+        if all(row[key] is not None for row in rows):
+            axes.plot(cost, [row[key] for row in rows], marker=marker, label=label)
+    axes.set(xlabel=f"{'latency' if measured else 'multiply-accumulates'}, share of the original's", ylabel="share", title=name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,263 @@
+"""A latency as the target: kernels and what they compute, steps, tables on disk, and the loop that measures and corrects."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.interpolate import RegularGridInterpolator
+from torch import nn
+
+import structprune as sp
+from structprune import closed_loop
+from structprune.backends import kernels, latency, onnx, tables
+from structprune.backends.benchmark import Comparison, Latency, Ratio, benchmark_afresh
+from structprune.backends.tables import Tables
+from structprune.decide.allocate import allocate
+from structprune.decide.plan import scored
+from structprune.decide.targets import Target
+from structprune.errors import InputError, TargetError
+from structprune.ir.axes import kept_size
+
+
+def chain(width: int = 64) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """Three convolutions, one with a shortcut, and a classifier."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 1)])
+
+    def run(m: Any, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(m.layers[0](x))
+        return m.head(F.relu(x + m.layers[2](F.relu(m.layers[1](x)))).mean((2, 3)))
+
+    return models.Of(run, layers=layers, head=nn.Linear(width, 10)).eval(), (torch.randn(2, 3, 16, 16),)
+
+
+class Known:
+    """Tables that know the time of every contraction: blocks of `filters` and `inputs` of a convolution, plain products of matrices."""
+
+    threads = 1
+
+    def __init__(self, filters: int = 16, inputs: int = 4):
+        self.filters, self.inputs, self.disturbed = filters, inputs, False
+
+    def seconds(self, points: Sequence[tuple[str, tuple[int, ...]]]) -> list[float]:
+        return [self.time(key, sizes) * (3 if self.disturbed and i == 0 else 1) for i, (key, sizes) in enumerate(points)]
+
+    def again(self, points: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+        self.disturbed = False
+
+    def time(self, key: str, sizes: tuple[int, ...]) -> float:
+        if json.loads(key)["kind"] != "conv":
+            return 1e-9 * float(np.prod(sizes))
+        groups, filters, inputs = sizes
+        return 1e-6 * groups * -(-filters // self.filters) * self.filters * -(-inputs // self.inputs) * self.inputs
+
+
+def prepared(model: nn.Module, inputs: tuple[Any, ...], folder: Path) -> tuple[Any, Any, Path, dict[str, str]]:
+    graph = sp.trace(model, inputs)
+    path = folder / "dense.onnx"
+    return graph, sp.find_groups(graph), path, onnx.export(graph.exported, path, graph.input_names, graph.output_names)
+
+
+@pytest.mark.parametrize("name", ["residual", "attention", "joined", "chain"])
+def test_every_contraction_is_found_in_the_kernel_that_runs_it(name: str, tmp_path: Path) -> None:
+    graph, groups, path, origins = prepared(*(chain() if name == "chain" else models.build(name)), tmp_path)
+    found, whole = kernels.profile(path, [v.numpy() for v in graph.given_inputs()], threads=1)
+    claimed = [(k, c) for k, _, c in latency._attributed(graph, groups, found, origins) if c is not None]
+    assert len(claimed) == sum(map(len, latency.contractions(groups).values())) > 0
+    assert whole == pytest.approx(sum(k.seconds for k in found))
+    for kernel, contraction in claimed:
+        sizes = [kept_size(a, groups.batch) for a in contraction.axes]
+        if contraction.kind == "conv":
+            for told, channels in ((kernel.outputs[0][1], sizes[0] * sizes[1]), (kernel.inputs[0][1], sizes[0] * sizes[2])):
+                assert told == channels or (told % 8 == 0 and 0 < told - channels < 16)  # filled up to whole blocks
+        else:
+            assert np.prod(kernel.outputs[0]) == sizes[0] * sizes[1] * sizes[3]
+
+
+def test_a_kernel_knows_what_was_fused_into_it(tmp_path: Path) -> None:
+    graph, _, path, _ = prepared(*chain(), tmp_path)
+    found, _ = kernels.profile(path, [v.numpy() for v in graph.given_inputs()], threads=1)
+    convolutions = [k.settings for k in found if k.operator in ("Conv", "FusedConv")]
+    assert [c["activation"] for c in convolutions] == ["Relu"] * 3
+    assert [c["window"] for c in convolutions] == [[3, 3], [3, 3], [1, 1]]
+    assert [c["batch"] for c in convolutions] == [2] * 3
+
+
+def test_time_grows_with_work() -> None:
+    settings = {"batch": 1, "space": [32, 32], "window": [3, 3], "strides": [1, 1], "pads": [1] * 4, "dilations": [1, 1], "activation": "Relu",
+                "sum": True, "blocked": True}  # fmt: skip
+    conv, linear, product = (kernels.signature(kind, given) for kind, given in (("conv", settings), ("linear", {}), ("matmul", {})))
+    points = [(conv, (1, 16, 16)), (conv, (1, 256, 256)), (conv, (64, 1, 1)), (linear, (1, 8, 64, 64)), (linear, (1, 512, 512, 512)),
+              (product, (4, 16, 16, 16)), (product, (4, 256, 256, 256))]  # fmt: skip
+    times = dict(kernels.time_contractions(points, threads=1))
+    assert sorted(times) == list(range(len(points)))
+    assert times[1] > 3 * times[0] and times[4] > 3 * times[3] and times[6] > 3 * times[5]
+
+
+@pytest.mark.parametrize(("filters", "inputs", "step"), [(16, 16, 16), (8, 8, 8), (16, 4, 4), (4, 16, 4), (1, 1, 2)])
+def test_steps_are_found(filters: int, inputs: int, step: int, tmp_path: Path) -> None:
+    """A width that is one layer's filters and another's inputs has the finer step of the two; of 64 channels a single one gains less than 3 %."""
+    graph, groups, path, origins = prepared(*chain(), tmp_path)
+    model = latency.latency_model(graph, groups, path, origins, Known(filters, inputs))  # type: ignore[arg-type]
+    assert {model.steps[g.atom] for g in groups} == {step}
+    asked = latency.latency_model(graph, groups, path, origins, Known(filters, inputs), align=12)  # type: ignore[arg-type]
+    assert set(asked.steps.values()) == {12}
+
+
+@pytest.mark.parametrize("disturbed", [False, True])
+def test_the_model_of_latency_is_what_was_measured(disturbed: bool, tmp_path: Path) -> None:
+    graph, groups, path, origins = prepared(*chain(), tmp_path)
+    known = Known()
+    known.disturbed = disturbed
+    model = latency.latency_model(graph, groups, path, origins, known, align=16)  # type: ignore[arg-type]
+    _, whole = kernels.profile(path, [v.numpy() for v in graph.given_inputs()], threads=1)
+    assert model.cost() == pytest.approx(whole, rel=0.5)  # another run of the same kernels
+    dense, half = {g.atom: g.size for g in groups}, {g.atom: g.size // 2 for g in groups}
+    tabled = [t for t in model.cost.terms if isinstance(t.value, RegularGridInterpolator) and len(t.axes) == 2]
+    assert len(tabled) == 2  # of three convolutions the first reads the input, which stays
+    assert [t(half) / t(dense) for t in tabled] == pytest.approx([0.25, 0.25])
+
+
+def test_widths_follow_the_steps(tmp_path: Path) -> None:
+    graph, groups, path, origins = prepared(*chain(), tmp_path)
+    model = latency.latency_model(graph, groups, path, origins, Known())  # type: ignore[arg-type]
+    scores = scored(graph, groups, "l2")[1]
+    found = allocate(groups, [Target("latency", 0.6 * model.cost(), absolute=True)], scores, costs={"latency": model.cost}, steps=model.steps)
+    assert model.cost(found.widths) <= 0.6 * model.cost() * (1 + 1e-6)
+    assert all(w % 16 == 0 for w in found.widths.values())
+    assert found.gap is not None and found.gap <= 0.011
+
+
+# --- tables on disk -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Measuring takes no time: a point's seconds are its first size. Returns what was measured."""
+    log: list[Any] = []
+
+    def fake(points: Sequence[Any], threads: int) -> Iterator[tuple[int, float]]:
+        log.extend(points)
+        yield from enumerate(float(sizes[0]) for _, sizes in points)
+
+    monkeypatch.setattr(tables, "time_contractions", fake)
+    return log
+
+
+def test_what_was_measured_once_is_read_from_disk(measured: list[Any], tmp_path: Path) -> None:
+    points = [("a", (1, 2)), ("b", (3, 4)), ("a", (1, 2))]
+    assert Tables(1, tmp_path / "t.sqlite").seconds(points) == [1.0, 3.0, 1.0]
+    assert measured == points[:2]
+    assert Tables(1, tmp_path / "t.sqlite").seconds([*points, ("b", (5, 6))]) == [1.0, 3.0, 1.0, 5.0]
+    assert measured == [*points[:2], ("b", (5, 6))]
+    Tables(2, tmp_path / "t.sqlite").seconds(points)  # another number of threads is another place
+    assert len(measured) == 5
+    assert len(Tables(1, tmp_path / "t.sqlite").rows()) == 5
+
+
+def test_a_point_measured_again_keeps_the_shorter_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    times = iter([3.0, 2.0, 4.0])
+    monkeypatch.setattr(tables, "time_contractions", lambda points, threads: [(i, next(times)) for i in range(len(points))])
+    mine, point = Tables(1, tmp_path / "t.sqlite"), ("a", (1,))
+    assert mine.seconds([point]) == [3.0]
+    for _ in range(2):
+        mine.again([point])
+        assert mine.seconds([point]) == [2.0]
+    assert Tables(1, tmp_path / "t.sqlite").seconds([("a", (1,))]) == [2.0]
+
+
+def test_many_writers_share_one_file(measured: list[Any], tmp_path: Path) -> None:
+    def write(number: int) -> list[float]:
+        return Tables(1, tmp_path / "t.sqlite").seconds([(f"s{i % 7}", (number, i)) for i in range(40)])
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(write, range(16)))
+    assert answers == [[float(n)] * 40 for n in range(16)]
+    assert len(Tables(1, tmp_path / "t.sqlite").rows()) == 16 * 40
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------------
+
+
+def compared(ratio: float, dense_ms: float = 2.0) -> Comparison:
+    names = ("original.onnx", "model.onnx")
+    times = (dense_ms, dense_ms * ratio)
+    return Comparison(
+        tuple(Latency(n, "onnxruntime-cpu", t, t, t, 9) for n, t in zip(names, times, strict=True)),
+        {n: Ratio(r, r, r) for n, r in zip(names, (1.0, ratio), strict=True)}, "cpu", 1, {}, (),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callable[[float], float]], list[float]]:
+    """A machine on which a file takes the time that a function gives for its share of bytes. Returns what was measured."""
+    log: list[float] = []
+
+    def install(time: Callable[[float], float]) -> list[float]:
+        def fake(original: Path, small: Path, *_: Any, **__: Any) -> Comparison:
+            log.append(time(small.stat().st_size / original.stat().st_size))
+            return compared(log[-1])
+
+        monkeypatch.setattr(closed_loop, "benchmark_afresh", fake)
+        monkeypatch.setattr(closed_loop, "Tables", lambda *_, **__: Known())
+        return log
+
+    return install
+
+
+def test_the_loop_corrects_until_it_is_close(machine: Any) -> None:
+    measured = machine(lambda share: 0.3 + 0.7 * share)  # less is saved than the tables say
+    result = sp.compress(*chain(), target="latency=0.7", align=1)
+    found = result.report.data["latency_target"]
+    assert found["asked"] == 0.7
+    assert len(found["rounds"]) == len(measured) <= 4
+    assert abs(found["measured"] / 0.7 - 1) <= max(0.015, min(abs(m / 0.7 - 1) for m in measured) * 2)
+    assert found["measured"] in measured
+    assert result.report.data["importance_kept"] > 0.5
+
+
+def test_a_latency_in_milliseconds(machine: Any) -> None:
+    machine(lambda share: share)
+    result = sp.compress(*chain(), target="latency=1ms", align=1)  # of 2 ms
+    assert result.report.data["latency_target"]["asked"] == pytest.approx(0.5)
+    assert result.report.data["latency_target"]["measured"] == pytest.approx(0.5, rel=0.08)
+
+
+def test_a_latency_out_of_reach_says_how_close_it_came(machine: Any) -> None:
+    machine(lambda share: 0.9)
+    with pytest.raises(TargetError, match=r"latency=0.5 .* cannot be reached: the closest took 0.9"):
+        sp.compress(*chain(), target="latency=0.5")
+
+
+def test_a_latency_beside_another_budget(machine: Any) -> None:
+    machine(lambda share: share)
+    result = sp.compress(*chain(), target="latency=0.9,macs=0.4", align=1)
+    assert result.report.data["macs"]["after"] <= 0.4 * result.report.data["macs"]["before"]
+
+
+def test_a_latency_cannot_be_planned_without_measuring() -> None:
+    graph = sp.trace(*chain())
+    with pytest.raises(InputError, match="measured on the whole model"):
+        sp.plan(graph, sp.find_groups(graph), "latency=0.5")
+
+
+def test_a_process_of_its_own_compares_two_files(tmp_path: Path) -> None:
+    graph, _, path, _ = prepared(*chain(16), tmp_path)
+    other = tmp_path / "other.onnx"
+    other.write_bytes(path.read_bytes())
+    inputs = tuple(graph.given_inputs())
+    found = benchmark_afresh(path, other, inputs, threads=1, seconds=0.5)
+    assert list(found.ratios) == ["dense.onnx", "other.onnx"]
+    assert found.ratios["dense.onnx"].median == 1.0 < 10 * found.ratios["other.onnx"].median
+    assert found.threads == 1
+    with pytest.raises(InputError, match="no such file"):
+        benchmark_afresh(path, tmp_path / "missing.onnx", inputs, threads=1, seconds=0.5)
