@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,7 +36,7 @@ _OPTIONS = {1: 12, 2: 6}  # widths of each atom, by how many are decided togethe
 _FEW_OPTIONS = 4
 _MANY_OPTIONS = 64  # of an atom, in a model of few groups
 _ALL_OPTIONS = 500  # of a model
-_WORK = 0.5  # of the loss of half of every group: what it is worth to keep all multiply-accumulates
+_WORK = 1.0  # of the loss of half of every group: what it is worth to keep all multiply-accumulates
 _TRUE_LIMIT = 3  # attempts with a smaller limit, where a term of the program was an approximation
 
 
@@ -79,11 +80,33 @@ def allocate(
         choices = _choices(groups, scores, steps or {}, most, least)
         found = _greedy(choices, budgets) if method == "greedy" else _milp(choices, budgets, _worth(groups))
         if found is not None:
-            return Allocation(found[0], _mean_loss(groups, found[0], scores), found[1])
+            return _no_worse_than_uniform(groups, scores, found, share, budgets, steps)
     smallest: dict[Atom, int] = {}
     for choice in choices:
         smallest |= choice.options[0]
     raise _unreachable(budgets, smallest)
+
+
+def _no_worse_than_uniform(
+    groups: Groups,
+    scores: Scores,
+    found: tuple[Widths, float | None],
+    share: float,
+    budgets: Sequence[tuple[Cost, float]],
+    steps: Mapping[Atom, int] | None,
+) -> Allocation:
+    """What was found, unless the solver was stopped so early that uniform widths are better."""
+    work = macs(groups)
+
+    def value(widths: Widths) -> float:
+        return _mean_loss(groups, widths, scores) + _WORK * (1 - work(widths) / max(1.0, work()))
+
+    widths, gap = found
+    with suppress(TargetError):
+        uniform = _uniform(groups, Uniform(groups, True, steps), share, budgets)
+        if value(uniform) < value(widths):
+            widths, gap = uniform, None
+    return Allocation(widths, _mean_loss(groups, widths, scores), gap)
 
 
 def importance_kept(groups: Groups, widths: Widths, scores: Scores) -> float:

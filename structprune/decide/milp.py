@@ -53,7 +53,7 @@ class Solution:
 
 
 def solve(
-    choices: Sequence[Choice], budgets: Sequence[tuple[Cost, float]], worth: Cost | None = None, seconds: float = 10, gap: float = 0.01
+    choices: Sequence[Choice], budgets: Sequence[tuple[Cost, float]], worth: Cost | None = None, seconds: float = 20, gap: float = 0.01
 ) -> Solution | None:
     """The options that keep every (cost, limit), with the least total loss less what is `worth` keeping; None where there are none.
 
@@ -77,6 +77,8 @@ class _Program:
     rows: list[tuple[list[int], list[float], float, float]] = field(default_factory=list)
     first: list[int] = field(default_factory=list)  # column of each choice's first option
     owner: dict[Atom, int] = field(default_factory=dict)
+    joined: dict[tuple[int, int], list[int]] = field(default_factory=dict)  # columns that several costs share
+    parts: dict[tuple[Axis, int], list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for number, choice in enumerate(self.choices):
@@ -143,11 +145,14 @@ class _Program:
 
     def _joined(self, one: int, other: int) -> list[int]:
         """Columns for the product of two choices, option by option."""
+        if (one, other) in self.joined:
+            return self.joined[one, other]
         rows, columns = self._of(one), self._of(other)
         joint = np.array(self._columns(len(rows) * len(columns))).reshape(len(rows), len(columns))
         for line, option in [*zip(joint, rows, strict=True), *zip(joint.T, columns, strict=True)]:
             self.rows.append(([*line.tolist(), option], [1.0] * len(line) + [-1.0], 0, 0))
-        return joint.ravel().tolist()  # type: ignore[no-any-return]
+        self.joined[one, other] = joint.ravel().tolist()
+        return self.joined[one, other]
 
     def _linear(self, axis: Axis, fixed: Mapping[Atom, int]) -> tuple[dict[int, float], float, float]:
         """The size of an axis whose parts each depend on one choice: Σ coefficient · column; its smallest and largest value (constants with it)."""
@@ -176,12 +181,14 @@ class _Program:
             spend(list(size), [slope * c for c in size.values()])
             return level + slope * rest
         options = self._of(beside[0])
-        parts = self._columns(len(options))
         fits = [affine(o) for o in self.choices[beside[0]].options]
-        self.rows.append(([*parts, *size], [1.0] * len(parts) + [-c for c in size.values()], rest, rest))
-        for part, option in zip(parts, options, strict=True):
-            self.rows.append(([part, option], [1.0, -most], -np.inf, 0))
-            self.rows.append(([part, option], [1.0, -least], 0, np.inf))
+        parts = self.parts.get((term.axes[place], beside[0]))
+        if parts is None:
+            parts = self.parts[term.axes[place], beside[0]] = self._columns(len(options))
+            self.rows.append(([*parts, *size], [1.0] * len(parts) + [-c for c in size.values()], rest, rest))
+            for part, option in zip(parts, options, strict=True):
+                self.rows.append(([part, option], [1.0, -most], -np.inf, 0))
+                self.rows.append(([part, option], [1.0, -least], 0, np.inf))
         spend(parts, [slope for slope, _ in fits])
         spend(options, [level for _, level in fits])
         return 0.0
