@@ -175,6 +175,7 @@ def bench(
     candidates: Annotated[
         list[str] | None, typer.Argument(metavar="A [B ...]", help="ONNX files, .pt2 files or output directories; the first is the baseline")
     ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="of ONNX files on the CPU also: the time by operator, and what did not shrink")] = False,
     table: Annotated[bool, typer.Option("--table", help="print the measured times of operators that `compress` has kept")] = False,
     input: Inputs = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or tensorrt")] = "cpu",
@@ -189,6 +190,7 @@ def bench(
     if table == bool(candidates):
         raise InputError("bench takes files or output directories to compare, or --table alone")
     with _progress() as say:
+        from structprune.backends import profiles
         from structprune.backends.benchmark import benchmark
         from structprune.backends.candidates import example_inputs, named
         from structprune.backends.tables import Tables
@@ -202,7 +204,9 @@ def bench(
             chosen = named(candidates or [])
             inputs = example_inputs(chosen, input or (), seed)
             compared = benchmark(chosen, inputs, device=device, threads=threads, seconds=seconds, seed=seed, progress=say)
-            summary = json.dumps(compared.to_dict(), indent=1) if as_json else str(compared)
+            found = profiles.profiles(chosen, inputs, compared.threads) if profile else {}
+            answer = compared.to_dict() | (profiles.to_dict(found) if found else {})
+            summary = json.dumps(answer, indent=1) if as_json else str(compared) + (profiles.to_text(found) if found else "")
     print(summary)
 
 

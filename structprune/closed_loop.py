@@ -100,6 +100,7 @@ def plan_for_latency(
     small = dense.original.with_name("model.onnx")
     targets = decide.parse_target(target)
     asked = next(t for t in targets if t.key == "latency")
+    costs = decide.costs_of(graph, groups, targets) | {"latency": [dense.latency.cost]}
     whole = dense.latency.cost()
     share = limit = asked.limit(whole) / whole
     rounds: list[Round] = []
@@ -107,7 +108,8 @@ def plan_for_latency(
     for number in range(_ROUNDS):
         say(f"round {number + 1}: solve for {limit:.3f} of the dense model's time")
         try:
-            found = _allocated(groups, targets, scores, dense.latency, limit * whole, allocation)
+            corrected = [replace(t, value=limit * whole, absolute=True) if t.key == "latency" else t for t in targets]
+            found = decide.allocate(groups, corrected, scores, costs=costs, steps=dense.latency.steps, method=allocation)
         except TargetError:
             if not rounds:
                 raise
@@ -131,12 +133,6 @@ def plan_for_latency(
     if rounds[best].measured > share * (1 + _MISSED):
         raise TargetError(f"latency={share:.3g} of the dense model's time cannot be reached: the closest took {rounds[best].measured:.3g} of it")
     return Found(plans[best], share, tuple(rounds), best)
-
-
-def _allocated(groups: Groups, targets: Sequence[decide.Target], scores: Scores, model: LatencyModel, limit: float, method: str) -> decide.Allocation:
-    """With the latency's limit in the place of the one asked for."""
-    corrected = [replace(t, value=limit, absolute=True) if t.key == "latency" else t for t in targets]
-    return decide.allocate(groups, corrected, scores, costs={"latency": model.cost}, steps=model.steps, method=method)
 
 
 def _miss(measured: float, share: float) -> float:

@@ -22,9 +22,11 @@ from structprune.backends import onnx
 from structprune.backends.benchmark import benchmark_afresh, environment
 from structprune.backends.report import Report
 from structprune.closed_loop import Dense, Found, measure_dense, plan_for_latency
+from structprune.decide.cost import Cost, memory
 from structprune.decide.criteria import Scores
 from structprune.errors import InputError, VerificationError
 from structprune.frontends.trace import Dynamic, fold_parametrizations, retrace, trace
+from structprune.ir.axes import Atom
 from structprune.ir.graph import Graph, resized
 from structprune.ir.plan import Plan
 from structprune.ir.traced import TracedModule
@@ -58,9 +60,10 @@ def compress(
 
     model: in any mode, with any forward that torch.export can trace; it is left untouched.
     example_inputs: positional inputs of one call, the batch on the first axis; `example_kwargs` the keyword ones.
-    target: what must hold, such as 'latency=0.5', 'latency=4ms', 'channels=0.5', 'macs=2G' or 'params=0.3'; several, joined by commas,
-        hold together. A latency is that of the ONNX file in ONNX Runtime on the CPU: its operators are timed, the tables kept for the next
-        model, and the whole model is measured against the dense one until the target is hit.
+    target: what must hold: 'latency=0.5', 'latency=4ms', 'channels=0.5', 'macs=2G', 'params=0.3', 'memory=0.5' (activations that are alive
+        at one time) or 'size=10MB' (the ONNX file); several, joined by commas, hold together. A latency is that of the ONNX file in ONNX
+        Runtime on the CPU: its operators are timed, the tables kept for the next model, and the whole model is measured against the dense
+        one until the target is hit.
     criterion: which channels matter: 'random', 'l1', 'l2' ('auto'), 'bn_scale', a torch_pruning Importance, or a
         callable (Groups, tensors by name) -> {group name: score of each channel}.
     ignore: names or shell patterns of modules or tensors that keep their channels.
@@ -157,7 +160,8 @@ def _decide(ready: _Ready, target: str) -> Result:
             found = plan_for_latency(graph, groups, ready.dense, target, ready.criterion, ready.scores, options.allocation, options.ignore, clock.say)
             plan = found.plan
         else:
-            widths = decide.allocate(groups, decide.parse_target(target), ready.scores, method=options.allocation).widths
+            targets = decide.parse_target(target)
+            widths = decide.allocate(groups, targets, ready.scores, costs=decide.costs_of(graph, groups, targets), method=options.allocation).widths
             plan = decide.plan_of(graph, groups, widths, ready.scores, target=target, criterion=ready.criterion, ignore=options.ignore)
     return realise(ready.model, graph, groups, plan, clock, options=options, scores=ready.scores, dense=ready.dense, found=found)
 
@@ -375,6 +379,11 @@ def measure(dense: Path, pruned: Path, inputs: Sequence[Any], threads: int | Non
     return found
 
 
+def _peak(alive: Sequence[Cost], widths: Mapping[Atom, int]) -> dict[str, float]:
+    """The largest of what is alive at one time, before and after."""
+    return {"before": max((c() for c in alive), default=0), "after": max((c(widths) for c in alive), default=0)}
+
+
 def _report(
     graph: Graph,
     groups: Groups,
@@ -397,6 +406,7 @@ def _report(
             "seed": seed,
             "params": {"before": groups.params(), "after": groups.params(widths)},
             "macs": {"before": groups.macs(), "after": groups.macs(widths)},
+            "activation_bytes": _peak(memory(graph, groups), widths),
             "onnx_bytes": None,
             "importance_kept": decide.importance_kept(groups, widths, scores) if scores is not None else None,
             "latency_ms": {},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import models
 import numpy as np
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 import structprune as sp
 from structprune import decide
-from structprune.decide.cost import Cost, Term, macs, params
+from structprune.decide.cost import Cost, Term, macs, memory, params
 from structprune.decide.milp import Choice, Solution, solve
 from structprune.decide.targets import parse_target, spread
 from structprune.errors import InputError, TargetError
@@ -161,3 +163,32 @@ def test_a_front_compresses_to_every_target() -> None:
     assert kept == sorted(kept)
     with torch.no_grad():
         assert all(r.model(*inputs).shape == model(*inputs).shape for r in results)
+
+
+@pytest.mark.parametrize("method", ["milp", "uniform"])
+def test_memory_is_what_is_alive_at_one_time(method: str) -> None:
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList([torch.nn.Conv2d(3, 32, 1), torch.nn.Conv2d(32, 64, 1), torch.nn.Conv2d(64, 8, 1)])
+
+    def run(m: Any, x: torch.Tensor) -> torch.Tensor:
+        first = m.layers[0](x)
+        return m.layers[2](m.layers[1](first).relu_().flatten(2).unflatten(2, (4, 4))) + first.sum(1, keepdim=True)
+
+    model, inputs = models.Of(run, layers=layers), (torch.randn(2, 3, 4, 4),)
+    graph = sp.trace(model, inputs)
+    groups = sp.find_groups(graph)
+    alive = memory(graph, groups)
+    pixels = 4 * 2 * 4 * 4
+    assert max(c() for c in alive) == pixels * (32 + 64 + 8)  # the first answer, read again at the end; the second, a view of it; the third
+    result = sp.compress(model, inputs, target="memory=0.5", allocation=method)
+    assert result.report.data["activation_bytes"]["before"] == pixels * 104
+    assert result.report.data["activation_bytes"]["after"] <= pixels * 52
+
+
+def test_a_size_is_no_smaller_than_the_file(tmp_path: Path) -> None:
+    model, inputs = models.build("residual")
+    limit = 15_000
+    result = sp.compress(model, inputs, target="size=15KB")
+    result.export_onnx(tmp_path / "small.onnx")
+    assert 0.5 * limit < (tmp_path / "small.onnx").stat().st_size <= limit
+    assert result.report.data["params"]["after"] < result.report.data["params"]["before"]

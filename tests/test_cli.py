@@ -14,6 +14,8 @@ import torch
 
 from structprune import cli
 from structprune.backends.directory import FILES
+from structprune.backends.kernels import signature
+from structprune.backends.tables import Tables
 
 
 @pytest.fixture
@@ -51,9 +53,36 @@ def test_compress_demo_then_verify_and_bench(run, tmp_path: Path) -> None:
 
     status, out, err = run("verify", "small")
     assert (status, "small: verified" in out) == (0, True), err
-    status, out, err = run("bench", "small", "--seconds", "1", "--json")
+    status, out, err = run("bench", "small", "--seconds", "1", "--profile", "--json")
     assert status == 0, err
-    assert set(json.loads(out)["ratios"]) == {"original", "model"}
+    found = json.loads(out)
+    assert set(found["ratios"]) == set(found["operators"]) == {"original", "model"}
+    assert all(entry["kernels"] > 0 and entry["seconds"] > 0 for entry in found["operators"]["model"].values())
+    assert found["operators"]["original"]["Conv"]["kernels"] >= found["operators"]["model"]["Conv"]["kernels"] > 5
+    status, out, err = run("bench", "small", "--seconds", "1", "--profile")
+    assert (status, "Conv" in out) == (0, True), err
+
+
+def test_a_front_of_models(run, tmp_path: Path) -> None:
+    status, out, err = run("compress", "demo", "--target", "macs=0.5:0.8:2", "--no-latency", "--out", "front")
+    assert status == 0, err
+    assert "written to front/" in out
+    rows = json.loads((tmp_path / "front/front.json").read_text())
+    assert [row["target"] for row in rows] == ["macs=0.5", "macs=0.8"]
+    assert all(row["macs"] <= asked for row, asked in zip(rows, (0.5, 0.8), strict=True))
+    assert rows[0]["importance_kept"] < rows[1]["importance_kept"] < 1
+    assert all(sorted(p.name for p in (tmp_path / "front" / row["directory"]).iterdir()) == sorted(FILES) for row in rows)
+    assert "importance kept" in (tmp_path / "front/front.svg").read_text()
+
+
+def test_tables_of_measured_times(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("STRUCTPRUNE_CACHE", str(tmp_path / "cache"))
+    assert run("bench", "--table", "--json")[:2] == (0, "[]\n")
+    Tables(1).seconds([(signature("linear", {"type": "float"}), (1, 4, 8, 16))])
+    status, out, _ = run("bench", "--table")
+    assert status == 0
+    assert "1x4x8x16" in out and "linear" in out and "1 thread(s)" in out
+    assert run("bench")[0] == run("bench", "small", "--table")[0] == 2
 
 
 def test_compress_prints_a_summary(run) -> None:

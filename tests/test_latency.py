@@ -70,10 +70,9 @@ def prepared(model: nn.Module, inputs: tuple[Any, ...], folder: Path) -> tuple[A
 @pytest.mark.parametrize("name", ["residual", "attention", "joined", "chain"])
 def test_every_contraction_is_found_in_the_kernel_that_runs_it(name: str, tmp_path: Path) -> None:
     graph, groups, path, origins = prepared(*(chain() if name == "chain" else models.build(name)), tmp_path)
-    found, whole = kernels.profile(path, [v.numpy() for v in graph.given_inputs()], threads=1)
+    found = kernels.profile(path, [v.numpy() for v in graph.given_inputs()], threads=1)
     claimed = [(k, c) for k, _, c in latency._attributed(graph, groups, found, origins) if c is not None]
     assert len(claimed) == sum(map(len, latency.contractions(groups).values())) > 0
-    assert whole == pytest.approx(sum(k.seconds for k in found))
     for kernel, contraction in claimed:
         sizes = [kept_size(a, groups.batch) for a in contraction.axes]
         if contraction.kind == "conv":
@@ -85,7 +84,7 @@ def test_every_contraction_is_found_in_the_kernel_that_runs_it(name: str, tmp_pa
 
 def test_a_kernel_knows_what_was_fused_into_it(tmp_path: Path) -> None:
     graph, _, path, _ = prepared(*chain(), tmp_path)
-    found, _ = kernels.profile(path, [v.numpy() for v in graph.given_inputs()], threads=1)
+    found = kernels.profile(path, [v.numpy() for v in graph.given_inputs()], threads=1)
     convolutions = [k.settings for k in found if k.operator in ("Conv", "FusedConv")]
     assert [c["activation"] for c in convolutions] == ["Relu"] * 3
     assert [c["window"] for c in convolutions] == [[3, 3], [3, 3], [1, 1]]
@@ -93,9 +92,9 @@ def test_a_kernel_knows_what_was_fused_into_it(tmp_path: Path) -> None:
 
 
 def test_time_grows_with_work() -> None:
-    settings = {"batch": 1, "space": [32, 32], "window": [3, 3], "strides": [1, 1], "pads": [1] * 4, "dilations": [1, 1], "activation": "Relu",
-                "sum": True, "blocked": True}  # fmt: skip
-    conv, linear, product = (kernels.signature(kind, given) for kind, given in (("conv", settings), ("linear", {}), ("matmul", {})))
+    settings = {"type": "float", "batch": 1, "space": [32, 32], "window": [3, 3], "strides": [1, 1], "pads": [1] * 4, "dilations": [1, 1],
+                "activation": "Relu", "sum": True, "blocked": True}  # fmt: skip
+    conv, linear, product = (kernels.signature(kind, given) for kind, given in (("conv", settings), ("linear", settings), ("matmul", settings)))
     points = [(conv, (1, 16, 16)), (conv, (1, 256, 256)), (conv, (64, 1, 1)), (linear, (1, 8, 64, 64)), (linear, (1, 512, 512, 512)),
               (product, (4, 16, 16, 16)), (product, (4, 256, 256, 256))]  # fmt: skip
     times = dict(kernels.time_contractions(points, threads=1))
@@ -119,8 +118,8 @@ def test_the_model_of_latency_is_what_was_measured(disturbed: bool, tmp_path: Pa
     known = Known()
     known.disturbed = disturbed
     model = latency.latency_model(graph, groups, path, origins, known, align=16)  # type: ignore[arg-type]
-    _, whole = kernels.profile(path, [v.numpy() for v in graph.given_inputs()], threads=1)
-    assert model.cost() == pytest.approx(whole, rel=0.5)  # another run of the same kernels
+    again = kernels.profile(path, [v.numpy() for v in graph.given_inputs()], threads=1)
+    assert model.cost() == pytest.approx(sum(k.seconds for k in again), rel=0.5)  # another run of the same kernels
     dense, half = {g.atom: g.size for g in groups}, {g.atom: g.size // 2 for g in groups}
     tabled = [t for t in model.cost.terms if isinstance(t.value, RegularGridInterpolator) and len(t.axes) == 2]
     assert len(tabled) == 2  # of three convolutions the first reads the input, which stays
@@ -131,7 +130,7 @@ def test_widths_follow_the_steps(tmp_path: Path) -> None:
     graph, groups, path, origins = prepared(*chain(), tmp_path)
     model = latency.latency_model(graph, groups, path, origins, Known())  # type: ignore[arg-type]
     scores = scored(graph, groups, "l2")[1]
-    found = allocate(groups, [Target("latency", 0.6 * model.cost(), absolute=True)], scores, costs={"latency": model.cost}, steps=model.steps)
+    found = allocate(groups, [Target("latency", 0.6 * model.cost(), absolute=True)], scores, costs={"latency": [model.cost]}, steps=model.steps)
     assert model.cost(found.widths) <= 0.6 * model.cost() * (1 + 1e-6)
     assert all(w % 16 == 0 for w in found.widths.values())
     assert found.gap is not None and found.gap <= 0.011

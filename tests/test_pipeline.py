@@ -248,7 +248,8 @@ def test_reported_costs_are_those_of_torch(batch: int) -> None:
     [
         ("macs=0.0001", TargetError, "cannot be reached"),
         ("channels=0.001", TargetError, "cannot be reached"),
-        ("memory=0.5", InputError, "not supported yet"),
+        ("memory=3MACS", InputError, "memory takes B, KB"),
+        ("size=1B", TargetError, "cannot be reached"),
         ("speed=2", InputError, "unknown target"),
         ("macs", InputError, "key=value"),
         ("macs=0", InputError, "above 0"),

@@ -51,3 +51,13 @@ def test_every_model_is_compressed_and_right(coverage: ModuleType, results: dict
     """What the README says of the zoo."""
     rows = {spec: row["structprune"] for spec, row in results["rows"].items()}
     assert [spec for spec, row in rows.items() if not (row["ran"] and row["right"])] == []
+
+
+def test_the_page_of_latencies_is_what_its_rows_say() -> None:
+    spec = importlib.util.spec_from_file_location("bench_latency", ROOT / "bench" / "latency.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    results = json.loads(module.RESULTS.read_text())
+    assert (ROOT / "docs/latency.md").read_text() == module.page(results)
+    assert [key for key, row in results["rows"].items() if "failed" not in row and not row.get("verified", True)] == []

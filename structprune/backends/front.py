@@ -61,6 +61,7 @@ def chart(rows: Sequence[Mapping[str, Any]], path: Path, name: str) -> None:
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, which readers of a screen can read
     from matplotlib import pyplot
 
     measured = all(row["latency"] for row in rows)

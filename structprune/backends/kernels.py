@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import TensorProto, helper
+from onnx import helper
 
 RUNS = 7
 BLOCKED = "_nchwc"  # ends the names of kernels that work on channels in blocks, a layout that their neighbours share
 _WARM_UP = 2
 _AT_ONCE = 192 << 20  # bytes of weights and inputs in one session
 _ROOT_OF = re.compile(r"^p(\d+)\.")
+_TYPES = {"float": "float32", "float16": "float16", "double": "float64"}
 _SECOND_INPUTS = {"Clip": (0.0, 6.0)}
 
 
@@ -51,8 +52,8 @@ def signature(kind: str, settings: Mapping[str, Any]) -> str:
     return json.dumps({"kind": kind, **settings}, sort_keys=True, separators=(",", ":"))
 
 
-def profile(path: Path, inputs: Sequence[np.ndarray], threads: int, runs: int = RUNS) -> tuple[list[Kernel], float]:
-    """The kernels of a file, in the order in which they run, and the seconds of a whole run: medians."""
+def profile(path: Path, inputs: Sequence[np.ndarray], threads: int, runs: int = RUNS) -> list[Kernel]:
+    """The kernels of a file, in the order in which they run; their seconds are medians."""
     with tempfile.TemporaryDirectory() as work:
         optimized = Path(work) / "optimized.onnx"
         session = _session(path, threads, work, optimized)
@@ -65,9 +66,11 @@ def profile(path: Path, inputs: Sequence[np.ndarray], threads: int, runs: int = 
         event = events[position]
         name, node = _name(event), made.get(_name(event))
         seconds = median(events[position + run * per_run]["dur"] for run in range(runs)) * 1e-6
-        shapes = _shapes(event["args"]["input_type_shape"]), _shapes(event["args"]["output_type_shape"])
-        kernels.append(Kernel(name, event["args"]["op_name"], seconds, *shapes, _settings(node, shapes[0]) if node is not None else {}))
-    return kernels, sum(k.seconds for k in kernels)
+        told = event["args"]["input_type_shape"], event["args"]["output_type_shape"]
+        shapes = _shapes(told[0]), _shapes(told[1])
+        settings = {"type": next(iter(told[0][0]), "float"), **_settings(node, shapes[0])} if _contracts(node) and shapes[0] else {}
+        kernels.append(Kernel(name, event["args"]["op_name"], seconds, *shapes, settings))
+    return kernels
 
 
 def time_contractions(points: Sequence[tuple[str, tuple[int, ...]]], threads: int, runs: int = RUNS) -> Iterator[tuple[int, float]]:
@@ -132,23 +135,27 @@ def _shapes(told: Sequence[Mapping[str, Sequence[int]]]) -> tuple[tuple[int, ...
     return tuple(tuple(shape) for entry in told for shape in entry.values())
 
 
-def _settings(node: onnx.NodeProto, inputs: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """What a contraction's time depends on beside its sizes; nothing for other operators."""
-    if node.op_type in ("Conv", "FusedConv"):
-        given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        rank = len(inputs[0]) - 2
-        return {
-            "batch": inputs[0][0],
-            "space": list(inputs[0][2:]),
-            "window": list(inputs[1][2:]),
-            "strides": list(given.get("strides", [1] * rank)),
-            "pads": list(given.get("pads", [0] * 2 * rank)),
-            "dilations": list(given.get("dilations", [1] * rank)),
-            "activation": given.get("activation", b"").decode(),
-            "sum": len(node.input) > 3 and bool(node.input[3]),
-            "blocked": node.name.endswith(BLOCKED),
-        }
-    return {"float": 32} if node.op_type in ("MatMul", "FusedMatMul", "Gemm", "FusedGemm") else {}
+def _contracts(node: onnx.NodeProto | None) -> bool:
+    return node is not None and node.op_type in ("Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "FusedGemm")
+
+
+def _settings(node: Any, inputs: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """What a convolution's time depends on beside its channels; nothing more for a product of matrices."""
+    if "Conv" not in node.op_type:
+        return {}
+    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    rank = len(inputs[0]) - 2
+    return {
+        "batch": inputs[0][0],
+        "space": list(inputs[0][2:]),
+        "window": list(inputs[1][2:]),
+        "strides": list(given.get("strides", [1] * rank)),
+        "pads": list(given.get("pads", [0] * 2 * rank)),
+        "dilations": list(given.get("dilations", [1] * rank)),
+        "activation": given.get("activation", b"").decode(),
+        "sum": len(node.input) > 3 and bool(node.input[3]),
+        "blocked": node.name.endswith(BLOCKED),
+    }
 
 
 def _entries(given: Mapping[str, Any], sizes: tuple[int, ...]) -> int:
@@ -174,7 +181,7 @@ def _side_by_side(points: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[onnx.M
     outputs = []
 
     def noise(*shape: int) -> np.ndarray:
-        return generator.standard_normal(shape, dtype=np.float32)
+        return generator.standard_normal(shape, dtype=np.float32).astype(_TYPES.get(given["type"], "float32"))
 
     def add(operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(operator, list(inputs), [output], output, **attributes))
@@ -193,17 +200,18 @@ def _side_by_side(points: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[onnx.M
                 feeds[f"{root}r"] = noise(given["batch"], groups * filters, *_space_after(given))
                 value = add("Add", [value, f"{root}r"], f"{root}sum")
             if given["activation"]:
-                limits = [f"{root}limit{i}" for i in range(len(_SECOND_INPUTS.get(given["activation"], ())))]
-                constants |= {n: np.float32(v) for n, v in zip(limits, _SECOND_INPUTS.get(given["activation"], ()), strict=True)}
-                value = add(given["activation"], [value, *limits], f"{root}active")
+                limits = _SECOND_INPUTS.get(given["activation"], ())
+                names = [f"{root}limit{i}" for i in range(len(limits))]
+                constants |= {n: np.asarray(v, feeds[f"{root}x"].dtype) for n, v in zip(names, limits, strict=True)}
+                value = add(given["activation"], [value, *names], f"{root}active")
         else:
             batch, rows, inputs, columns = sizes
             feeds[f"{root}x"] = noise(batch, rows, inputs)
             (constants if given["kind"] == "linear" else feeds)[f"{root}w"] = noise(*([] if given["kind"] == "linear" else [batch]), inputs, columns)
             value = add("MatMul", [f"{root}x", f"{root}w"], f"{root}product")
-        outputs.append(helper.make_tensor_value_info(value, TensorProto.FLOAT, None))
-    declared = [helper.make_tensor_value_info(name, TensorProto.FLOAT, value.shape) for name, value in feeds.items()]
-    tensors = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+        outputs.append(helper.make_tensor_value_info(value, helper.np_dtype_to_tensor_dtype(feeds[f"{root}x"].dtype), None))
+    declared = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for n, v in feeds.items()]
+    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
     graph = helper.make_graph(nodes, "contractions", declared, outputs, tensors)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), feeds
 

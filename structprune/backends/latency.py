@@ -54,11 +54,11 @@ def latency_model(graph: Graph, groups: Groups, path: Path, origins: Mapping[str
     align: a step for all groups, in the place of the measured ones.
     """
     inputs = [v.detach().cpu().numpy() for v in graph.given_inputs() if isinstance(v, Tensor)]
-    kernels, whole = profile(path, inputs, tables.threads)
+    kernels = profile(path, inputs, tables.threads)
+    constant = whole = sum(k.seconds for k in kernels)
     free = {g.atom for g in groups}
     timed: list[_Timed] = []
     rest: list[tuple[Kernel, fx.Node]] = []
-    constant = whole
     for kernel, node, contraction in _attributed(graph, groups, kernels, origins):
         if contraction is not None and any(free.intersection(leaves(a)) for a in contraction.axes):
             timed.append(_Timed(kernel, contraction, signature(contraction.kind, kernel.settings)))
@@ -84,20 +84,20 @@ def _attributed(
         node = nodes.get(origin, node) if origin else node
         contraction = None
         if kernel.settings and node is not None:
-            maker = _maker(node, left)
+            maker = _maker(node, left, "window" in kernel.settings)
             if maker is not None:
                 node, contraction = maker, left[maker].pop(0)
         yield kernel, node, contraction
 
 
-def _maker(node: fx.Node, left: Mapping[fx.Node, list[Contraction]]) -> fx.Node | None:
-    """The node itself or the nearest before it with a contraction that no kernel has claimed.
+def _maker(node: fx.Node, left: Mapping[fx.Node, list[Contraction]], convolution: bool) -> fx.Node | None:
+    """The node itself or the nearest before it with a contraction, of the kind asked for, that no kernel has claimed.
 
     A convolution bears the name of what was fused into it.
     """
     reached = [node]
     for candidate in reached:  # grows while it is walked
-        if left.get(candidate):
+        if left.get(candidate) and (left[candidate][0].kind == "conv") == convolution:
             return candidate
         if candidate not in left:
             reached.extend(n for n in candidate.all_input_nodes if n not in reached)

@@ -94,6 +94,7 @@ def _rows(data: Mapping[str, Any]) -> list[_Row]:
     return [
         _quantity("parameters", data.get("params"), _count, "not counted"),
         _quantity("multiply-accumulates", data.get("macs"), _count, "not counted"),
+        *([_quantity("peak of activations", data["activation_bytes"], _bytes, "")] if data.get("activation_bytes") else []),
         _quantity("ONNX file", data.get("onnx_bytes"), _bytes, "not exported"),
         _quantity("channels that can be pruned", channels, _count, "none found"),
         *(latencies or [_Row("latency", remark="not measured")]),

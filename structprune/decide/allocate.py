@@ -54,14 +54,14 @@ def allocate(
     targets: Sequence[Target],
     scores: Scores,
     *,
-    costs: Mapping[str, Cost] | None = None,
+    costs: Mapping[str, Sequence[Cost]] | None = None,
     steps: Mapping[Atom, int] | None = None,
     method: str = "auto",
 ) -> Allocation:
     """The widths of the least loss that meet every target.
 
     `channels=` asks for shares, and gets them to the channel; beside budgets it is the most that a group keeps.
-    costs: measured ones, by the target that limits them. steps: between widths that are worth having.
+    costs: others than those of the groups themselves, by the target that limits each of them. steps: between widths that are worth having.
     method: 'auto' is 'milp' where steps were measured, and else 'uniform'.
 
     Raises TargetError, with the closest that can be reached, where the least of every group is too much.
@@ -69,8 +69,8 @@ def allocate(
     if method not in METHODS:
         raise InputError(f"unknown allocation {method!r}; use one of {', '.join(METHODS)}")
     share = min([t.value for t in targets if t.key == "channels"], default=1.0)
-    known = {"macs": macs(groups), "params": params(groups), **(costs or {})}
-    budgets = [(known[t.key], t.limit(known[t.key]())) for t in targets if t.key != "channels"]
+    known = {"macs": [macs(groups)], "params": [params(groups)], **(costs or {})}
+    budgets = [budget for t in targets if t.key != "channels" for budget in _budgets(t, known[t.key])]
     if not budgets or method == "uniform" or (method == "auto" and steps is None):
         uniform = Uniform(groups, bool(budgets), steps)
         widths = _uniform(groups, uniform, share, budgets)
@@ -85,6 +85,14 @@ def allocate(
     for choice in choices:
         smallest |= choice.options[0]
     raise _unreachable(budgets, smallest)
+
+
+def _budgets(target: Target, costs: Sequence[Cost]) -> list[tuple[Cost, float]]:
+    """A limit for each of the costs that the dense model exceeds; for the largest, if it exceeds none."""
+    dense = [cost() for cost in costs]
+    limit = target.limit(max(dense))
+    above = [cost for cost, amount in zip(costs, dense, strict=True) if amount > limit]
+    return [(cost, limit) for cost in above or [costs[dense.index(max(dense))]]]
 
 
 def _no_worse_than_uniform(

@@ -73,7 +73,6 @@ class _Program:
 
     choices: Sequence[Choice]
     loss: list[float] = field(default_factory=list)
-    upper: list[float] = field(default_factory=list)
     rows: list[tuple[list[int], list[float], float, float]] = field(default_factory=list)
     first: list[int] = field(default_factory=list)  # column of each choice's first option
     owner: dict[Atom, int] = field(default_factory=dict)
@@ -91,7 +90,6 @@ class _Program:
     def _columns(self, number: int, losses: Sequence[float] | None = None) -> list[int]:
         start = len(self.loss)
         self.loss.extend(losses or [0.0] * number)
-        self.upper.extend([np.inf] * number)
         return list(range(start, start + number))
 
     def add_budget(self, cost: Cost, limit: float) -> None:
@@ -154,21 +152,20 @@ class _Program:
         self.joined[one, other] = joint.ravel().tolist()
         return self.joined[one, other]
 
-    def _linear(self, axis: Axis, fixed: Mapping[Atom, int]) -> tuple[dict[int, float], float, float]:
-        """The size of an axis whose parts each depend on one choice: Σ coefficient · column; its smallest and largest value (constants with it)."""
-        least = most = float(kept_size(axis, {**fixed, **dict.fromkeys(self.owner, 0)}))
+    def _size(self, axis: Axis, fixed: Mapping[Atom, int]) -> tuple[dict[int, float], float, float, float]:
+        """The size of an axis whose parts each depend on one choice: Σ coefficient · column, and what is constant; its least and its most."""
+        nothing = {**fixed, **dict.fromkeys(self.owner, 0)}
+        rest = least = most = float(kept_size(axis, nothing))
         found: dict[int, float] = {}
         for choice in {self.owner[a] for a in leaves(axis) if a in self.owner}:
-            nothing = dict.fromkeys(self.owner, 0)
-            sizes = [kept_size(axis, {**fixed, **nothing, **o}) - kept_size(axis, {**fixed, **nothing}) for o in self.choices[choice].options]
-            found |= dict(zip(self._of(choice), map(float, sizes), strict=True))
+            sizes = [kept_size(axis, {**nothing, **o}) - rest for o in self.choices[choice].options]
+            found |= dict(zip(self._of(choice), sizes, strict=True))
             least, most = least + min(sizes), most + max(sizes)
-        return found, least, most
+        return found, rest, least, most
 
     def _concatenation(self, term: Term, place: int, beside: Sequence[int], fixed: Mapping[Atom, int], spend: Spend) -> float:
         """The size of the axis at `place`, in turn for each option of the choice beside it. Returns what is constant."""
-        size, least, most = self._linear(term.axes[place], fixed)
-        rest = float(kept_size(term.axes[place], {**fixed, **dict.fromkeys(self.owner, 0)}))
+        size, rest, least, most = self._size(term.axes[place], fixed)
         samples = np.linspace(least, most, _SAMPLES)
 
         def affine(option: Mapping[Atom, int]) -> tuple[float, float]:

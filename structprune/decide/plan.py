@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 
 from structprune.analysis.groups import Groups
 from structprune.decide.allocate import allocate
+from structprune.decide.cost import Cost, memory, size
 from structprune.decide.criteria import Scores, criterion_of
-from structprune.decide.targets import parse_target
+from structprune.decide.targets import Target, parse_target
 from structprune.decide.uniform import Widths
 from structprune.errors import InputError, PlanError
 from structprune.ir.axes import Atom, Keep, Shape, kept_entries
@@ -41,8 +42,14 @@ def plan(
     if any(t.key == "latency" for t in targets):
         raise InputError("a latency is measured on the whole model: ask compress() for it")
     name, scores = scored(graph, groups, criterion, model=model, seed=seed)
-    widths = allocate(groups, targets, scores, method=allocation).widths
+    widths = allocate(groups, targets, scores, costs=costs_of(graph, groups, targets), method=allocation).widths
     return plan_of(graph, groups, widths, scores, target=target, criterion=name, ignore=tuple(ignore))
+
+
+def costs_of(graph: Graph, groups: Groups, targets: Sequence[Target]) -> dict[str, Sequence[Cost]]:
+    """What the targets limit that is counted, not measured, and of which the groups alone do not tell."""
+    asked = {t.key for t in targets}
+    return ({"size": [size(graph, groups)]} if "size" in asked else {}) | ({"memory": memory(graph, groups)} if "memory" in asked else {})
 
 
 def scored(graph: Graph, groups: Groups, criterion: Any, *, model: nn.Module | None = None, seed: int = 0) -> tuple[str, Scores]:

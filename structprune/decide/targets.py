@@ -8,8 +8,15 @@ from dataclasses import dataclass
 from structprune.errors import InputError
 
 _COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-_UNITS = {"channels": {"": 1.0}, "macs": _COUNTS, "params": _COUNTS, "latency": {"": 1.0, "US": 1e-6, "MS": 1e-3, "S": 1.0}}
-_PLANNED = ("memory", "size")
+_BYTES = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30}
+_UNITS = {
+    "channels": {"": 1.0},
+    "macs": _COUNTS,
+    "params": _COUNTS,
+    "latency": {"": 1.0, "US": 1e-6, "MS": 1e-3, "S": 1.0},
+    "memory": {"": 1.0, **_BYTES},
+    "size": {"": 1.0, **_BYTES},
+}
 _MANY = 50  # targets of one front
 
 
@@ -37,12 +44,10 @@ def parse_target(text: str) -> tuple[Target, ...]:
         if match is None:
             raise InputError(f"target {part.strip()!r}: write it as key=value, such as macs=0.5 or params=5M")
         key, number, unit = match[1], float(match[2]), match[3].upper()
-        if key in _PLANNED:
-            raise InputError(f"target {key}= is not supported yet; use one of {', '.join(_UNITS)}")
         if key not in _UNITS:
             raise InputError(f"unknown target {key!r}; use one of {', '.join(_UNITS)}")
         if unit not in _UNITS[key]:
-            raise InputError(f"target {part.strip()!r}: unknown unit {match[3]!r}; K, M, G and T are understood for macs and params, ms for latency")
+            raise InputError(f"target {part.strip()!r}: unknown unit {match[3]!r}; {key} takes {', '.join(u for u in _UNITS[key] if u) or 'none'}")
         absolute = bool(unit) or (number > 1 and _UNITS[key] is _COUNTS)
         if number <= 0 or (not absolute and number > 1):
             raise InputError(f"target {part.strip()!r}: a share lies above 0 and at most at 1")
