@@ -6,6 +6,7 @@ usage, 3 the target cannot be reached, 1 an error of our own.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import sys
@@ -179,8 +180,10 @@ def bench(
     table: Annotated[bool, typer.Option("--table", help="print the measured times of operators that `compress` has kept")] = False,
     input: Inputs = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or tensorrt")] = "cpu",
-    threads: Threads = None,
-    seconds: Annotated[float, typer.Option("--seconds", help="time limit")] = 10.0,
+    threads: Annotated[str, typer.Option("--threads", help="threads of the runtime; several, such as 1,2, are measured one after the other")] = "",
+    batch: Annotated[str, typer.Option("--batch", help="batch sizes in the place of the inputs' own, such as 1,8,32")] = "",
+    size: Annotated[str, typer.Option("--size", help="heights and widths of pictures in the place of the inputs' own, such as 160,224")] = "",
+    seconds: Annotated[float, typer.Option("--seconds", help="time limit of each measurement")] = 10.0,
     seed: Seed = 0,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -189,25 +192,43 @@ def bench(
     _state["debug"] = debug
     if table == bool(candidates):
         raise InputError("bench takes files or output directories to compare, or --table alone")
+    settings = [_numbers("--threads", threads), _numbers("--batch", batch), _numbers("--size", size)]
+    answers: list[dict[str, Any]] = []
+    texts: list[str] = []
     with _progress() as say:
         from structprune.backends import profiles
         from structprune.backends.benchmark import benchmark
-        from structprune.backends.candidates import example_inputs, named
+        from structprune.backends.candidates import example_inputs, named, resized
         from structprune.backends.tables import Tables
 
         if table:
-            rows = Tables(threads or 1).rows()
-            summary = (
-                json.dumps(rows) if as_json else "\n".join(f"{sizes:>16} {1e3 * took:9.4f} ms  {what}  {place}" for place, what, sizes, took in rows)
-            )
-        else:
-            chosen = named(candidates or [])
-            inputs = example_inputs(chosen, input or (), seed)
-            compared = benchmark(chosen, inputs, device=device, threads=threads, seconds=seconds, seed=seed, progress=say)
+            rows = Tables(1).rows()
+            listing = json.dumps(rows) if as_json else "\n".join(f"{s:>16} {1e3 * t:9.4f} ms  {what}  {place}" for place, what, s, t in rows)
+        chosen = named(candidates or []) if candidates else {}
+        for number, samples, side in itertools.product(*settings) if candidates else ():
+            inputs = resized(example_inputs(chosen, input or (), seed), samples, side)
+            compared = benchmark(chosen, inputs, device=device, threads=number, seconds=seconds, seed=seed, progress=say)
             found = profiles.profiles(chosen, inputs, compared.threads) if profile else {}
-            answer = compared.to_dict() | (profiles.to_dict(found) if found else {})
-            summary = json.dumps(answer, indent=1) if as_json else str(compared) + (profiles.to_text(found) if found else "")
-    print(summary)
+            answers.append(compared.to_dict() | {"inputs": [list(t.shape) for t in inputs]} | (profiles.to_dict(found) if found else {}))
+            shapes = ", ".join("×".join(map(str, t.shape)) for t in inputs)
+            texts.append(f"inputs {shapes}\n{compared}" + (profiles.to_text(found) if found else ""))
+    if table:
+        print(listing)
+    elif as_json:
+        print(json.dumps(answers[0] if len(answers) == 1 else answers, indent=1))
+    else:
+        print("\n\n".join(texts))
+
+
+def _numbers(option: str, text: str) -> list[int | None]:
+    """The numbers of a list with commas; of an empty one, None."""
+    try:
+        numbers = [int(part) for part in text.split(",")] if text else [None]
+    except ValueError as error:
+        raise InputError(f"{option} {text!r}: write numbers with commas between them, such as 1,2") from error
+    if any(n is not None and n < 1 for n in numbers):
+        raise InputError(f"{option} {text!r}: numbers start at 1")
+    return numbers
 
 
 @app.command()

@@ -105,8 +105,8 @@ def plan_for_latency(
     share = limit = asked.limit(whole) / whole
     rounds: list[Round] = []
     plans: list[Plan] = []
-    for number in range(_ROUNDS):
-        say(f"round {number + 1}: solve for {limit:.3f} of the dense model's time")
+    for _ in range(2 * _ROUNDS):
+        say(f"round {len(rounds) + 1}: solve for {limit:.3f} of the dense model's time")
         try:
             corrected = [replace(t, value=limit * whole, absolute=True) if t.key == "latency" else t for t in targets]
             found = decide.allocate(groups, corrected, scores, costs=costs, steps=dense.latency.steps, method=allocation)
@@ -115,18 +115,19 @@ def plan_for_latency(
                 raise
             break
         plan = decide.plan_of(graph, groups, found.widths, scores, target=target, criterion=name, ignore=tuple(ignore))
-        if plans and plan.tensors == plans[-1].tensors:
-            break
+        if plans and plan.tensors == plans[-1].tensors:  # the correction was smaller than a step: once more
+            limit *= share / rounds[-1].measured
+            continue
         surgery = operate(graph, groups.types, decide.atoms_of(plan, groups), plan.tensors)
         onnx.export(retrace(surgery.module, graph).exported, small, graph.input_names, graph.output_names)
-        say(f"round {number + 1}: measure")
+        say(f"round {len(rounds) + 1}: measure")
         compared = benchmark_afresh(dense.original, small, inputs, threads=dense.threads, seconds=_SECONDS)
         if asked.absolute:
             share = asked.value / (compared.latencies[0].median_ms * 1e-3)
         ratio = compared.ratios[small.name]
         plans.append(plan)
         rounds.append(Round(dense.latency.cost(found.widths) / whole, ratio.median, ratio.low, ratio.high, found.gap))
-        if abs(ratio.median / share - 1) <= _CLOSE:
+        if abs(ratio.median / share - 1) <= _CLOSE or len(rounds) == _ROUNDS:
             break
         limit = rounds[-1].predicted * share / ratio.median
     best = min(range(len(rounds)), key=lambda r: _miss(rounds[r].measured, share))

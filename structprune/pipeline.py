@@ -24,7 +24,7 @@ from structprune.backends.report import Report
 from structprune.closed_loop import Dense, Found, measure_dense, plan_for_latency
 from structprune.decide.cost import Cost, memory
 from structprune.decide.criteria import Scores
-from structprune.errors import InputError, VerificationError
+from structprune.errors import InputError, TargetError, VerificationError
 from structprune.frontends.trace import Dynamic, fold_parametrizations, retrace, trace
 from structprune.ir.axes import Atom
 from structprune.ir.graph import Graph, resized
@@ -93,11 +93,20 @@ def front(
 ) -> list[Result]:
     """`compress` to several targets: 'latency=0.3:0.9:7' stands for seven, from 0.3 to 0.9. The model is traced, scored and timed once.
 
-    options: criterion, ignore, allocation, align, threads and seed, as of `compress`. Raises as it does.
+    options: criterion, ignore, allocation, align, threads and seed, as of `compress`. Raises as it does; a target that cannot be reached is
+    left out, with a word to `progress`, unless none can.
     """
     targets = decide.spread(target)
     ready = _prepare(model, example_inputs, example_kwargs, dynamic, targets, Options(**options), Clock(progress))
-    return [_decide(ready, one) for one in targets]
+    results: list[Result] = []
+    for one in targets:
+        try:
+            results.append(_decide(ready, one))
+        except TargetError as unreachable:
+            if one == targets[-1] and not results:
+                raise
+            ready.clock.say(str(unreachable))
+    return results
 
 
 @dataclass(frozen=True)

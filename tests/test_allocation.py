@@ -155,6 +155,16 @@ def test_a_front_of_targets() -> None:
             spread(wrong)
 
 
+def test_a_front_leaves_out_what_cannot_be_reached() -> None:
+    model, inputs = models.build("residual")
+    told: list[str] = []
+    results = sp.front(model, inputs, "macs=0.0001:0.5:2", progress=told.append)
+    assert [r.plan.target for r in results] == ["macs=0.5"]
+    assert any("cannot be reached" in line for line in told)
+    with pytest.raises(TargetError, match="cannot be reached"):
+        sp.front(model, inputs, "macs=0.0001:0.0002:2")
+
+
 def test_a_front_compresses_to_every_target() -> None:
     model, inputs = models.build("residual")
     results = sp.front(model, inputs, "macs=0.4:0.8:3")

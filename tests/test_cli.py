@@ -75,6 +75,17 @@ def test_a_front_of_models(run, tmp_path: Path) -> None:
     assert "importance kept" in (tmp_path / "front/front.svg").read_text()
 
 
+def test_bench_sweeps_threads_and_batches(run, tmp_path: Path) -> None:
+    assert run("compress", "demo", "--target", "channels=0.5", "--no-latency", "--out", "small")[0] == 0
+    status, out, err = run("bench", "small", "--threads", "1,2", "--batch", "1,3", "--seconds", "0.2", "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert [(one["threads"], one["inputs"][0][0]) for one in found] == [(1, 1), (1, 3), (2, 1), (2, 3)]
+    status, _, err = run("bench", "small", "--size", "40", "--seconds", "0.2")
+    assert status == 2 and "has shape" in err  # the demo takes 28 x 28
+    assert run("bench", "small", "--threads", "two")[0] == run("bench", "small", "--batch", "0")[0] == 2
+
+
 def test_tables_of_measured_times(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("STRUCTPRUNE_CACHE", str(tmp_path / "cache"))
     assert run("bench", "--table", "--json")[:2] == (0, "[]\n")

@@ -48,6 +48,22 @@ def example_inputs(candidates: Mapping[str, Path], shapes: Sequence[str], seed: 
     return tuple(v for v in torch.utils._pytree.tree_leaves(program.example_inputs) if isinstance(v, Tensor))
 
 
+def resized(inputs: Sequence[Tensor], batch: int | None, side: int | None) -> tuple[Tensor, ...]:
+    """The inputs repeated to another batch, and pictures (rank 4) to another height and width."""
+
+    def along(tensor: Tensor, axis: int, size: int) -> Tensor:
+        return tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
+
+    found = []
+    for tensor in inputs:
+        if batch is not None and tensor.dim():
+            tensor = along(tensor, 0, batch)
+        for axis in (2, 3) if side is not None and tensor.dim() == 4 else ():
+            tensor = along(tensor, axis, side)
+        found.append(tensor)
+    return tuple(found)
+
+
 def _inputs(path: Path) -> list[onnxruntime.NodeArg]:
     try:
         return list(onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).get_inputs())

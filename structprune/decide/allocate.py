@@ -37,6 +37,7 @@ _FEW_OPTIONS = 4
 _MANY_OPTIONS = 64  # of an atom, in a model of few groups
 _ALL_OPTIONS = 500  # of a model
 _WORK = 1.0  # of the loss of half of every group: what it is worth to keep all multiply-accumulates
+_UNITS = {"latency": (1e3, " ms"), "memory": (1.0, " B"), "size": (1.0, " B")}  # as people read them
 _TRUE_LIMIT = 3  # attempts with a smaller limit, where a term of the program was an approximation
 
 
@@ -80,7 +81,8 @@ def allocate(
         choices = _choices(groups, scores, steps or {}, most, least)
         found = _greedy(choices, budgets) if method == "greedy" else _milp(choices, budgets, _worth(groups))
         if found is not None:
-            return _no_worse_than_uniform(groups, scores, found, share, budgets, steps)
+            widths, gap = found if method == "greedy" else _no_worse_than_uniform(groups, scores, found, share, budgets, steps)
+            return Allocation(widths, _mean_loss(groups, widths, scores), gap)
     smallest: dict[Atom, int] = {}
     for choice in choices:
         smallest |= choice.options[0]
@@ -102,19 +104,18 @@ def _no_worse_than_uniform(
     share: float,
     budgets: Sequence[tuple[Cost, float]],
     steps: Mapping[Atom, int] | None,
-) -> Allocation:
+) -> tuple[Widths, float | None]:
     """What was found, unless the solver was stopped so early that uniform widths are better."""
     work = macs(groups)
 
     def value(widths: Widths) -> float:
         return _mean_loss(groups, widths, scores) + _WORK * (1 - work(widths) / max(1.0, work()))
 
-    widths, gap = found
     with suppress(TargetError):
         uniform = _uniform(groups, Uniform(groups, True, steps), share, budgets)
-        if value(uniform) < value(widths):
-            widths, gap = uniform, None
-    return Allocation(widths, _mean_loss(groups, widths, scores), gap)
+        if value(uniform) < value(found[0]):
+            return uniform, None
+    return found
 
 
 def importance_kept(groups: Groups, widths: Widths, scores: Scores) -> float:
@@ -274,8 +275,9 @@ def _uniform(groups: Groups, uniform: Uniform, share: float, budgets: Sequence[t
 def _unreachable(budgets: Sequence[tuple[Cost, float]], smallest: Widths) -> TargetError:
     """For the first budget that the smallest widths exceed, or together with the others cannot be met."""
     cost, limit = next(((c, limit) for c, limit in budgets if c(smallest) > limit), budgets[0])
-    original, least = cost(), cost(smallest)
+    scale, unit = _UNITS.get(cost.name, (1.0, ""))
+    original, least = scale * cost(), scale * cost(smallest)
     return TargetError(
-        f"{cost.name}={limit:.4g} cannot be reached: with the least in every group {least:,.4g} of {original:,.4g} {cost.name} "
+        f"{cost.name}={scale * limit:.4g}{unit} cannot be reached: with the least in every group {least:,.4g} of {original:,.4g}{unit} {cost.name} "
         f"({least / original:.3g}) stay; `structprune inspect` lists the frozen axes"
     )
