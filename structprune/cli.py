@@ -223,7 +223,7 @@ def bench(
 def _numbers(option: str, text: str) -> list[int | None]:
     """The numbers of a list with commas; of an empty one, None."""
     try:
-        numbers = [int(part) for part in text.split(",")] if text else [None]
+        numbers: list[int | None] = [int(part) for part in text.split(",")] if text else [None]
     except ValueError as error:
         raise InputError(f"{option} {text!r}: write numbers with commas between them, such as 1,2") from error
     if any(n is not None and n < 1 for n in numbers):

@@ -58,8 +58,8 @@ def resized(inputs: Sequence[Tensor], batch: int | None, side: int | None) -> tu
     for tensor in inputs:
         if batch is not None and tensor.dim():
             tensor = along(tensor, 0, batch)
-        for axis in (2, 3) if side is not None and tensor.dim() == 4 else ():
-            tensor = along(tensor, axis, side)
+        if side is not None and tensor.dim() == 4:
+            tensor = along(along(tensor, 2, side), 3, side)
         found.append(tensor)
     return tuple(found)
 
