@@ -102,7 +102,7 @@ def plan_for_latency(
     asked = next(t for t in targets if t.key == "latency")
     costs = decide.costs_of(graph, groups, targets) | {"latency": [dense.latency.cost]}
     whole = dense.latency.cost()
-    share = limit = asked.limit(whole) / whole
+    share = limit = asked.value / whole if asked.absolute else asked.value
     rounds: list[Round] = []
     plans: list[Plan] = []
     for _ in range(2 * _ROUNDS):
