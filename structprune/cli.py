@@ -65,7 +65,7 @@ def compress(
         str,
         typer.Option(
             "--target",
-            help="what must hold: latency=0.5, latency=4ms, channels=0.5, macs=2G, params=5M; several joined by commas; a front: latency=0.3:0.9:7",
+            help="what must hold: latency=0.5 or 4ms, channels=, macs=2G, params=, memory=, size=10MB, joined by commas; a front: latency=0.3:0.9:7",
         ),
     ] = "macs=0.5",
     criterion: Annotated[str, typer.Option("--criterion", help="which channels matter: auto, l1, l2, bn_scale, random")] = "auto",

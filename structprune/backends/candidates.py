@@ -12,6 +12,7 @@ from torch import Tensor
 from structprune.errors import InputError
 from structprune.frontends.load import input_tensors
 from structprune.frontends.program import load_program
+from structprune.ir.graph import repeated
 
 _TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64, "tensor(int64)": torch.int64,
           "tensor(int32)": torch.int32, "tensor(bool)": torch.bool}  # fmt: skip
@@ -50,16 +51,12 @@ def example_inputs(candidates: Mapping[str, Path], shapes: Sequence[str], seed: 
 
 def resized(inputs: Sequence[Tensor], batch: int | None, side: int | None) -> tuple[Tensor, ...]:
     """The inputs repeated to another batch, and pictures (rank 4) to another height and width."""
-
-    def along(tensor: Tensor, axis: int, size: int) -> Tensor:
-        return tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
-
     found = []
     for tensor in inputs:
         if batch is not None and tensor.dim():
-            tensor = along(tensor, 0, batch)
+            tensor = repeated(tensor, 0, batch)
         if side is not None and tensor.dim() == 4:
-            tensor = along(along(tensor, 2, side), 3, side)
+            tensor = repeated(repeated(tensor, 2, side), 3, side)
         found.append(tensor)
     return tuple(found)
 

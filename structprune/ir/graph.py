@@ -76,11 +76,15 @@ def resized(values: Sequence[Any], dynamic: Sequence[Sequence[int]], factor: flo
     def along(value: Any, axes: Sequence[int]) -> Any:
         for axis in axes:
             if axis:
-                size = max(1, int(value.shape[axis] * factor))
-                value = value.index_select(axis, torch.arange(size) % value.shape[axis])
+                value = repeated(value, axis, max(1, int(value.shape[axis] * factor)))
         return value
 
     return [along(value, axes) if isinstance(value, Tensor) else value for value, axes in zip(values, dynamic, strict=True)]
+
+
+def repeated(value: Tensor, axis: int, size: int) -> Tensor:
+    """An axis cut short, or its entries repeated, to another size."""
+    return value.index_select(axis, torch.arange(size) % value.shape[axis])
 
 
 def attribute(root: torch.nn.Module, name: str) -> Any:
