@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from structprune import decide
@@ -107,16 +108,21 @@ def plan_for_latency(
     plans: list[Plan] = []
     for _ in range(2 * _ROUNDS):
         say(f"round {len(rounds) + 1}: solve for {limit:.3f} of the dense model's time")
+        corrected = [replace(t, value=limit * whole, absolute=True) if t.key == "latency" else t for t in targets]
         try:
-            corrected = [replace(t, value=limit * whole, absolute=True) if t.key == "latency" else t for t in targets]
             found = decide.allocate(groups, corrected, scores, costs=costs, steps=dense.latency.steps, method=allocation)
-        except TargetError:
-            if not rounds:
+        except TargetError as unreachable:
+            if rounds:
+                break
+            least = unreachable.least.get("latency", 0.0) / whole
+            if least <= limit:
                 raise
-            break
+            limit = least * (1 + _MISSED)  # so the tables say; the file may be faster
+            continue
         plan = decide.plan_of(graph, groups, found.widths, scores, target=target, criterion=name, ignore=tuple(ignore))
-        if plans and plan.tensors == plans[-1].tensors:  # the correction was smaller than a step: once more
-            limit *= share / rounds[-1].measured
+        known = next((number for number, other in enumerate(plans) if other.tensors == plan.tensors), None)
+        if known is not None:  # the correction was smaller than a step
+            limit = _beyond(limit, rounds, known, share)
             continue
         surgery = operate(graph, groups.types, decide.atoms_of(plan, groups), plan.tensors)
         onnx.export(retrace(surgery.module, graph).exported, small, graph.input_names, graph.output_names)
@@ -129,11 +135,28 @@ def plan_for_latency(
         rounds.append(Round(dense.latency.cost(found.widths) / whole, ratio.median, ratio.low, ratio.high, found.gap))
         if abs(ratio.median / share - 1) <= _CLOSE or len(rounds) == _ROUNDS:
             break
-        limit = rounds[-1].predicted * share / ratio.median
+        limit = _corrected(rounds, share)
     best = min(range(len(rounds)), key=lambda r: _miss(rounds[r].measured, share))
     if rounds[best].measured > share * (1 + _MISSED):
         raise TargetError(f"latency={share:.3g} of the dense model's time cannot be reached: the closest took {rounds[best].measured:.3g} of it")
     return Found(plans[best], share, tuple(rounds), best)
+
+
+def _corrected(rounds: Sequence[Round], share: float) -> float:
+    """The prediction at which a measurement of `share` is to be expected: between the nearest on both sides, or in proportion to the nearest."""
+    faster = max((r for r in rounds if r.measured <= share), key=lambda r: r.measured, default=None)
+    slower = min((r for r in rounds if r.measured > share), key=lambda r: r.measured, default=None)
+    if faster is not None and slower is not None and faster.predicted < slower.predicted:
+        return float(np.interp(share, [faster.measured, slower.measured], [faster.predicted, slower.predicted]))
+    nearest = min(rounds, key=lambda r: abs(r.measured / share - 1))
+    return nearest.predicted * share / nearest.measured
+
+
+def _beyond(limit: float, rounds: Sequence[Round], known: int, share: float) -> float:
+    """Where to look after the limit led to a plan that was measured: half-way to the nearest prediction on the other side, or further out."""
+    mine = rounds[known]
+    others = [r.predicted for r in rounds if (r.measured > share) != (mine.measured > share)]
+    return (limit + min(others, key=lambda p: abs(p - limit))) / 2 if others else limit * share / mine.measured
 
 
 def _miss(measured: float, share: float) -> float:

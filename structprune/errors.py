@@ -8,6 +8,8 @@ StructpruneError              one line for the user; the command line turns it i
 └── VerificationError  (1)    the small model does not answer as the reference does: our bug, never the user's
 """
 
+from collections.abc import Mapping
+
 
 class StructpruneError(Exception):
     """Base of all errors that structprune raises on purpose. `exit_status` is what the command line returns."""
@@ -30,9 +32,13 @@ class PlanError(InputError):
 
 
 class TargetError(StructpruneError):
-    """No plan reaches the target."""
+    """No plan reaches the target. `least`: what the smallest widths cost, by the cost's name, where that was the reason."""
 
     exit_status = 3
+
+    def __init__(self, text: str, least: Mapping[str, float] | None = None):
+        super().__init__(text)
+        self.least = dict(least or {})
 
 
 class VerificationError(StructpruneError):

@@ -119,12 +119,28 @@ def test_threads_hold_during_the_run_and_are_restored_even_after_a_failure():
 
 def test_bootstrap_is_seeded_and_narrows_with_the_number_of_rounds():
     few, many = (np.random.default_rng(1).normal(10.0, 1.0, size=size) for size in (20, 2000))
-    median, low, high = module_under_test._bootstrap(many, seed=0)
-    assert (median, low, high) == module_under_test._bootstrap(many, seed=0)
+    median, low, high = module_under_test._bootstrap([many], seed=0)
+    assert (median, low, high) == module_under_test._bootstrap([many], seed=0)
     assert median == np.median(many) and low < 10.0 < high
-    assert high - low < 0.25 < np.subtract(*module_under_test._bootstrap(few, seed=0)[:0:-1])
+    assert high - low < 0.25 < np.subtract(*module_under_test._bootstrap([few], seed=0)[:0:-1])
     # The large-sample interval of a normal median: 2 * 1.96 * sqrt(pi / 2 / n).
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(np.pi / 2 / 2000), rel=0.3)
+
+
+def test_the_interval_tells_of_sessions_that_differ_however_steady_each_of_them_is():
+    parts = [np.full(100, level) for level in (9.0, 10.0, 11.0)]
+    median, low, high = module_under_test._bootstrap(parts, seed=0)
+    assert (median, low, high) == (10.0, 9.0, 11.0)
+
+
+def test_onnx_sessions_are_started_anew_and_modules_are_not(tmp_path, monkeypatch):
+    started, copied = [], []
+    session, evaluation_copy = module_under_test._session, module_under_test._evaluation_copy
+    monkeypatch.setattr(module_under_test, "_session", lambda *arguments: started.append(arguments[0]) or session(*arguments))
+    monkeypatch.setattr(module_under_test, "_evaluation_copy", lambda *arguments: copied.append(arguments[0]) or evaluation_copy(*arguments))
+    result = benchmark({"module": nn.Identity(), "file": write_onnx(tmp_path / "model.onnx")}, (X,), rounds=22, seconds=60)
+    assert copied == ["module"] and started == ["file"] * (22 // module_under_test.MIN_ROUNDS)
+    assert result.latencies[1].samples == 22
 
 
 def test_notes_tell_of_a_busy_machine_and_too_many_threads(monkeypatch):
@@ -166,8 +182,8 @@ def test_onnx_runtime_reads_the_values_it_was_given(tmp_path, monkeypatch, dtype
     binding = session.io_binding()
     monkeypatch.setattr(session, "io_binding", lambda: binding)
     monkeypatch.setattr(module_under_test, "_session", lambda *arguments: session)
-    runtime, run = module_under_test._onnx_runner("a", path, (transposed, other), "cpu", torch.device("cpu"), 1)
-    assert runtime == "onnxruntime-cpu" and run() > 0
+    runtime, start = module_under_test._onnx_starter("a", path, (transposed, other), "cpu", torch.device("cpu"), 1)
+    assert runtime == "onnxruntime-cpu" and start()() > 0
     np.testing.assert_array_equal(binding.copy_outputs_to_cpu()[0], [[10, 12, 14], [11, 13, 15]])
 
 
@@ -179,7 +195,8 @@ def test_idle_onnx_threads_do_not_take_cores_from_the_next_candidate(tmp_path):
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     graph = helper.make_graph([helper.make_node("MatMul", ["x", "x"], ["y"])], "square", inputs, [output])
     path.write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9).SerializeToString())
-    _, run = module_under_test._onnx_runner("a", path, (x,), "cpu", torch.device("cpu"), 2)
+    _, start = module_under_test._onnx_starter("a", path, (x,), "cpu", torch.device("cpu"), 2)
+    run = start()
     idle = []
     for _ in range(5):
         run()
@@ -195,7 +212,7 @@ def test_openmp_threads_get_time_to_fall_asleep_before_another_runtime(tmp_path,
     monkeypatch.setattr(module_under_test, "_time_rounds", lambda *arguments: rests.append(arguments[4]) or np.ones((5, 2)))
     second = write_onnx(tmp_path / "model.onnx") if mixed else nn.Identity()
     benchmark({"dense": nn.Identity(), "pruned": second}, (X,), threads=threads)
-    assert rests == [rest]
+    assert set(rests) == {rest}
 
 
 # ---------------------------------------------------------------------------------------------------------------- errors

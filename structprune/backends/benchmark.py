@@ -7,6 +7,8 @@ A machine changes its speed while it is measured (clocks, neighbours, heat). Two
 that to the models; a ratio *within a round* does not, so ratios come from paired rounds, and their interval says what is
 left. Candidates also disturb each other: idle threads of one runtime that spin take cores from the next candidate. On
 two cores that made an interleaved ratio of 0.27 read 0.19, hence `session.force_spinning_stop` and `REST_SECONDS` below.
+And a session of a runtime has its luck: where its memory and its threads lie. Two sessions of one file of a millisecond
+differed by 5 %, each of them steadily; so sessions are started anew several times, and the interval tells of that too.
 """
 
 import copy
@@ -39,6 +41,7 @@ Runner = Callable[[], float]
 """One run of one candidate, its inputs already in place; returns seconds. A runner ends when the outputs exist."""
 
 MIN_ROUNDS = 5
+STARTS = 5  # of every session, where starting takes little beside the time limit
 WARMUP_RUNS, WARMUP_SECONDS = 3, 0.1
 SHORTEST_TIMING = 2e-3  # seconds; shorter candidates run several times a round, to beat timer noise
 REST_SECONDS = 10e-3  # OpenMP threads of torch spin for about 8 ms after a run
@@ -156,7 +159,7 @@ def benchmark(
 
     `device` is 'cpu', 'cuda', 'cuda:N', or 'tensorrt' (ONNX files only by TensorRT, modules then run on CUDA). `threads`
     holds for both runtimes; as torch is set if not given, and put back afterwards. Timing stops after `rounds` rounds or
-    `seconds` seconds, warm-up not counted, but not before 5 rounds. `progress` receives a line at each step.
+    `seconds` seconds, starts and warm-up not counted, but not before 5 rounds. `progress` receives a line at each step.
 
     Raises InputError for a missing or unreadable file, a device or provider that is not there, inputs that do not fit a
     candidate (naming the input), and a candidate that fails on them.
@@ -173,25 +176,34 @@ def benchmark(
     place = _place(device)
 
     names = list(candidates)
-    runtimes, runners = zip(*[_runner(name, candidates[name], inputs, device, place, threads) for name in names], strict=True)
+    runtimes, starters = zip(*[_starter(name, candidates[name], inputs, device, place, threads) for name in names], strict=True)
     mixed = len(set(runtimes)) > 1
+    parts: list[np.ndarray] = []
+    number = 1
     with _steady(threads), torch.inference_mode():
-        repeats = []
-        for name, run in zip(names, runners, strict=True):
-            say(f"benchmark: warming up {name}")
-            repeats.append(_warm_up(name, run))
-        say(f"benchmark: timing {len(names)} candidate(s), at most {rounds} rounds or {seconds:g} s")
-        rest = REST_SECONDS if mixed and place.type == "cpu" and threads > 1 else 0.0
         cores_busy_elsewhere = _watch_others()
-        times = _time_rounds(runners, repeats, rounds, seconds, rest, seed)
+        while len(parts) < number:
+            started = time.perf_counter()
+            runners = [start() for start in starters]
+            repeats = []
+            for name, run in zip(names, runners, strict=True):
+                if not parts:
+                    say(f"benchmark: warming up {name}")
+                repeats.append(_warm_up(name, run))
+            if not parts:
+                say(f"benchmark: timing {len(names)} candidate(s), at most {rounds} rounds or {seconds:g} s")
+                number = max(1, min(STARTS, rounds // MIN_ROUNDS, int(seconds / 2 / (time.perf_counter() - started))))
+            rest = REST_SECONDS if mixed and place.type == "cpu" and threads > 1 else 0.0
+            limits = (rounds - sum(map(len, parts))) // (number - len(parts)), seconds / number
+            parts.append(_time_rounds(runners, repeats, *limits, rest, seed + len(parts), math.ceil(MIN_ROUNDS / number)))
         others = cores_busy_elsewhere()
 
-    samples = len(times)
+    samples = sum(map(len, parts))
     machine = environment()
-    milliseconds = [_bootstrap(times[:, column] * 1e3, seed) for column in range(len(names))]
+    milliseconds = [_bootstrap([part[:, column] * 1e3 for part in parts], seed) for column in range(len(names))]
     return Comparison(
         latencies=tuple(Latency(name, runtime, *interval, samples) for name, runtime, interval in zip(names, runtimes, milliseconds, strict=True)),
-        ratios={name: Ratio(*_bootstrap(times[:, column] / times[:, 0], seed)) for column, name in enumerate(names)},
+        ratios={name: Ratio(*_bootstrap([part[:, column] / part[:, 0] for part in parts], seed)) for column, name in enumerate(names)},
         device=device,
         threads=threads,
         machine=machine,
@@ -254,12 +266,12 @@ def _place(device: str) -> torch.device:
     return place
 
 
-def _runner(
+def _starter(
     name: str, candidate: nn.Module | str | Path, inputs: Sequence[Tensor], device: str, place: torch.device, threads: int
-) -> tuple[str, Runner]:
-    """The runtime's name and the runner of one candidate. InputError if it cannot be loaded or the inputs do not fit."""
+) -> tuple[str, Callable[[], Runner]]:
+    """The runtime's name and what starts the candidate in it. InputError if it cannot be loaded or the inputs do not fit."""
     if isinstance(candidate, nn.Module):
-        return _torch_runner(_evaluation_copy(name, candidate), inputs, place)
+        return _torch_starter(_evaluation_copy(name, candidate), inputs, place)
     if not isinstance(candidate, str | Path):
         raise InputError(f"{name}: a module or a path to an .onnx or .pt2 file is needed, not {type(candidate).__name__}")
     path = Path(candidate)
@@ -268,9 +280,9 @@ def _runner(
     if not path.is_file():
         raise InputError(f"{name}: no such file: {path}")
     if path.suffix == ".onnx":
-        return _onnx_runner(name, path, inputs, device, place, threads)
+        return _onnx_starter(name, path, inputs, device, place, threads)
     if path.suffix == ".pt2":
-        return _torch_runner(_load_exported(name, path, place), inputs, place)
+        return _torch_starter(_load_exported(name, path, place), inputs, place)
     raise InputError(f"{name}: {path}: cannot run a '{path.suffix}' file; export it to .onnx, or give the module itself")
 
 
@@ -299,8 +311,8 @@ def _load_exported(name: str, path: Path, place: torch.device) -> nn.Module:
         raise InputError(f"{name}: {path}: torch.export cannot load it: {_first_line(error)}") from error
 
 
-def _torch_runner(module: nn.Module, inputs: Sequence[Tensor], place: torch.device) -> tuple[str, Runner]:
-    """Run `module`, which becomes the runner's own, on copies of the inputs: it may write into them."""
+def _torch_starter(module: nn.Module, inputs: Sequence[Tensor], place: torch.device) -> tuple[str, Callable[[], Runner]]:
+    """Run `module`, which becomes the runner's own, on copies of the inputs: it may write into them. It starts only once."""
     module = module.to(place)
     arguments = [tensor.detach().to(place, copy=True) for tensor in inputs]
 
@@ -310,7 +322,7 @@ def _torch_runner(module: nn.Module, inputs: Sequence[Tensor], place: torch.devi
         return (time.perf_counter_ns() - start) * 1e-9
 
     if place.type == "cpu":
-        return "torch-cpu", run_on_cpu
+        return "torch-cpu", lambda: run_on_cpu
 
     stream = torch.cuda.current_stream(place)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -323,32 +335,37 @@ def _torch_runner(module: nn.Module, inputs: Sequence[Tensor], place: torch.devi
         end.synchronize()
         return start.elapsed_time(end) * 1e-3
 
-    return "torch-cuda", run_on_cuda
+    return "torch-cuda", lambda: run_on_cuda
 
 
-def _onnx_runner(name: str, path: Path, inputs: Sequence[Tensor], device: str, place: torch.device, threads: int) -> tuple[str, Runner]:
+def _onnx_starter(
+    name: str, path: Path, inputs: Sequence[Tensor], device: str, place: torch.device, threads: int
+) -> tuple[str, Callable[[], Runner]]:
     """Run the file with ONNX Runtime, inputs and outputs bound on the device, so that no run copies between host and GPU."""
     kind = device.partition(":")[0]
-    session = _session(name, path, kind, place.index or 0, threads)
-    _check_inputs(name, path, session, inputs)
 
-    tensors = [tensor.detach().to(place).contiguous() for tensor in inputs]
-    binding = session.io_binding()
-    for node, tensor in zip(session.get_inputs(), tensors, strict=True):
-        element = onnx.TensorProto.DataType.Value(ONNX_TYPES[tensor.dtype])
-        binding.bind_input(node.name, place.type, place.index or 0, element, tuple(tensor.shape), tensor.data_ptr())
-    for node in session.get_outputs():
-        binding.bind_output(node.name, place.type, place.index or 0)
-    if place.type == "cuda":
-        torch.cuda.synchronize(place)
+    def start() -> Runner:
+        session = _session(name, path, kind, place.index or 0, threads)
+        _check_inputs(name, path, session, inputs)
+        tensors = [tensor.detach().to(place).contiguous() for tensor in inputs]
+        binding = session.io_binding()
+        for node, tensor in zip(session.get_inputs(), tensors, strict=True):
+            element = onnx.TensorProto.DataType.Value(ONNX_TYPES[tensor.dtype])
+            binding.bind_input(node.name, place.type, place.index or 0, element, tuple(tensor.shape), tensor.data_ptr())
+        for node in session.get_outputs():
+            binding.bind_output(node.name, place.type, place.index or 0)
+        if place.type == "cuda":
+            torch.cuda.synchronize(place)
 
-    def run(keep_alive: Sequence[Tensor] = tensors) -> float:  # the binding holds bare addresses
-        start = time.perf_counter_ns()
-        session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-        return (time.perf_counter_ns() - start) * 1e-9
+        def run(keep_alive: Sequence[Tensor] = tensors) -> float:  # the binding holds bare addresses
+            start = time.perf_counter_ns()
+            session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+            return (time.perf_counter_ns() - start) * 1e-9
 
-    return f"onnxruntime-{kind}", run
+        return run
+
+    return f"onnxruntime-{kind}", start
 
 
 def _session(name: str, path: Path, kind: str, index: int, threads: int) -> Any:
@@ -425,16 +442,18 @@ def _warm_up(name: str, run: Runner) -> int:
     return math.ceil(SHORTEST_TIMING / max(min(durations), 1e-7))
 
 
-def _time_rounds(runners: Sequence[Runner], repeats: Sequence[int], rounds: int, seconds: float, rest: float, seed: int) -> np.ndarray:
+def _time_rounds(
+    runners: Sequence[Runner], repeats: Sequence[int], rounds: int, seconds: float, rest: float, seed: int, least: int = MIN_ROUNDS
+) -> np.ndarray:
     """Seconds a run, [rounds, candidates]. Every candidate has one turn a round, in an order drawn anew for each round.
 
     A turn is `repeats` runs in a row and counts with their median, so that one interrupted run does not spoil it. `rest`
-    seconds of sleep precede every turn.
+    seconds of sleep precede every turn. There are `least` rounds, however long they take.
     """
     random = np.random.default_rng(seed)
     started = time.perf_counter()
     times: list[list[float]] = []
-    while len(times) < MIN_ROUNDS or (len(times) < rounds and time.perf_counter() - started < seconds):
+    while len(times) < least or (len(times) < rounds and time.perf_counter() - started < seconds):
         row = [0.0] * len(runners)
         for index in random.permutation(len(runners)):
             if rest:
@@ -444,14 +463,20 @@ def _time_rounds(runners: Sequence[Runner], repeats: Sequence[int], rounds: int,
     return np.array(times)
 
 
-def _bootstrap(values: np.ndarray, seed: int) -> tuple[float, float, float]:
-    """Median of `values` [rounds], and the 2.5th and 97.5th percentile of the medians of resamples with replacement.
+def _bootstrap(parts: Sequence[np.ndarray], seed: int) -> tuple[float, float, float]:
+    """Median of all values of `parts` [rounds], and the 2.5th and 97.5th percentile of the medians of resamples with replacement.
 
-    This is Efron's percentile bootstrap; it takes rounds as independent, so slow drift of a machine is not in the interval.
+    This is Efron's percentile bootstrap in two stages: of the starts of the sessions, then of the rounds in each of these. It takes
+    both as independent, so slow drift of a machine is not in the interval.
     """
-    resamples = values[np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))]
-    low, high = np.percentile(np.median(resamples, axis=1), [2.5, 97.5])
-    return float(np.median(values)), float(low), float(high)
+    random = np.random.default_rng(seed)
+
+    def resample() -> np.ndarray:
+        chosen = [parts[p] for p in random.integers(len(parts), size=len(parts))]
+        return np.concatenate([part[random.integers(len(part), size=len(part))] for part in chosen])
+
+    low, high = np.percentile([np.median(resample()) for _ in range(RESAMPLES)], [2.5, 97.5])
+    return float(np.median(np.concatenate(parts))), float(low), float(high)
 
 
 def _notes(samples: int, rounds: int, seconds: float, threads: int, cores: int, others: float, mixed: bool) -> tuple[str, ...]:

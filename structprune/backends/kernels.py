@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,10 @@ import onnx
 import onnxruntime
 from onnx import helper
 
-RUNS = 7
+RUNS = 4
 BLOCKED = "_nchwc"  # ends the names of kernels that work on channels in blocks, a layout that their neighbours share
 _WARM_UP = 2
+_SESSIONS = 2
 _AT_ONCE = 192 << 20  # bytes of weights and inputs in one session
 _ROOT_OF = re.compile(r"^p(\d+)\.")
 _TYPES = {"float": "float32", "float16": "float16", "double": "float64"}
@@ -52,20 +52,25 @@ def signature(kind: str, settings: Mapping[str, Any]) -> str:
     return json.dumps({"kind": kind, **settings}, sort_keys=True, separators=(",", ":"))
 
 
-def profile(path: Path, inputs: Sequence[np.ndarray], threads: int, runs: int = RUNS) -> list[Kernel]:
-    """The kernels of a file, in the order in which they run; their seconds are medians."""
+def profile(path: Path, inputs: Sequence[np.ndarray], threads: int, runs: int = 2 * RUNS) -> list[Kernel]:
+    """The kernels of a file, in the order in which they run; their seconds are the shortest of some runs, in two sessions.
+
+    Whatever disturbs a run makes it longer, and what disturbs a session, such as threads that share a core, all of its runs.
+    """
+    events: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work:
         optimized = Path(work) / "optimized.onnx"
-        session = _session(path, threads, work, optimized)
-        feeds = dict(zip((i.name for i in session.get_inputs()), inputs, strict=False))
-        events = _events(session, feeds, runs)
+        for _ in range(_SESSIONS):
+            session = _session(path, threads, work, optimized)
+            feeds = dict(zip((i.name for i in session.get_inputs()), inputs, strict=False))
+            events += _events(session, feeds, runs)
         made = {node.name: node for node in onnx.load(str(optimized), load_external_data=False).graph.node}
-    per_run = len(events) // runs
+    per_run = len(events) // (_SESSIONS * runs)
     kernels = []
     for position in range(per_run):
         event = events[position]
         name, node = _name(event), made.get(_name(event))
-        seconds = median(events[position + run * per_run]["dur"] for run in range(runs)) * 1e-6
+        seconds = min(e["dur"] for e in events[position::per_run]) * 1e-6
         told = event["args"]["input_type_shape"], event["args"]["output_type_shape"]
         shapes = _shapes(told[0]), _shapes(told[1])
         settings = {"type": next(iter(told[0][0]), "float"), **_settings(node, shapes[0])} if _contracts(node) and shapes[0] else {}

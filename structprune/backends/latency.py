@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from structprune.analysis.contractions import Contraction, contractions
 from structprune.analysis.groups import Groups
 from structprune.backends.kernels import BLOCKED, Kernel, profile, signature
-from structprune.backends.tables import Tables
+from structprune.backends.tables import Point, Tables
 from structprune.decide.allocate import thinned
 from structprune.decide.cost import Cost, Term
 from structprune.ir.axes import Atom, Axis, Sum, kept_size, leaves
@@ -66,7 +66,7 @@ def latency_model(graph: Graph, groups: Groups, path: Path, origins: Mapping[str
         elif node is not None and contraction is None and not free.isdisjoint(groups.types.atoms(node)):
             rest.append((kernel, node))
             constant -= kernel.seconds
-    steps = {atom: align or _measured_step(groups, atom, timed, tables, whole) for atom in free}
+    steps = dict.fromkeys(free, align) if align else _measured_steps(groups, free, timed, tables, whole)
     terms = [*_tabled(groups, timed, tables, steps), *(_by_data(groups, kernel, node) for kernel, node in rest)]
     return LatencyModel(Cost("latency", tuple(terms), constant, groups.batch), steps)
 
@@ -104,23 +104,38 @@ def _maker(node: fx.Node, left: Mapping[fx.Node, list[Contraction]], convolution
     return None
 
 
-def _measured_step(groups: Groups, atom: Atom, timed: Sequence[_Timed], tables: Tables, whole: float) -> int:
-    """The largest step such that a width between two multiples of it gains nothing over the next multiple, in all kernels together.
+def _measured_steps(groups: Groups, free: Iterable[Atom], timed: Sequence[_Timed], tables: Tables, whole: float) -> dict[Atom, int]:
+    """For each atom the largest step such that a width between two multiples gains nothing over the next multiple, in all kernels together.
 
     whole: the model's latency, beside which a gain may be too small to count.
     """
-    mine = [t for t in timed if any(atom in leaves(axis) for axis in t.contraction.axes)]
-    mine = [t for t in mine if t.kernel.seconds > _MATTERS * whole] or mine
-    top = atom.size - atom.size % _STEPS[-1] or atom.size
-    widths = [top - below for below in _BELOW if below < top]
-    points = [(one.key, _sizes(one.contraction, {**groups.batch, atom: w})) for w in widths for one in mine]
-    times = dict(zip(widths, np.array(tables.seconds(points)).reshape(len(widths), len(mine)).sum(axis=1), strict=True))
+    found: dict[Atom, tuple[list[int], list[Point]]] = {}
+    for atom in free:
+        mine = [t for t in timed if any(atom in leaves(axis) for axis in t.contraction.axes)]
+        mine = [t for t in mine if t.kernel.seconds > _MATTERS * whole] or mine
+        widths = [_top(atom) - below for below in _BELOW if below < _top(atom)]
+        found[atom] = widths, [(one.key, _sizes(one.contraction, {**groups.batch, atom: w})) for w in widths for one in mine]
+    tables.seconds([p for _, points in found.values() for p in points])  # all that are missing at once
+    steps = {}
+    for atom, (widths, points) in found.items():
+        times = np.array(tables.seconds(points)).reshape(len(widths), len(points) // len(widths)).sum(axis=1)
+        steps[atom] = _step(dict(zip(widths, times, strict=True)), _top(atom), whole)
+    return steps
+
+
+def _top(atom: Atom) -> int:
+    """The largest multiple of the largest step among an atom's widths."""
+    return atom.size - atom.size % _STEPS[-1] or atom.size
+
+
+def _step(times: Mapping[int, float], top: int, whole: float) -> int:
+    """times: seconds by width, from the top downwards."""
 
     def free(step: int) -> bool:
-        ends = {w: min(top, -(-w // step) * step) for w in widths}
+        ends = {w: min(top, -(-w // step) * step) for w in times}
         extra = {w: times[end] - times[w] for w, end in ends.items() if end in times}
         costly = [w for w in extra if extra[w] > (_WORTH - 1) * times[w] and extra[w] > _GAIN * whole]
-        return len(costly) <= len(widths) // _PER_OUTLIER
+        return len(costly) <= len(times) // _PER_OUTLIER
 
     return next(step for step in reversed(_STEPS) if step == 1 or (2 * step <= top and free(step)))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 
 from structprune.backends.benchmark import environment
@@ -16,6 +18,8 @@ from structprune.backends.kernels import time_contractions
 Point = tuple[str, tuple[int, ...]]  # a signature (see kernels.py), and the sizes of the axes
 
 _TOLD = 50  # sizes between two words of progress
+_SAME = 1.08  # two timings of a size that differ by more than this were not both undisturbed
+_PASSES = 4  # over the sizes, at most; the second one over all of them
 
 
 def default_path() -> Path:
@@ -49,19 +53,37 @@ class Tables:
 
     def again(self, points: Sequence[Point]) -> None:
         """Measure these once more, for something may have disturbed them; the shorter time counts."""
-        self._measure(list(dict.fromkeys(points)))
+        self._pass(list(dict.fromkeys(points)))
+        self._keep(points)
 
     def _measure(self, points: Sequence[Point]) -> None:
-        fresh = []
+        """In two passes, so that what disturbs a whole session does not disturb a size both times; where they differ, in more."""
+        left = list(points)
+        for number in range(_PASSES):
+            before = [self._known.get(p, math.inf) for p in left]
+            order = np.random.default_rng(number).permutation(len(left)) if number else range(len(left))  # in other company each time
+            now = dict(self._pass([left[i] for i in order]))
+            pairs = [(p, then) for p, then in zip(left, before, strict=True)]
+            left = [p for p, then in pairs if max(then, now[p]) > _SAME * min(then, now[p])]
+            if not left:
+                break
+        self._keep(points)
+
+    def _pass(self, points: Sequence[Point]) -> list[tuple[Point, float]]:
+        """One timing of each point; of all its timings the shortest is kept."""
+        found = []
         for number, (index, taken) in enumerate(time_contractions(points, self.threads)):
             if number % _TOLD == 0:
                 self._say(f"time operators: {number} of {len(points)} sizes")
-            point = points[index]
-            self._known[point] = min(taken, self._known.get(point, taken))
-            fresh.append((self.place, point[0], _text(point[1]), self._known[point]))
-        if fresh:
+            found.append((points[index], taken))
+            self._known[points[index]] = min(taken, self._known.get(points[index], taken))
+        return found
+
+    def _keep(self, points: Sequence[Point]) -> None:
+        if points:
             with self._open() as store:
-                store.executemany("INSERT OR REPLACE INTO times VALUES (?, ?, ?, ?)", fresh)
+                rows = [(self.place, key, _text(sizes), self._known[key, sizes]) for key, sizes in points]
+                store.executemany("INSERT OR REPLACE INTO times VALUES (?, ?, ?, ?)", rows)
 
     def rows(self) -> list[tuple[str, str, str, float]]:
         """All that is kept, of other places too: (place, signature, sizes, seconds)."""

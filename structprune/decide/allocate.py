@@ -279,5 +279,6 @@ def _unreachable(budgets: Sequence[tuple[Cost, float]], smallest: Widths) -> Tar
     original, least = scale * cost(), scale * cost(smallest)
     return TargetError(
         f"{cost.name}={scale * limit:.4g}{unit} cannot be reached: with the least in every group {least:,.4g} of {original:,.4g}{unit} {cost.name} "
-        f"({least / original:.3g}) stay; `structprune inspect` lists the frozen axes"
+        f"({least / original:.3g}) stay; `structprune inspect` lists the frozen axes",
+        {cost.name: cost(smallest)},
     )
