@@ -184,6 +184,7 @@ def bench(
     batch: Annotated[str, typer.Option("--batch", help="batch sizes in the place of the inputs' own, such as 1,8,32")] = "",
     size: Annotated[str, typer.Option("--size", help="heights and widths of pictures in the place of the inputs' own, such as 160,224")] = "",
     seconds: Annotated[float, typer.Option("--seconds", help="time limit of each measurement")] = 10.0,
+    resources: Annotated[bool, typer.Option(help="peak memory and energy too, where the machine tells")] = True,
     seed: Seed = 0,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -207,7 +208,7 @@ def bench(
         chosen = named(candidates or []) if candidates else {}
         for number, samples, side in itertools.product(*settings) if candidates else ():
             inputs = resized(example_inputs(chosen, input or (), seed), samples, side)
-            compared = benchmark(chosen, inputs, device=device, threads=number, seconds=seconds, seed=seed, progress=say)
+            compared = benchmark(chosen, inputs, device=device, threads=number, seconds=seconds, seed=seed, resources=resources, progress=say)
             found = profiles.profiles(chosen, inputs, compared.threads) if profile else {}
             answers.append(compared.to_dict() | {"inputs": [list(t.shape) for t in inputs]} | (profiles.to_dict(found) if found else {}))
             shapes = ", ".join("×".join(map(str, t.shape)) for t in inputs)

@@ -42,7 +42,7 @@ def write_onnx(path, shape=("batch", 3), element=TensorProto.FLOAT, names=("x",)
 
 
 def comparison(low: float, high: float) -> Comparison:
-    latencies = tuple(Latency(name, "torch-cpu", 1.0, 0.9, 1.1, 20) for name in ("dense", "pruned"))
+    latencies = tuple(Latency(name, "torch-cpu", 1.0, 0.9, 1.1, 20, 1000.0, peak) for name, peak in (("dense", 4_000_000), ("pruned", None)))
     ratios = {"dense": Ratio(1.0, 1.0, 1.0), "pruned": Ratio((low + high) / 2, low, high)}
     return Comparison(latencies, ratios, "cpu", 2, {"cpu": "a processor", "gpus": []}, ("a remark",))
 
@@ -87,7 +87,7 @@ def test_short_candidates_are_repeated_within_a_turn():
     times = module_under_test._time_rounds(runners, [2, 3], rounds=6, seconds=60, rest=0.0, seed=0)
     assert times.shape == (6, 2) and (times == [0.5, 0.25]).all()
     assert calls.count("a") == 12 and calls.count("b") == 18
-    assert module_under_test._warm_up("a", lambda: time.sleep(1e-4) or 3e-4) == 7  # ceil(2 ms / 0.3 ms)
+    assert module_under_test._warmed_up("a", lambda: time.sleep(1e-4) or 3e-4)[1] == 7  # ceil(2 ms / 0.3 ms)
 
 
 def test_stops_at_the_time_limit_but_not_before_five_rounds():
@@ -138,7 +138,8 @@ def test_onnx_sessions_are_started_anew_and_modules_are_not(tmp_path, monkeypatc
     session, evaluation_copy = module_under_test._session, module_under_test._evaluation_copy
     monkeypatch.setattr(module_under_test, "_session", lambda *arguments: started.append(arguments[0]) or session(*arguments))
     monkeypatch.setattr(module_under_test, "_evaluation_copy", lambda *arguments: copied.append(arguments[0]) or evaluation_copy(*arguments))
-    result = benchmark({"module": nn.Identity(), "file": write_onnx(tmp_path / "model.onnx")}, (X,), rounds=22, seconds=60)
+    files = {"module": nn.Identity(), "file": write_onnx(tmp_path / "model.onnx")}
+    result = benchmark(files, (X,), rounds=22, seconds=60, resources=False)
     assert copied == ["module"] and started == ["file"] * (22 // module_under_test.MIN_ROUNDS)
     assert result.latencies[1].samples == 22
 
@@ -182,8 +183,7 @@ def test_onnx_runtime_reads_the_values_it_was_given(tmp_path, monkeypatch, dtype
     binding = session.io_binding()
     monkeypatch.setattr(session, "io_binding", lambda: binding)
     monkeypatch.setattr(module_under_test, "_session", lambda *arguments: session)
-    runtime, start = module_under_test._onnx_starter("a", path, (transposed, other), "cpu", torch.device("cpu"), 1)
-    assert runtime == "onnxruntime-cpu" and start()() > 0
+    assert module_under_test._onnx_runner("a", path, (transposed, other), "cpu", torch.device("cpu"), 1)() > 0
     np.testing.assert_array_equal(binding.copy_outputs_to_cpu()[0], [[10, 12, 14], [11, 13, 15]])
 
 
@@ -195,8 +195,7 @@ def test_idle_onnx_threads_do_not_take_cores_from_the_next_candidate(tmp_path):
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     graph = helper.make_graph([helper.make_node("MatMul", ["x", "x"], ["y"])], "square", inputs, [output])
     path.write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9).SerializeToString())
-    _, start = module_under_test._onnx_starter("a", path, (x,), "cpu", torch.device("cpu"), 2)
-    run = start()
+    run = module_under_test._onnx_runner("a", path, (x,), "cpu", torch.device("cpu"), 2)
     idle = []
     for _ in range(5):
         run()
@@ -326,9 +325,9 @@ def test_prints_as_an_aligned_table_with_verdicts():
     assert (
         str(comparison(0.5, 0.6))
         == """\
-candidate  runtime    median ms  95 % interval  time ratio  95 % interval  rounds
-dense      torch-cpu      1.000    0.900-1.100       1.000    1.000-1.000      20
-pruned     torch-cpu      1.000    0.900-1.100       0.550    0.500-0.600      20
+candidate  runtime    median ms  95 % interval  time ratio  95 % interval  rounds   per s  peak MB
+dense      torch-cpu      1.000    0.900-1.100       1.000    1.000-1.000      20  1000.0      4.0
+pruned     torch-cpu      1.000    0.900-1.100       0.550    0.500-0.600      20  1000.0
 dense: the baseline
 pruned: 1.82x faster (1.67-2.00)
 on cpu (a processor), 2 threads

@@ -212,7 +212,7 @@ def compared(ratio: float, dense_ms: float = 2.0) -> Comparison:
     names = ("original.onnx", "model.onnx")
     times = (dense_ms, dense_ms * ratio)
     return Comparison(
-        tuple(Latency(n, "onnxruntime-cpu", t, t, t, 9) for n, t in zip(names, times, strict=True)),
+        tuple(Latency(n, "onnxruntime-cpu", t, t, t, 9, 1e3 / t) for n, t in zip(names, times, strict=True)),
         {n: Ratio(r, r, r) for n, r in zip(names, (1.0, ratio), strict=True)}, "cpu", 1, {}, (),
     )  # fmt: skip
 

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
+from structprune.backends.resources import NO_ENERGY, NO_MEMORY, Resources, measure
 from structprune.errors import InputError
 
 Runner = Callable[[], float]
@@ -68,7 +70,8 @@ class Ratio:
 class Latency:
     """One candidate on one runtime, in milliseconds a run: the median over rounds and its bootstrap 95 % interval.
 
-    `runtime` is 'onnxruntime-cpu', '-cuda' or '-tensorrt', 'torch-cpu' or 'torch-cuda'; `samples` is the number of rounds.
+    `runtime` is 'onnxruntime-cpu', '-cuda' or '-tensorrt', 'torch-cpu' or 'torch-cuda'; `samples` is the number of rounds;
+    `throughput` is rows of the batch a second; for peak memory and energy of a run see `resources.Resources`.
     """
 
     name: str
@@ -77,6 +80,9 @@ class Latency:
     low_ms: float
     high_ms: float
     samples: int
+    throughput: float
+    peak_bytes: int | None = None
+    joules: float | None = None
 
 
 @dataclass(frozen=True)
@@ -125,16 +131,18 @@ class Comparison:
         )
 
     def __str__(self) -> str:
-        rows = [("candidate", "runtime", "median ms", "95 % interval", "time ratio", "95 % interval", "rounds")]
+        rows = [("candidate", "runtime", "median ms", "95 % interval", "time ratio", "95 % interval", "rounds", "per s", "peak MB", "mJ")]
         for latency in self.latencies:
             ratio = self.ratios[latency.name]
             rows.append((
                 latency.name, latency.runtime,
                 f"{latency.median_ms:.3f}", f"{latency.low_ms:.3f}-{latency.high_ms:.3f}",
                 f"{ratio.median:.3f}", f"{ratio.low:.3f}-{ratio.high:.3f}", str(latency.samples),
+                f"{latency.throughput:.1f}", _shown(latency.peak_bytes, 1e-6), _shown(latency.joules, 1e3),
             ))  # fmt: skip
+        rows = list(zip(*(column for column in zip(*rows, strict=True) if any(column[1:])), strict=True))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = ["  ".join([*map(str.ljust, row[:2], widths[:2]), *map(str.rjust, row[2:], widths[2:])]) for row in rows]
+        table = ["  ".join([*map(str.ljust, row[:2], widths[:2]), *map(str.rjust, row[2:], widths[2:])]).rstrip() for row in rows]
         processor = self.machine["cpu"] if self.device == "cpu" else ", ".join(self.machine["gpus"])
         plural = "" if self.threads == 1 else "s"
         where = f"on {self.device} ({processor}), {self.threads} thread{plural}"
@@ -150,6 +158,7 @@ def benchmark(
     rounds: int = 200,
     seconds: float = 10.0,
     seed: int = 0,
+    resources: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Comparison:
     """Time every candidate on the same inputs and compare it with the first one, the baseline.
@@ -159,7 +168,8 @@ def benchmark(
 
     `device` is 'cpu', 'cuda', 'cuda:N', or 'tensorrt' (ONNX files only by TensorRT, modules then run on CUDA). `threads`
     holds for both runtimes; as torch is set if not given, and put back afterwards. Timing stops after `rounds` rounds or
-    `seconds` seconds, starts and warm-up not counted, but not before 5 rounds. `progress` receives a line at each step.
+    `seconds` seconds, starts and warm-up not counted, but not before 5 rounds. `resources`: peak memory and energy too, where
+    the machine tells. `progress` receives a line at each step.
 
     Raises InputError for a missing or unreadable file, a device or provider that is not there, inputs that do not fit a
     candidate (naming the input), and a candidate that fails on them.
@@ -181,33 +191,46 @@ def benchmark(
     parts: list[np.ndarray] = []
     number = 1
     with _steady(threads), torch.inference_mode():
+        used = {name: Resources() for name in names}
+        for name, start in zip(names, starters, strict=True) if resources else ():
+            say(f"benchmark: memory and energy of {name}")
+            used[name] = measure(lambda name=name, start=start: _warmed_up(name, start())[0], place)  # type: ignore[misc]
         cores_busy_elsewhere = _watch_others()
         while len(parts) < number:
             started = time.perf_counter()
-            runners = [start() for start in starters]
-            repeats = []
-            for name, run in zip(names, runners, strict=True):
+            warmed_up = []
+            for name, start in zip(names, starters, strict=True):
                 if not parts:
                     say(f"benchmark: warming up {name}")
-                repeats.append(_warm_up(name, run))
+                warmed_up.append(_warmed_up(name, start()))
             if not parts:
                 say(f"benchmark: timing {len(names)} candidate(s), at most {rounds} rounds or {seconds:g} s")
                 number = max(1, min(STARTS, rounds // MIN_ROUNDS, int(seconds / 2 / (time.perf_counter() - started))))
             rest = REST_SECONDS if mixed and place.type == "cpu" and threads > 1 else 0.0
             limits = (rounds - sum(map(len, parts))) // (number - len(parts)), seconds / number
+            runners, repeats = zip(*warmed_up, strict=True)
             parts.append(_time_rounds(runners, repeats, *limits, rest, seed + len(parts), math.ceil(MIN_ROUNDS / number)))
         others = cores_busy_elsewhere()
 
     samples = sum(map(len, parts))
     machine = environment()
     milliseconds = [_bootstrap([part[:, column] * 1e3 for part in parts], seed) for column in range(len(names))]
+    batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
+    notes = _notes(samples, rounds, seconds, threads, machine["cores"], others, mixed)
+    if resources:
+        notes += tuple(
+            note for key, note in (("peak_bytes", NO_MEMORY), ("joules", NO_ENERGY)) if any(getattr(u, key) is None for u in used.values())
+        )
     return Comparison(
-        latencies=tuple(Latency(name, runtime, *interval, samples) for name, runtime, interval in zip(names, runtimes, milliseconds, strict=True)),
+        latencies=tuple(
+            Latency(name, runtime, *interval, samples, batch / interval[0] * 1e3, **asdict(used[name]))
+            for name, runtime, interval in zip(names, runtimes, milliseconds, strict=True)
+        ),
         ratios={name: Ratio(*_bootstrap([part[:, column] / part[:, 0] for part in parts], seed)) for column, name in enumerate(names)},
         device=device,
         threads=threads,
         machine=machine,
-        notes=_notes(samples, rounds, seconds, threads, machine["cores"], others, mixed),
+        notes=notes,
     )
 
 
@@ -222,7 +245,7 @@ def benchmark_afresh(
     shapes = [f"{'x'.join(map(str, t.shape))}:{str(t.dtype).removeprefix('torch.')}" for t in inputs]
     threads = torch.get_num_threads() if threads is None else threads
     options = {"--device": device, "--threads": threads, "--seconds": seconds}
-    command = [sys.executable, "-m", "structprune", "bench", str(baseline), str(candidate), "--json"]
+    command = [sys.executable, "-m", "structprune", "bench", str(baseline), str(candidate), "--json", "--no-resources"]
     command += [str(part) for pair in [*options.items(), *(("--input", s) for s in shapes)] for part in pair]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -270,20 +293,27 @@ def _starter(
     name: str, candidate: nn.Module | str | Path, inputs: Sequence[Tensor], device: str, place: torch.device, threads: int
 ) -> tuple[str, Callable[[], Runner]]:
     """The runtime's name and what starts the candidate in it. InputError if it cannot be loaded or the inputs do not fit."""
+    module: Callable[[], nn.Module]
     if isinstance(candidate, nn.Module):
-        return _torch_starter(_evaluation_copy(name, candidate), inputs, place)
-    if not isinstance(candidate, str | Path):
+        module = partial(_evaluation_copy, name, candidate)
+    elif not isinstance(candidate, str | Path):
         raise InputError(f"{name}: a module or a path to an .onnx or .pt2 file is needed, not {type(candidate).__name__}")
-    path = Path(candidate)
-    if path.is_dir():
-        path /= "model.onnx"
-    if not path.is_file():
-        raise InputError(f"{name}: no such file: {path}")
-    if path.suffix == ".onnx":
-        return _onnx_starter(name, path, inputs, device, place, threads)
-    if path.suffix == ".pt2":
-        return _torch_starter(_load_exported(name, path, place), inputs, place)
-    raise InputError(f"{name}: {path}: cannot run a '{path.suffix}' file; export it to .onnx, or give the module itself")
+    else:
+        path = Path(candidate)
+        if path.is_dir():
+            path /= "model.onnx"
+        if not path.is_file():
+            raise InputError(f"{name}: no such file: {path}")
+        if path.suffix == ".onnx":
+            kind = device.partition(":")[0]
+            if PROVIDERS[kind] not in onnxruntime.get_available_providers():
+                built = f"ONNX Runtime {onnxruntime.__version__} was built without {PROVIDERS[kind]}"
+                raise InputError(f"{name}: device '{kind}': {built}; install onnxruntime-gpu")
+            return f"onnxruntime-{kind}", lambda: _onnx_runner(name, path, inputs, kind, place, threads)
+        if path.suffix != ".pt2":
+            raise InputError(f"{name}: {path}: cannot run a '{path.suffix}' file; export it to .onnx, or give the module itself")
+        module = partial(_load_exported, name, path, place)
+    return f"torch-{place.type}", cache(lambda: _torch_runner(module(), inputs, place))  # torch has no sessions: one start is enough
 
 
 def _evaluation_copy(name: str, module: nn.Module) -> nn.Module:
@@ -311,8 +341,8 @@ def _load_exported(name: str, path: Path, place: torch.device) -> nn.Module:
         raise InputError(f"{name}: {path}: torch.export cannot load it: {_first_line(error)}") from error
 
 
-def _torch_starter(module: nn.Module, inputs: Sequence[Tensor], place: torch.device) -> tuple[str, Callable[[], Runner]]:
-    """Run `module`, which becomes the runner's own, on copies of the inputs: it may write into them. It starts only once."""
+def _torch_runner(module: nn.Module, inputs: Sequence[Tensor], place: torch.device) -> Runner:
+    """Run `module`, which becomes the runner's own, on copies of the inputs: it may write into them."""
     module = module.to(place)
     arguments = [tensor.detach().to(place, copy=True) for tensor in inputs]
 
@@ -322,7 +352,7 @@ def _torch_starter(module: nn.Module, inputs: Sequence[Tensor], place: torch.dev
         return (time.perf_counter_ns() - start) * 1e-9
 
     if place.type == "cpu":
-        return "torch-cpu", lambda: run_on_cpu
+        return run_on_cpu
 
     stream = torch.cuda.current_stream(place)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -335,44 +365,36 @@ def _torch_starter(module: nn.Module, inputs: Sequence[Tensor], place: torch.dev
         end.synchronize()
         return start.elapsed_time(end) * 1e-3
 
-    return "torch-cuda", lambda: run_on_cuda
+    return run_on_cuda
 
 
-def _onnx_starter(
-    name: str, path: Path, inputs: Sequence[Tensor], device: str, place: torch.device, threads: int
-) -> tuple[str, Callable[[], Runner]]:
+def _onnx_runner(name: str, path: Path, inputs: Sequence[Tensor], kind: str, place: torch.device, threads: int) -> Runner:
     """Run the file with ONNX Runtime, inputs and outputs bound on the device, so that no run copies between host and GPU."""
-    kind = device.partition(":")[0]
+    session = _session(name, path, kind, place.index or 0, threads)
+    _check_inputs(name, path, session, inputs)
 
-    def start() -> Runner:
-        session = _session(name, path, kind, place.index or 0, threads)
-        _check_inputs(name, path, session, inputs)
-        tensors = [tensor.detach().to(place).contiguous() for tensor in inputs]
-        binding = session.io_binding()
-        for node, tensor in zip(session.get_inputs(), tensors, strict=True):
-            element = onnx.TensorProto.DataType.Value(ONNX_TYPES[tensor.dtype])
-            binding.bind_input(node.name, place.type, place.index or 0, element, tuple(tensor.shape), tensor.data_ptr())
-        for node in session.get_outputs():
-            binding.bind_output(node.name, place.type, place.index or 0)
-        if place.type == "cuda":
-            torch.cuda.synchronize(place)
+    tensors = [tensor.detach().to(place).contiguous() for tensor in inputs]
+    binding = session.io_binding()
+    for node, tensor in zip(session.get_inputs(), tensors, strict=True):
+        element = onnx.TensorProto.DataType.Value(ONNX_TYPES[tensor.dtype])
+        binding.bind_input(node.name, place.type, place.index or 0, element, tuple(tensor.shape), tensor.data_ptr())
+    for node in session.get_outputs():
+        binding.bind_output(node.name, place.type, place.index or 0)
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
 
-        def run(keep_alive: Sequence[Tensor] = tensors) -> float:  # the binding holds bare addresses
-            start = time.perf_counter_ns()
-            session.run_with_iobinding(binding)
-            binding.synchronize_outputs()
-            return (time.perf_counter_ns() - start) * 1e-9
+    def run(keep_alive: Sequence[Tensor] = tensors) -> float:  # the binding holds bare addresses
+        start = time.perf_counter_ns()
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return (time.perf_counter_ns() - start) * 1e-9
 
-        return run
-
-    return f"onnxruntime-{kind}", start
+    return run
 
 
 def _session(name: str, path: Path, kind: str, index: int, threads: int) -> Any:
     """An ONNX Runtime session on `kind` ('cpu', 'cuda' or 'tensorrt'). InputError if the file or the provider does not load."""
     provider = PROVIDERS[kind]
-    if provider not in onnxruntime.get_available_providers():
-        raise InputError(f"{name}: device '{kind}': ONNX Runtime {onnxruntime.__version__} was built without {provider}; install onnxruntime-gpu")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -430,8 +452,8 @@ def _steady(threads: int) -> Iterator[None]:
             gc.enable()
 
 
-def _warm_up(name: str, run: Runner) -> int:
-    """Run a candidate until allocators, kernels and caches are warm. Returns how many runs take 2 ms or more together."""
+def _warmed_up(name: str, run: Runner) -> tuple[Runner, int]:
+    """Run a candidate until allocators, kernels and caches are warm. Returns it, and how many runs take 2 ms or more together."""
     durations: list[float] = []
     started = time.perf_counter()
     try:
@@ -439,7 +461,7 @@ def _warm_up(name: str, run: Runner) -> int:
             durations.append(run())
     except Exception as error:  # whatever the candidate's own code raises
         raise InputError(f"{name}: does not run on these inputs: {_first_line(error)}") from error
-    return math.ceil(SHORTEST_TIMING / max(min(durations), 1e-7))
+    return run, math.ceil(SHORTEST_TIMING / max(min(durations), 1e-7))
 
 
 def _time_rounds(
@@ -513,6 +535,10 @@ def _cpu_model() -> str:
         if match:
             return match[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _shown(value: float | None, scale: float) -> str:
+    return "" if value is None else f"{value * scale:.1f}"
 
 
 def _first_line(error: Exception) -> str:
