@@ -23,6 +23,7 @@ from rich.table import Table
 from structprune.errors import InputError, StructpruneError
 
 if TYPE_CHECKING:  # torch is imported when a command runs, not for --help
+    from structprune.backends.benchmark import Comparison
     from structprune.frontends.load import Loaded
 
 app = typer.Typer(
@@ -184,6 +185,7 @@ def bench(
     batch: Annotated[str, typer.Option("--batch", help="batch sizes in the place of the inputs' own, such as 1,8,32")] = "",
     size: Annotated[str, typer.Option("--size", help="heights and widths of pictures in the place of the inputs' own, such as 160,224")] = "",
     seconds: Annotated[float, typer.Option("--seconds", help="time limit of each measurement")] = 10.0,
+    chart: Annotated[Path | None, typer.Option("--chart", metavar="FILE", help="draw it: FILE.svg, .png or .pdf")] = None,
     resources: Annotated[bool, typer.Option(help="peak memory and energy too, where the machine tells")] = True,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -193,29 +195,35 @@ def bench(
     _state["debug"] = debug
     if table == bool(candidates):
         raise InputError("bench takes files or output directories to compare, or --table alone")
+    if table:
+        from structprune.backends.tables import Tables
+
+        rows = Tables(1).rows()
+        print(json.dumps(rows) if as_json else "\n".join(f"{s:>16} {1e3 * t:9.4f} ms  {what}  {place}" for place, what, s, t in rows))
+        return
     settings = [_numbers("--threads", threads), _numbers("--batch", batch), _numbers("--size", size)]
     answers: list[dict[str, Any]] = []
     texts: list[str] = []
+    drawn: dict[str, Comparison] = {}
     with _progress() as say:
-        from structprune.backends import profiles
+        from structprune.backends import charts, profiles
         from structprune.backends.benchmark import benchmark
         from structprune.backends.candidates import example_inputs, named, resized
-        from structprune.backends.tables import Tables
 
-        if table:
-            rows = Tables(1).rows()
-            listing = json.dumps(rows) if as_json else "\n".join(f"{s:>16} {1e3 * t:9.4f} ms  {what}  {place}" for place, what, s, t in rows)
-        chosen = named(candidates or []) if candidates else {}
-        for number, samples, side in itertools.product(*settings) if candidates else ():
+        if chart is not None:
+            charts.check(chart)
+        chosen = named(candidates or [])
+        for number, samples, side in itertools.product(*settings):
             inputs = resized(example_inputs(chosen, input or (), seed), samples, side)
             compared = benchmark(chosen, inputs, device=device, threads=number, seconds=seconds, seed=seed, resources=resources, progress=say)
             found = profiles.profiles(chosen, inputs, compared.threads) if profile else {}
-            answers.append(compared.to_dict() | {"inputs": [list(t.shape) for t in inputs]} | (profiles.to_dict(found) if found else {}))
             shapes = ", ".join("×".join(map(str, t.shape)) for t in inputs)
+            answers.append(compared.to_dict() | {"inputs": [list(t.shape) for t in inputs]} | (profiles.to_dict(found) if found else {}))
             texts.append(f"inputs {shapes}\n{compared}" + (profiles.to_text(found) if found else ""))
-    if table:
-        print(listing)
-    elif as_json:
+            drawn[f"{shapes}\n{compared.threads} thread{'' if compared.threads == 1 else 's'}"] = compared
+        if chart is not None:
+            charts.latencies(drawn, chart)
+    if as_json:
         print(json.dumps(answers[0] if len(answers) == 1 else answers, indent=1))
     else:
         print("\n\n".join(texts))

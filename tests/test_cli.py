@@ -77,8 +77,12 @@ def test_a_front_of_models(run, tmp_path: Path) -> None:
 
 def test_bench_sweeps_threads_and_batches(run, tmp_path: Path) -> None:
     assert run("compress", "demo", "--target", "channels=0.5", "--no-latency", "--out", "small")[0] == 0
-    status, out, err = run("bench", "small", "--threads", "1,2", "--batch", "1,3", "--seconds", "0.2", "--json")
+    status, out, err = run("bench", "small", "--threads", "1,2", "--batch", "1,3", "--seconds", "0.2", "--json", "--chart", "sweep.svg")
     assert status == 0, err
+    drawn = (tmp_path / "sweep.svg").read_text()
+    assert all(text in drawn for text in ("original", "model", "3×1×28×28", "2 threads", "milliseconds a run"))
+    status, _, err = run("bench", "small", "--chart", "sweep.xyz")
+    assert status == 2 and "sweep.xyz: a chart cannot be a '.xyz' file" in err
     found = json.loads(out)
     assert [(one["threads"], one["inputs"][0][0]) for one in found] == [(1, 1), (1, 3), (2, 1), (2, 3)]
     status, _, err = run("bench", "small", "--size", "40", "--seconds", "0.2")

@@ -19,7 +19,7 @@ DOORS = {
     "onnxslim": {"backends/onnx.py"},
     "onnxruntime": {"backends/onnx.py", "backends/benchmark.py", "backends/candidates.py", "backends/kernels.py", "backends/tables.py"},
     "torch_pruning": {"decide/torch_pruning.py"},
-    "matplotlib": {"backends/front.py"},
+    "matplotlib": {"backends/charts.py"},
     "sqlite3": {"backends/tables.py"},
     "typer": {"cli.py"},
     "rich": {"cli.py"},

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from structprune.backends import charts
 from structprune.backends.report import Report
 
 
@@ -33,7 +34,7 @@ def rows_of(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
 def save(rows: Sequence[Mapping[str, Any]], directory: Path, name: str) -> None:
     """Write front.json and front.svg."""
     (directory / "front.json").write_text(json.dumps(list(rows), indent=1) + "\n")
-    chart(rows, directory / "front.svg", name)
+    charts.front(rows, directory / "front.svg", name)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -54,27 +55,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
-
-
-def chart(rows: Sequence[Mapping[str, Any]], path: Path, name: str) -> None:
-    """Latency (or multiply-accumulates, where it was not measured) against importance kept, and accuracy where there is one."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, which readers of a screen can read
-    from matplotlib import pyplot
-
-    measured = all(row["latency"] for row in rows)
-    cost = [row["latency"]["median"] if measured else row["macs"] for row in rows]
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for key, label, marker in (("importance_kept", "importance kept", "o"), ("accuracy", "accuracy", "s")):
-        if all(row[key] is not None for row in rows):
-            axes.plot(cost, [row[key] for row in rows], marker=marker, label=label)
-    axes.set(xlabel=f"{'latency' if measured else 'multiply-accumulates'}, share of the original's", ylabel="share", title=name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path)
-    pyplot.close(figure)
 
 
 def _shown(value: float | None) -> str:
