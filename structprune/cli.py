@@ -77,10 +77,12 @@ def compress(
     dynamic: Dynamic = None,
     allocation: Annotated[str, typer.Option("--allocation", help="how widths are found: auto, milp, greedy, uniform")] = "auto",
     align: Annotated[int | None, typer.Option("--align", help="widths are multiples of this, instead of the measured steps")] = None,
+    runtime: Annotated[str, typer.Option("--runtime", help="what it is deployed in, and timed: onnxruntime, torch, torch.compile")] = "onnxruntime",
+    device: Annotated[str, typer.Option("--device", help="where it is deployed, and timed: cpu, cuda or tensorrt")] = "cpu",
     threads: Threads = None,
     seed: Seed = 0,
     trust_pickle: Trust = False,
-    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="measure both ONNX files")] = True,
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="measure both models")] = True,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -99,8 +101,14 @@ def compress(
             "dynamic": parse_dynamic(dynamic or ()),
             "criterion": criterion,
             "ignore": tuple(ignore or ()),
+            "allocation": allocation,
+            "align": align,
+            "runtime": runtime,
+            "device": device,
+            "threads": threads,
+            "seed": seed,
+            "progress": say,
         }
-        options |= {"allocation": allocation, "align": align, "seed": seed, "progress": say} | ({"threads": threads} if threads else {})
         saving: dict[str, Any] = {
             "latency": latency,
             "evaluate": loaded.evaluate,
@@ -185,6 +193,7 @@ def bench(
     batch: Annotated[str, typer.Option("--batch", help="batch sizes in the place of the inputs' own, such as 1,8,32")] = "",
     size: Annotated[str, typer.Option("--size", help="heights and widths of pictures in the place of the inputs' own, such as 160,224")] = "",
     seconds: Annotated[float, typer.Option("--seconds", help="time limit of each measurement")] = 10.0,
+    compiled: Annotated[bool, typer.Option("--compile", help="run .pt2 files under torch.compile")] = False,
     chart: Annotated[Path | None, typer.Option("--chart", metavar="FILE", help="draw it: FILE.svg, .png or .pdf")] = None,
     resources: Annotated[bool, typer.Option(help="peak memory and energy too, where the machine tells")] = True,
     seed: Seed = 0,
@@ -196,9 +205,9 @@ def bench(
     if table == bool(candidates):
         raise InputError("bench takes files or output directories to compare, or --table alone")
     if table:
-        from structprune.backends.tables import Tables
+        from structprune.backends import tables
 
-        rows = Tables(1).rows()
+        rows = tables.rows()
         print(json.dumps(rows) if as_json else "\n".join(f"{s:>16} {1e3 * t:9.4f} ms  {what}  {place}" for place, what, s, t in rows))
         return
     settings = [_numbers("--threads", threads), _numbers("--batch", batch), _numbers("--size", size)]
@@ -215,7 +224,9 @@ def bench(
         chosen = named(candidates or [])
         for number, samples, side in itertools.product(*settings):
             inputs = resized(example_inputs(chosen, input or (), seed), samples, side)
-            compared = benchmark(chosen, inputs, device=device, threads=number, seconds=seconds, seed=seed, resources=resources, progress=say)
+            compared = benchmark(
+                chosen, inputs, device=device, threads=number, seconds=seconds, seed=seed, resources=resources, compiled=compiled, progress=say
+            )
             found = profiles.profiles(chosen, inputs, compared.threads) if profile else {}
             shapes = ", ".join("×".join(map(str, t.shape)) for t in inputs)
             answers.append(compared.to_dict() | {"inputs": [list(t.shape) for t in inputs]} | (profiles.to_dict(found) if found else {}))

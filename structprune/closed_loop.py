@@ -13,10 +13,9 @@ from torch import Tensor
 
 from structprune import decide
 from structprune.analysis.groups import Groups
-from structprune.backends import onnx
-from structprune.backends.benchmark import benchmark_afresh
+from structprune.backends import runtimes
 from structprune.backends.latency import LatencyModel, latency_model
-from structprune.backends.tables import Tables
+from structprune.backends.runtimes import Runtime
 from structprune.decide.criteria import Scores
 from structprune.errors import TargetError
 from structprune.frontends.trace import retrace
@@ -27,7 +26,6 @@ from structprune.transform.surgery import operate
 _ROUNDS = 4
 _CLOSE = 0.015  # of the target: what is left of a measurement's noise
 _MISSED = 0.08  # of the target: more than this above it is no success
-_SECONDS = 6.0  # for one measurement
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,11 @@ class Round:
 
 @dataclass(frozen=True)
 class Dense:
-    """The model before pruning on this machine: its ONNX file, as long as `keeper` lives, and its latency as a function of widths."""
+    """The model before pruning in its runtime: its file, as long as `keeper` lives, and its latency as a function of widths."""
 
     original: Path
     latency: LatencyModel
-    threads: int
+    runtime: Runtime
     keeper: Any
 
 
@@ -69,17 +67,17 @@ class Found:
         return {"asked": self.share, "predicted": mine.predicted, "measured": mine.measured, "rounds": [asdict(r) for r in self.rounds]}
 
 
-def measure_dense(graph: Graph, groups: Groups, threads: int, align: int | None, say: Callable[[str], None]) -> Dense:
-    """Export the model as it is, and time its operators over the widths that they may have.
+def measure_dense(graph: Graph, groups: Groups, where: Runtime, align: int | None, say: Callable[[str], None]) -> Dense:
+    """Save the model as it is for the runtime, and time its operators over the widths that they may have.
 
     align: a step for all widths, in the place of the measured ones.
     """
     keeper = tempfile.TemporaryDirectory(prefix="structprune-")
-    original = Path(keeper.name) / "original.onnx"
+    original = where.file(Path(keeper.name), "original")
     say("export the dense model")
-    origins = onnx.export(graph.exported, original, graph.input_names, graph.output_names)
-    model = latency_model(graph, groups, original, origins, Tables(threads, progress=say), align)
-    return Dense(original, model, threads, keeper)
+    origins = runtimes.save(where, graph.exported, graph, original)
+    kernels = runtimes.kernels_of(where, graph, groups, original, origins)
+    return Dense(original, latency_model(groups, kernels, runtimes.tables_of(where, say), align), where, keeper)
 
 
 def plan_for_latency(
@@ -93,12 +91,12 @@ def plan_for_latency(
     ignore: Sequence[str],
     say: Callable[[str], None],
 ) -> Found:
-    """The plan of the least loss whose ONNX file takes the asked share of the dense one's time, measured in ONNX Runtime on the CPU.
+    """The plan of the least loss whose file takes the asked share of the dense one's time, measured in the runtime.
 
     Raises TargetError, with the closest that was reached, where that cannot be.
     """
     inputs = tuple(v for v in graph.given_inputs() if isinstance(v, Tensor))
-    small = dense.original.with_name("model.onnx")
+    small = dense.runtime.file(dense.original.parent, "model")
     targets = decide.parse_target(target)
     asked = next(t for t in targets if t.key == "latency")
     costs = decide.costs_of(graph, groups, targets) | {"latency": [dense.latency.cost]}
@@ -125,9 +123,9 @@ def plan_for_latency(
             limit = _beyond(limit, rounds, known, share)
             continue
         surgery = operate(graph, groups.types, decide.atoms_of(plan, groups), plan.tensors)
-        onnx.export(retrace(surgery.module, graph).exported, small, graph.input_names, graph.output_names)
+        runtimes.save(dense.runtime, retrace(surgery.module, graph).exported, graph, small)
         say(f"round {len(rounds) + 1}: measure")
-        compared = benchmark_afresh(dense.original, small, inputs, threads=dense.threads, seconds=_SECONDS)
+        compared = runtimes.compare(dense.runtime, dense.original, small, inputs)
         if asked.absolute:
             share = asked.value / (compared.latencies[0].median_ms * 1e-3)
         ratio = compared.ratios[small.name]

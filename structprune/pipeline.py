@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from structprune import decide
 from structprune.analysis.explain import why
 from structprune.analysis.groups import Groups, find_groups
 from structprune.backends import directory as out
-from structprune.backends import onnx
-from structprune.backends.benchmark import benchmark_afresh, environment
+from structprune.backends import onnx, runtimes
+from structprune.backends.benchmark import Comparison, environment
 from structprune.backends.report import Report
+from structprune.backends.runtimes import Runtime
 from structprune.closed_loop import Dense, Found, measure_dense, plan_for_latency
 from structprune.decide.cost import Cost, memory
 from structprune.decide.criteria import Scores
@@ -52,6 +54,8 @@ def compress(
     dynamic: Dynamic = (),
     allocation: str = "auto",
     align: int | None = None,
+    runtime: str = "onnxruntime",
+    device: str = "cpu",
     threads: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -61,9 +65,9 @@ def compress(
     model: in any mode, with any forward that torch.export can trace; it is left untouched.
     example_inputs: positional inputs of one call, the batch on the first axis; `example_kwargs` the keyword ones.
     target: what must hold: 'latency=0.5', 'latency=4ms', 'channels=0.5', 'macs=2G', 'params=0.3', 'memory=0.5' (activations that are alive
-        at one time) or 'size=10MB' (the ONNX file); several, joined by commas, hold together. A latency is that of the ONNX file in ONNX
-        Runtime on the CPU: its operators are timed, the tables kept for the next model, and the whole model is measured against the dense
-        one until the target is hit.
+        at one time) or 'size=10MB' (the ONNX file); several, joined by commas, hold together. A latency is that in
+        `runtime` on `device`: operators are timed there, the tables kept for the next model, and the whole model is measured against the
+        dense one until the target is hit.
     criterion: which channels matter: 'random', 'l1', 'l2' ('auto'), 'bn_scale', a torch_pruning Importance, or a
         callable (Groups, tensors by name) -> {group name: score of each channel}.
     ignore: names or shell patterns of modules or tensors that keep their channels.
@@ -71,13 +75,14 @@ def compress(
     allocation: how widths are found: 'milp' and 'greedy' lose as little importance as they can, 'uniform' keeps one share everywhere;
         'auto' is 'milp' for a latency, and else 'uniform'.
     align: widths are multiples of this, in the place of the steps that were measured for each group.
-    threads: of the runtime, in all measurements; as torch is set if not given.
+    runtime: what the model is deployed in: 'onnxruntime', 'torch' or 'torch.compile'; device: 'cpu', 'cuda', 'cuda:N', or of ONNX Runtime
+        'tensorrt'; threads: of the processor, in all measurements; as torch is set if not given.
 
     Raises TraceError, InputError, TargetError or VerificationError; see structprune.errors.
     """
     if calibration is not None:
         raise InputError("calibration= is not used by any criterion yet; leave it out")
-    options = Options(criterion, tuple(ignore), allocation, align, threads or torch.get_num_threads(), seed)
+    options = Options(criterion, tuple(ignore), allocation, align, runtime, device, threads, seed)
     return _decide(_prepare(model, example_inputs, example_kwargs, dynamic, [target], options, Clock(progress)), target)
 
 
@@ -93,8 +98,8 @@ def front(
 ) -> list[Result]:
     """`compress` to several targets: 'latency=0.3:0.9:7' stands for seven, from 0.3 to 0.9. The model is traced, scored and timed once.
 
-    options: criterion, ignore, allocation, align, threads and seed, as of `compress`. Raises as it does; a target that cannot be reached is
-    left out, with a word to `progress`, unless none can.
+    options: criterion, ignore, allocation, align, runtime, device, threads and seed, as of `compress`. Raises as it does; a target that
+    cannot be reached is left out, with a word to `progress`, unless none can.
     """
     targets = decide.spread(target)
     ready = _prepare(model, example_inputs, example_kwargs, dynamic, targets, Options(**options), Clock(progress))
@@ -117,8 +122,14 @@ class Options:
     ignore: tuple[str, ...] = ()
     allocation: str = "auto"
     align: int | None = None
-    threads: int = field(default_factory=torch.get_num_threads)
+    runtime: str = "onnxruntime"
+    device: str = "cpu"
+    threads: int | None = None
     seed: int = 0
+
+    def deployed(self) -> Runtime:
+        """Raises InputError for a runtime or device that is not there."""
+        return runtimes.runtime(self.runtime, self.device, self.threads)
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,7 @@ def _prepare(
     clock: Clock,
 ) -> _Ready:
     """All that one decision shares with another."""
+    deployed = options.deployed()
     measured = any(t.key == "latency" for target in targets for t in decide.parse_target(target))
     with clock("trace"):
         folded = fold_parametrizations(model)
@@ -156,7 +168,7 @@ def _prepare(
     dense = None
     if measured:
         with clock("time operators"):
-            dense = measure_dense(graph, groups, options.threads, options.align, clock.say)
+            dense = measure_dense(graph, groups, deployed, options.align, clock.say)
     return _Ready(folded, graph, groups, name, scores, dense, options, clock)
 
 
@@ -247,7 +259,7 @@ def realise(
         with clock("rebuild"):
             own, note = own_class(model, graph, surgery, changed_scales(graph, groups.types, keep), verification.answers)
     report = _report(graph, groups, plan, verification, own is not None, note, clock, options.seed, scores, found)
-    return Result(own if own is not None else surgery.module, plan, report, graph, surgery.module, clock, options.threads, dense)
+    return Result(own if own is not None else surgery.module, plan, report, graph, surgery.module, clock, options.deployed(), dense)
 
 
 @dataclass(frozen=True)
@@ -260,7 +272,7 @@ class Result:
     graph: Graph = field(repr=False)
     small: TracedModule = field(repr=False)  # the same weights as `model`, as a graph
     clock: Clock = field(repr=False)
-    threads: int | None = None  # of the runtime, in measurements
+    runtime: Runtime  # that it is deployed in
     dense: Dense | None = field(default=None, repr=False)  # the model before pruning, where it was exported to be timed
 
     def export_onnx(self, path: str | Path) -> float:
@@ -279,7 +291,8 @@ class Result:
     ) -> Report:
         """Write the output directory (all files or none) and return the full report.
 
-        latency: measure both ONNX files. evaluate: a score of a model, for the report, taken of `original` and of the small one.
+        latency: measure both models, in the runtime of deployment and as ONNX files in ONNX Runtime.
+        evaluate: a score of a model, for the report, taken of `original` and of the small one.
         Raises InputError for a directory that cannot be written, and VerificationError where ONNX Runtime disagrees with torch.
         """
         data = self.report.to_dict() | {"model": model_name, "notes": [*notes, *self.report.data["notes"]]}
@@ -290,7 +303,7 @@ class Result:
                 out.save_weights(self.small, work / "model.safetensors")
                 self.plan.save(work / "plan.json")
             with self.clock("onnx"):
-                if self.dense is not None:
+                if self.dense is not None and self.dense.original.suffix == ".onnx":
                     shutil.copyfile(self.dense.original, work / "original.onnx")
                 else:
                     onnx.export(self.graph.exported, work / "original.onnx", self.graph.input_names, self.graph.output_names)
@@ -301,12 +314,28 @@ class Result:
                     data["accuracy"] = {"before": evaluate(original), "after": evaluate(self.model)}
             if latency:
                 with self.clock("benchmark"):
-                    data["latency_ms"] = measure(work / "original.onnx", work / "model.onnx", self.graph.given_inputs(), self.threads)
+                    data["latency_ms"] = self._latencies(work)
             data["seconds"] = dict(self.clock.seconds)
             report = Report(data)
             report.save_json(work / "report.json")
             report.save_html(work / "report.html")
         return report
+
+    def _latencies(self, work: Path) -> dict[str, Any]:
+        """In the runtime of deployment, and in ONNX Runtime on the CPU, and on the GPU where there is one: by runtime."""
+        inputs = tuple(v for v in self.graph.given_inputs() if isinstance(v, Tensor))
+        on_cpu = Runtime("onnxruntime", "cpu", self.runtime.threads)
+        has_gpu = "CUDAExecutionProvider" in environment()["providers"] and torch.cuda.is_available()
+        found = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for where in dict.fromkeys([self.runtime, on_cpu, *([replace(on_cpu, device="cuda")] if has_gpu else [])]):
+                original = where.file(work, "original")
+                if not original.exists():  # only ONNX stays in the directory
+                    original = where.file(Path(folder), "original")
+                    runtimes.save(where, self.graph.exported, self.graph, original)
+                compared = runtimes.compare(where, original, where.file(work, "model"), inputs)
+                found[compared.latencies[0].runtime] = _latency(compared)
+        return found
 
     def _program(self) -> torch.export.ExportedProgram:
         if self.small is not self.model:  # the user may have trained the model since
@@ -368,24 +397,19 @@ class Clock:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
-def measure(dense: Path, pruned: Path, inputs: Sequence[Any], threads: int | None = None) -> dict[str, Any]:
-    """Latency of two ONNX files on the CPU, and on the GPU where there is one: runtime -> before, after, ratio, verdict."""
-    tensors = tuple(t for t in inputs if isinstance(t, Tensor))
-    found = {}
-    for device in ["cpu"] + (["cuda"] if "CUDAExecutionProvider" in environment()["providers"] and torch.cuda.is_available() else []):
-        compared = benchmark_afresh(dense, pruned, tensors, device=device, threads=threads)
-        before, after = compared.latencies
-        ratio = compared.ratios[pruned.name]
-        found[after.runtime] = {
-            "before": {"median": before.median_ms, "low": before.low_ms, "high": before.high_ms},
-            "after": {"median": after.median_ms, "low": after.low_ms, "high": after.high_ms},
-            "ratio": {"median": ratio.median, "low": ratio.low, "high": ratio.high},
-            "verdict": compared.verdict(pruned.name),
-            "threads": compared.threads,
-            "device": device,
-            "notes": list(compared.notes),
-        }
-    return found
+def _latency(compared: Comparison) -> dict[str, Any]:
+    """For the report: plain JSON."""
+    before, after = compared.latencies
+    ratio = compared.ratios[after.name]
+    return {
+        "before": {"median": before.median_ms, "low": before.low_ms, "high": before.high_ms},
+        "after": {"median": after.median_ms, "low": after.low_ms, "high": after.high_ms},
+        "ratio": {"median": ratio.median, "low": ratio.low, "high": ratio.high},
+        "verdict": compared.verdict(after.name),
+        "threads": compared.threads,
+        "device": compared.device,
+        "notes": list(compared.notes),
+    }
 
 
 def _peak(alive: Sequence[Cost], widths: Mapping[Atom, int]) -> dict[str, float]:

@@ -168,6 +168,17 @@ def test_module_onnx_file_directory_and_exported_program_side_by_side(tmp_path):
     assert [line for line in lines if "warming up" in line] == [f"benchmark: warming up {name}" for name in candidates]
 
 
+def test_modules_and_exported_programs_run_compiled(tmp_path, monkeypatch):
+    """torch.compile itself would need a C++ compiler, and half a minute."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
+    torch.export.save(torch.export.export(nn.Linear(3, 4), (X,)), tmp_path / "linear.pt2")
+    candidates = {"module": nn.Linear(3, 4), "exported": tmp_path / "linear.pt2", "file": write_onnx(tmp_path / "model.onnx")}
+    result = benchmark(candidates, (X,), rounds=5, compiled=True)
+    assert [latency.runtime for latency in result.latencies] == ["torch.compile-cpu", "torch.compile-cpu", "onnxruntime-cpu"]
+    assert len(compiled) == 2
+
+
 def test_masked_module_can_be_timed():
     masked = nn.Linear(3, 4)
     prune.random_unstructured(masked, "weight", 0.5)

@@ -15,7 +15,7 @@ import torch
 from structprune import cli
 from structprune.backends.directory import FILES
 from structprune.backends.kernels import signature
-from structprune.backends.tables import Tables
+from structprune.backends.runtimes import Runtime, tables_of
 
 
 @pytest.fixture
@@ -90,10 +90,21 @@ def test_bench_sweeps_threads_and_batches(run, tmp_path: Path) -> None:
     assert run("bench", "small", "--threads", "two")[0] == run("bench", "small", "--batch", "0")[0] == 2
 
 
+def test_deployed_in_torch(run, tmp_path: Path) -> None:
+    status, out, err = run("compress", "demo", "--target", "channels=0.5", "--runtime", "torch", "--threads", "1", "--json", "--out", "small")
+    assert status == 0, err
+    measured = json.loads(out)["latency_ms"]
+    assert list(measured) == ["torch-cpu", "onnxruntime-cpu"]
+    assert measured["torch-cpu"]["threads"] == 1
+    assert sorted(p.name for p in (tmp_path / "small").iterdir()) == sorted(FILES)
+    status, _, err = run("compress", "demo", "--runtime", "torch", "--device", "tensorrt")
+    assert status == 2 and "tensorrt" in err
+
+
 def test_tables_of_measured_times(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("STRUCTPRUNE_CACHE", str(tmp_path / "cache"))
     assert run("bench", "--table", "--json")[:2] == (0, "[]\n")
-    Tables(1).seconds([(signature("linear", {"type": "float"}), (1, 4, 8, 16))])
+    tables_of(Runtime("onnxruntime", "cpu", 1)).seconds([(signature("linear", {"type": "float"}), (1, 4, 8, 16))])
     status, out, _ = run("bench", "--table")
     assert status == 0
     assert "1x4x8x16" in out and "linear" in out and "1 thread(s)" in out

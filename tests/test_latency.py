@@ -18,14 +18,18 @@ from torch import nn
 
 import structprune as sp
 from structprune import closed_loop
-from structprune.backends import kernels, latency, onnx, tables
+from structprune.backends import eager, kernels, latency, onnx, runtimes
 from structprune.backends.benchmark import Comparison, Latency, Ratio, benchmark_afresh
-from structprune.backends.tables import Tables
+from structprune.backends.runtimes import Runtime
+from structprune.backends.tables import Tables, rows
 from structprune.decide.allocate import allocate
 from structprune.decide.plan import scored
 from structprune.decide.targets import Target
 from structprune.errors import InputError, TargetError
 from structprune.ir.axes import kept_size
+
+ONNX_RUNTIME = Runtime("onnxruntime", "cpu", 1)
+TORCH = Runtime("torch", "cpu", 1)
 
 
 def chain(width: int = 64) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
@@ -42,8 +46,6 @@ def chain(width: int = 64) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
 
 class Known:
     """Tables that know the time of every contraction: blocks of `filters` and `inputs` of a convolution, plain products of matrices."""
-
-    threads = 1
 
     def __init__(self, filters: int = 16, inputs: int = 4):
         self.filters, self.inputs, self.disturbed = filters, inputs, False
@@ -67,11 +69,18 @@ def prepared(model: nn.Module, inputs: tuple[Any, ...], folder: Path) -> tuple[A
     return graph, sp.find_groups(graph), path, onnx.export(graph.exported, path, graph.input_names, graph.output_names)
 
 
+def modelled(folder: Path, known: Known, align: int | None = None) -> tuple[Any, Any, latency.LatencyModel]:
+    """The chain with its latency in ONNX Runtime, by these tables."""
+    graph, groups, path, origins = prepared(*chain(), folder)
+    ran = runtimes.kernels_of(ONNX_RUNTIME, graph, groups, path, origins)
+    return graph, groups, latency.latency_model(groups, ran, known, align)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["residual", "attention", "joined", "chain"])
 def test_every_contraction_is_found_in_the_kernel_that_runs_it(name: str, tmp_path: Path) -> None:
     graph, groups, path, origins = prepared(*(chain() if name == "chain" else models.build(name)), tmp_path)
     found = kernels.profile(path, [v.numpy() for v in graph.given_inputs()], threads=1)
-    claimed = [(k, c) for k, _, c in latency._attributed(graph, groups, found, origins) if c is not None]
+    claimed = [(k, c) for k, _, c in latency.attributed(graph, groups, found, origins) if c is not None]
     assert len(claimed) == sum(map(len, latency.contractions(groups).values())) > 0
     for kernel, contraction in claimed:
         sizes = [kept_size(a, groups.batch) for a in contraction.axes]
@@ -105,20 +114,18 @@ def test_time_grows_with_work() -> None:
 @pytest.mark.parametrize(("filters", "inputs", "step"), [(16, 16, 16), (8, 8, 8), (16, 4, 4), (4, 16, 4), (1, 1, 2)])
 def test_steps_are_found(filters: int, inputs: int, step: int, tmp_path: Path) -> None:
     """A width that is one layer's filters and another's inputs has the finer step of the two; of 64 channels a single one gains less than 3 %."""
-    graph, groups, path, origins = prepared(*chain(), tmp_path)
-    model = latency.latency_model(graph, groups, path, origins, Known(filters, inputs))  # type: ignore[arg-type]
+    _, groups, model = modelled(tmp_path, Known(filters, inputs))
     assert {model.steps[g.atom] for g in groups} == {step}
-    asked = latency.latency_model(graph, groups, path, origins, Known(filters, inputs), align=12)  # type: ignore[arg-type]
+    _, _, asked = modelled(tmp_path, Known(filters, inputs), align=12)
     assert set(asked.steps.values()) == {12}
 
 
 @pytest.mark.parametrize("disturbed", [False, True])
 def test_the_model_of_latency_is_what_was_measured(disturbed: bool, tmp_path: Path) -> None:
-    graph, groups, path, origins = prepared(*chain(), tmp_path)
     known = Known()
     known.disturbed = disturbed
-    model = latency.latency_model(graph, groups, path, origins, known, align=16)  # type: ignore[arg-type]
-    again = kernels.profile(path, [v.numpy() for v in graph.given_inputs()], threads=1)
+    graph, groups, model = modelled(tmp_path, known, align=16)
+    again = kernels.profile(tmp_path / "dense.onnx", [v.numpy() for v in graph.given_inputs()], threads=1)
     assert model.cost() == pytest.approx(sum(k.seconds for k in again), rel=0.5)  # another run of the same kernels
     dense, half = {g.atom: g.size for g in groups}, {g.atom: g.size // 2 for g in groups}
     tabled = [t for t in model.cost.terms if isinstance(t.value, RegularGridInterpolator) and len(t.axes) == 2]
@@ -127,8 +134,7 @@ def test_the_model_of_latency_is_what_was_measured(disturbed: bool, tmp_path: Pa
 
 
 def test_widths_follow_the_steps(tmp_path: Path) -> None:
-    graph, groups, path, origins = prepared(*chain(), tmp_path)
-    model = latency.latency_model(graph, groups, path, origins, Known())  # type: ignore[arg-type]
+    graph, groups, model = modelled(tmp_path, Known())
     scores = scored(graph, groups, "l2")[1]
     found = allocate(groups, [Target("latency", 0.6 * model.cost(), absolute=True)], scores, costs={"latency": [model.cost]}, steps=model.steps)
     assert model.cost(found.widths) <= 0.6 * model.cost() * (1 + 1e-6)
@@ -139,77 +145,112 @@ def test_widths_follow_the_steps(tmp_path: Path) -> None:
 # --- tables on disk -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Measuring takes no time: a point's seconds are its first size. Returns what was measured."""
-    log: list[Any] = []
+class Timer:
+    """Measuring takes no time: a point's seconds are its first size, times a factor for each pass. `log`: what was measured, pass by pass."""
 
-    def fake(points: Sequence[Any], threads: int) -> Iterator[tuple[int, float]]:
-        log.extend(points)
-        yield from enumerate(float(sizes[0]) for _, sizes in points)
+    def __init__(self, *factors: float):
+        self.factors = iter(factors)
+        self.log: list[list[Any]] = []
 
-    monkeypatch.setattr(tables, "time_contractions", fake)
-    return log
-
-
-def test_what_was_measured_once_is_read_from_disk(measured: list[Any], tmp_path: Path) -> None:
-    points = [("a", (1, 2)), ("b", (3, 4)), ("a", (1, 2))]
-    assert Tables(1, tmp_path / "t.sqlite").seconds(points) == [1.0, 3.0, 1.0]
-    assert sorted(measured) == sorted(2 * points[:2])  # in two passes
-    measured.clear()
-    assert Tables(1, tmp_path / "t.sqlite").seconds([*points, ("b", (5, 6))]) == [1.0, 3.0, 1.0, 5.0]
-    assert measured == 2 * [("b", (5, 6))]
-    measured.clear()
-    Tables(2, tmp_path / "t.sqlite").seconds(points)  # another number of threads is another place
-    assert len(measured) == 4
-    assert len(Tables(1, tmp_path / "t.sqlite").rows()) == 5
-
-
-def test_what_disturbs_a_session_does_not_stay_in_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Sessions of which some take twice as long: those in which two timings differ are measured until two agree."""
-    slow = iter([1.0, 2.0, 1.0, 1.0])
-    asked: list[int] = []
-
-    def fake(points: Sequence[Any], threads: int) -> Iterator[tuple[int, float]]:
-        factor = next(slow)
-        asked.append(len(points))
+    def __call__(self, points: Sequence[Any]) -> Iterator[tuple[int, float]]:
+        self.log.append(list(points))
+        factor = next(self.factors, 1.0)
         yield from enumerate(factor * sizes[0] for _, sizes in points)
 
-    monkeypatch.setattr(tables, "time_contractions", fake)
-    points = [("a", (n,)) for n in range(1, 9)]
-    assert Tables(1, tmp_path / "t.sqlite").seconds(points) == [float(n) for n in range(1, 9)]
-    assert asked == [8, 8, 8]
-    slow = iter([2.0, 1.0, 1.0])
-    assert Tables(2, tmp_path / "t.sqlite").seconds(points) == [float(n) for n in range(1, 9)]
-    assert [seconds for _, _, _, seconds in Tables(2, tmp_path / "t.sqlite").rows()] == 2 * [float(n) for n in range(1, 9)]
+
+def test_what_was_measured_once_is_read_from_disk(tmp_path: Path) -> None:
+    points, path, timer = [("a", (1, 2)), ("b", (3, 4)), ("a", (1, 2))], tmp_path / "t.sqlite", Timer()
+    assert Tables("here", timer, path).seconds(points) == [1.0, 3.0, 1.0]
+    assert [sorted(several) for several in timer.log] == [points[:2]] * 2  # in two passes
+    timer.log.clear()
+    assert Tables("here", timer, path).seconds([*points, ("b", (5, 6))]) == [1.0, 3.0, 1.0, 5.0]
+    assert timer.log == [[("b", (5, 6))]] * 2
+    timer.log.clear()
+    Tables("elsewhere", timer, path).seconds(points)
+    assert len(timer.log) == 2
+    assert [place for place, *_ in rows(path)] == ["elsewhere"] * 2 + ["here"] * 3
 
 
-def test_a_point_measured_again_keeps_the_shorter_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    times = iter([3.0, 3.0, 2.0, 4.0])
-    monkeypatch.setattr(tables, "time_contractions", lambda points, threads: [(i, next(times)) for i in range(len(points))])
-    mine, point = Tables(1, tmp_path / "t.sqlite"), ("a", (1,))
+@pytest.mark.parametrize("factors", [(1.0, 2.0, 1.0), (2.0, 1.0, 1.0), (1.7, 2.0, 1.0, 1.0)])
+def test_what_disturbs_a_session_does_not_stay_in_the_table(factors: tuple[float, ...], tmp_path: Path) -> None:
+    """Sessions that take longer as a whole: sizes are measured until two timings agree."""
+    timer, points = Timer(*factors), [("a", (n,)) for n in range(1, 9)]
+    assert Tables("here", timer, tmp_path / "t.sqlite").seconds(points) == [float(n) for n in range(1, 9)]
+    assert [len(several) for several in timer.log] == [8] * len(factors)
+    assert [seconds for *_, seconds in rows(tmp_path / "t.sqlite")] == [float(n) for n in range(1, 9)]
+
+
+def test_a_point_measured_again_keeps_the_shorter_time(tmp_path: Path) -> None:
+    point = ("a", (1,))
+    mine = Tables("here", Timer(3.0, 3.0, 2.0, 4.0), tmp_path / "t.sqlite")
     assert mine.seconds([point]) == [3.0]
     for _ in range(2):
         mine.again([point])
         assert mine.seconds([point]) == [2.0]
-    assert Tables(1, tmp_path / "t.sqlite").seconds([("a", (1,))]) == [2.0]
+    assert Tables("here", Timer(), tmp_path / "t.sqlite").seconds([point]) == [2.0]
 
 
-def test_many_writers_share_one_file(measured: list[Any], tmp_path: Path) -> None:
+def test_many_writers_share_one_file(tmp_path: Path) -> None:
     def write(number: int) -> list[float]:
-        return Tables(1, tmp_path / "t.sqlite").seconds([(f"s{i % 7}", (number, i)) for i in range(40)])
+        return Tables("here", Timer(), tmp_path / "t.sqlite").seconds([(f"s{i % 7}", (number, i)) for i in range(40)])
 
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(write, range(16)))
     assert answers == [[float(n)] * 40 for n in range(16)]
-    assert len(Tables(1, tmp_path / "t.sqlite").rows()) == 16 * 40
+    assert len(rows(tmp_path / "t.sqlite")) == 16 * 40
+
+
+# --- torch as the runtime -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["residual", "attention", "joined", "chain"])
+def test_torch_is_timed_node_by_node(name: str, tmp_path: Path) -> None:
+    graph, groups, path, origins = prepared(*(chain() if name == "chain" else models.build(name)), tmp_path)
+    ran = runtimes.kernels_of(TORCH, graph, groups, path, origins)
+    assert [c for _, _, c in ran if c is not None] == [c for several in latency.contractions(groups).values() for c in several]
+    assert {n.name for _, n, _ in ran} == {n.name for n in graph.nodes if n.op == "call_function"}
+    assert all(k.seconds > 0 for k, _, _ in ran)
+    for kernel, _, contraction in ran:
+        if contraction is not None and contraction.kind == "conv":
+            sizes = [kept_size(a, groups.batch) for a in contraction.axes]
+            point = kernels.signature("conv", kernel.settings), tuple(sizes)
+            assert [index for index, _ in eager.time_contractions([point], torch.device("cpu"), threads=1, runs=1)] == [0]
+
+
+def test_time_in_torch_grows_with_work() -> None:
+    conv = kernels.signature("conv", {"type": "float32", "batch": 1, "space": [32, 32], "window": [3, 3], "strides": [1, 1], "pads": "same",
+                                      "dilations": [1, 1]})  # fmt: skip
+    linear, product = (kernels.signature(kind, {"type": "float32"}) for kind in ("linear", "matmul"))
+    points = [(conv, (1, 16, 16)), (conv, (1, 256, 256)), (linear, (1, 8, 64, 64)), (linear, (1, 512, 512, 512)),
+              (product, (4, 16, 16, 16)), (product, (4, 256, 256, 256))]  # fmt: skip
+    times = dict(eager.time_contractions(points, torch.device("cpu"), threads=1))
+    assert sorted(times) == list(range(len(points)))
+    assert times[1] > 3 * times[0] and times[3] > 3 * times[2] and times[5] > 3 * times[4]
+
+
+def test_runtimes_have_tables_of_their_own(tmp_path: Path) -> None:
+    places = {runtimes.tables_of(Runtime(name, "cpu", threads)).place for name in runtimes.NAMES for threads in (1, 2)}
+    assert len(places) == 4  # what torch.compile multiplies with is what torch does
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "threads", "message"),
+    [
+        ("tvm", "cpu", 1, "unknown runtime 'tvm'; use one of onnxruntime, torch, torch.compile"),
+        ("torch", "tensorrt", 1, "'tensorrt' belongs to the runtime onnxruntime"),
+        ("torch", "tpu", 1, "device 'tpu' is unknown"),
+        ("onnxruntime", "cpu", 0, "threads must be at least 1, not 0"),
+    ],
+)
+def test_a_runtime_that_is_not_there(name: str, device: str, threads: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        sp.compress(*chain(), target="latency=0.5", runtime=name, device=device, threads=threads)
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------------
 
 
-def compared(ratio: float, dense_ms: float = 2.0) -> Comparison:
-    names = ("original.onnx", "model.onnx")
+def compared(names: tuple[str, str], ratio: float, dense_ms: float = 2.0) -> Comparison:
     times = (dense_ms, dense_ms * ratio)
     return Comparison(
         tuple(Latency(n, "onnxruntime-cpu", t, t, t, 9, 1e3 / t) for n, t in zip(names, times, strict=True)),
@@ -223,20 +264,21 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callab
     log: list[float] = []
 
     def install(time: Callable[[float], float]) -> list[float]:
-        def fake(original: Path, small: Path, *_: Any, **__: Any) -> Comparison:
+        def fake(where: Runtime, original: Path, small: Path, inputs: Any) -> Comparison:
             log.append(time(small.stat().st_size / original.stat().st_size))
-            return compared(log[-1])
+            return compared((original.name, small.name), log[-1])
 
-        monkeypatch.setattr(closed_loop, "benchmark_afresh", fake)
-        monkeypatch.setattr(closed_loop, "Tables", lambda *_, **__: Known())
+        monkeypatch.setattr(runtimes, "compare", fake)
+        monkeypatch.setattr(runtimes, "tables_of", lambda *_: Known())
         return log
 
     return install
 
 
-def test_the_loop_corrects_until_it_is_close(machine: Any) -> None:
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+def test_the_loop_corrects_until_it_is_close(machine: Any, runtime: str) -> None:
     measured = machine(lambda share: 0.3 + 0.7 * share)  # less is saved than the tables say
-    result = sp.compress(*chain(), target="latency=0.7", align=1)
+    result = sp.compress(*chain(), target="latency=0.7", align=1, runtime=runtime)
     found = result.report.data["latency_target"]
     assert found["asked"] == 0.7
     assert len(found["rounds"]) == len(measured) <= 4

@@ -70,7 +70,7 @@ class Ratio:
 class Latency:
     """One candidate on one runtime, in milliseconds a run: the median over rounds and its bootstrap 95 % interval.
 
-    `runtime` is 'onnxruntime-cpu', '-cuda' or '-tensorrt', 'torch-cpu' or 'torch-cuda'; `samples` is the number of rounds;
+    `runtime` is 'onnxruntime-cpu', '-cuda' or '-tensorrt', 'torch-cpu', 'torch-cuda' or 'torch.compile-...'; `samples` is the number of rounds;
     `throughput` is rows of the batch a second; for peak memory and energy of a run see `resources.Resources`.
     """
 
@@ -159,6 +159,7 @@ def benchmark(
     seconds: float = 10.0,
     seed: int = 0,
     resources: bool = True,
+    compiled: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Comparison:
     """Time every candidate on the same inputs and compare it with the first one, the baseline.
@@ -169,7 +170,7 @@ def benchmark(
     `device` is 'cpu', 'cuda', 'cuda:N', or 'tensorrt' (ONNX files only by TensorRT, modules then run on CUDA). `threads`
     holds for both runtimes; as torch is set if not given, and put back afterwards. Timing stops after `rounds` rounds or
     `seconds` seconds, starts and warm-up not counted, but not before 5 rounds. `resources`: peak memory and energy too, where
-    the machine tells. `progress` receives a line at each step.
+    the machine tells. `compiled`: modules and `.pt2` files run under torch.compile. `progress` receives a line at each step.
 
     Raises InputError for a missing or unreadable file, a device or provider that is not there, inputs that do not fit a
     candidate (naming the input), and a candidate that fails on them.
@@ -183,14 +184,14 @@ def benchmark(
     if threads < 1:
         raise InputError(f"benchmark: threads must be at least 1, not {threads}")
     device = str(device)
-    place = _place(device)
+    place = place_of(device)
 
     names = list(candidates)
-    runtimes, starters = zip(*[_starter(name, candidates[name], inputs, device, place, threads) for name in names], strict=True)
+    runtimes, starters = zip(*[_starter(name, candidates[name], inputs, device, place, threads, compiled) for name in names], strict=True)
     mixed = len(set(runtimes)) > 1
     parts: list[np.ndarray] = []
     number = 1
-    with _steady(threads), torch.inference_mode():
+    with steady(threads), torch.inference_mode():
         used = {name: Resources() for name in names}
         for name, start in zip(names, starters, strict=True) if resources else ():
             say(f"benchmark: memory and energy of {name}")
@@ -235,9 +236,16 @@ def benchmark(
 
 
 def benchmark_afresh(
-    baseline: Path, candidate: Path, inputs: Sequence[Tensor], *, device: str = "cpu", threads: int | None = None, seconds: float = 6.0
+    baseline: Path,
+    candidate: Path,
+    inputs: Sequence[Tensor],
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    seconds: float = 6.0,
+    compiled: bool = False,
 ) -> Comparison:
-    """`benchmark` of two ONNX files in a Python process of its own, on noise of the inputs' shapes.
+    """`benchmark` of two files in a Python process of its own, on noise of the inputs' shapes.
 
     A process that has traced, trained or pruned runs a model up to a third slower than one that only serves it: its memory is in pieces,
     and threads of other libraries wait in it. Raises InputError as `benchmark` does.
@@ -246,6 +254,7 @@ def benchmark_afresh(
     threads = torch.get_num_threads() if threads is None else threads
     options = {"--device": device, "--threads": threads, "--seconds": seconds}
     command = [sys.executable, "-m", "structprune", "bench", str(baseline), str(candidate), "--json", "--no-resources"]
+    command += ["--compile"] * compiled
     command += [str(part) for pair in [*options.items(), *(("--input", s) for s in shapes)] for part in pair]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -274,7 +283,7 @@ def environment() -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- candidates → runners
 
 
-def _place(device: str) -> torch.device:
+def place_of(device: str) -> torch.device:
     """Where tensors live for `device`. InputError unless it names a device that PyTorch sees."""
     if device == "cpu":
         return torch.device("cpu")
@@ -289,8 +298,15 @@ def _place(device: str) -> torch.device:
     return place
 
 
+def check_provider(name: str, kind: str) -> None:
+    """InputError unless ONNX Runtime was built for the device 'cpu', 'cuda' or 'tensorrt'."""
+    if PROVIDERS[kind] not in onnxruntime.get_available_providers():
+        built = f"ONNX Runtime {onnxruntime.__version__} was built without {PROVIDERS[kind]}"
+        raise InputError(f"{name}: device '{kind}': {built}; install onnxruntime-gpu")
+
+
 def _starter(
-    name: str, candidate: nn.Module | str | Path, inputs: Sequence[Tensor], device: str, place: torch.device, threads: int
+    name: str, candidate: nn.Module | str | Path, inputs: Sequence[Tensor], device: str, place: torch.device, threads: int, compiled: bool
 ) -> tuple[str, Callable[[], Runner]]:
     """The runtime's name and what starts the candidate in it. InputError if it cannot be loaded or the inputs do not fit."""
     module: Callable[[], nn.Module]
@@ -306,14 +322,13 @@ def _starter(
             raise InputError(f"{name}: no such file: {path}")
         if path.suffix == ".onnx":
             kind = device.partition(":")[0]
-            if PROVIDERS[kind] not in onnxruntime.get_available_providers():
-                built = f"ONNX Runtime {onnxruntime.__version__} was built without {PROVIDERS[kind]}"
-                raise InputError(f"{name}: device '{kind}': {built}; install onnxruntime-gpu")
+            check_provider(name, kind)
             return f"onnxruntime-{kind}", lambda: _onnx_runner(name, path, inputs, kind, place, threads)
         if path.suffix != ".pt2":
             raise InputError(f"{name}: {path}: cannot run a '{path.suffix}' file; export it to .onnx, or give the module itself")
         module = partial(_load_exported, name, path, place)
-    return f"torch-{place.type}", cache(lambda: _torch_runner(module(), inputs, place))  # torch has no sessions: one start is enough
+    kind = "torch.compile" if compiled else "torch"
+    return f"{kind}-{place.type}", cache(lambda: _torch_runner(module(), inputs, place, compiled))  # torch has no sessions: one start is enough
 
 
 def _evaluation_copy(name: str, module: nn.Module) -> nn.Module:
@@ -341,31 +356,47 @@ def _load_exported(name: str, path: Path, place: torch.device) -> nn.Module:
         raise InputError(f"{name}: {path}: torch.export cannot load it: {_first_line(error)}") from error
 
 
-def _torch_runner(module: nn.Module, inputs: Sequence[Tensor], place: torch.device) -> Runner:
+def _torch_runner(module: nn.Module, inputs: Sequence[Tensor], place: torch.device, compiled: bool) -> Runner:
     """Run `module`, which becomes the runner's own, on copies of the inputs: it may write into them."""
     module = module.to(place)
+    call: Callable[..., Any] = torch.compile(module) if compiled else module
     arguments = [tensor.detach().to(place, copy=True) for tensor in inputs]
 
-    def run_on_cpu() -> float:
-        start = time.perf_counter_ns()
-        module(*arguments)
-        return (time.perf_counter_ns() - start) * 1e-9
+    def run() -> float:
+        stop = stopwatch(place)
+        call(*arguments)
+        seconds = stop()
+        return seconds()
 
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+    return run
+
+
+def stopwatch(place: torch.device) -> Callable[[], Callable[[], float]]:
+    """Started now; called, it stops, and what it returns tells the seconds. On a GPU those of the device, known when it gets there."""
     if place.type == "cpu":
-        return run_on_cpu
+        start = time.perf_counter_ns()
+
+        def stop_on_cpu() -> Callable[[], float]:
+            seconds = (time.perf_counter_ns() - start) * 1e-9
+            return lambda: seconds
+
+        return stop_on_cpu
 
     stream = torch.cuda.current_stream(place)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(place)
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record(stream)
 
-    def run_on_cuda() -> float:
-        start.record(stream)
-        module(*arguments)
-        end.record(stream)
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3
+    def seconds_on_cuda() -> float:
+        last.synchronize()
+        return first.elapsed_time(last) * 1e-3
 
-    return run_on_cuda
+    def stop_on_cuda() -> Callable[[], float]:
+        last.record(stream)
+        return seconds_on_cuda
+
+    return stop_on_cuda
 
 
 def _onnx_runner(name: str, path: Path, inputs: Sequence[Tensor], kind: str, place: torch.device, threads: int) -> Runner:
@@ -439,7 +470,7 @@ def _check_inputs(name: str, path: Path, session: Any, inputs: Sequence[Tensor])
 
 
 @contextmanager
-def _steady(threads: int) -> Iterator[None]:
+def steady(threads: int) -> Iterator[None]:
     """`threads` threads in torch and no garbage collection inside the block; both as before after it."""
     before, collecting = torch.get_num_threads(), gc.isenabled()
     torch.set_num_threads(threads)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from scipy.interpolate import RegularGridInterpolator
-from torch import Tensor, fx
+from torch import fx
 
 from structprune.analysis.contractions import Contraction, contractions
 from structprune.analysis.groups import Groups
-from structprune.backends.kernels import BLOCKED, Kernel, profile, signature
+from structprune.backends.kernels import BLOCKED, Kernel, signature
 from structprune.backends.tables import Point, Tables
 from structprune.decide.allocate import thinned
 from structprune.decide.cost import Cost, Term
 from structprune.ir.axes import Atom, Axis, Sum, kept_size, leaves
 from structprune.ir.graph import Graph
+
+Attributed = tuple[Kernel, fx.Node | None, Contraction | None]  # what runs, the node that it computes, and what it multiplies
 
 _GRID = 6  # sizes of an axis in a table; between two of them time is linear
 _MATTERS = 0.005  # of the latency: what takes less has no say in a group's step, where something else has
@@ -48,18 +49,13 @@ class _Timed:
     key: str
 
 
-def latency_model(graph: Graph, groups: Groups, path: Path, origins: Mapping[str, str], tables: Tables, align: int | None = None) -> LatencyModel:
-    """path: the dense model's ONNX file; origins: which node of the graph each of its nodes comes from (see onnx.export).
-
-    align: a step for all groups, in the place of the measured ones.
-    """
-    inputs = [v.detach().cpu().numpy() for v in graph.given_inputs() if isinstance(v, Tensor)]
-    kernels = profile(path, inputs, tables.threads)
-    constant = whole = sum(k.seconds for k in kernels)
+def latency_model(groups: Groups, kernels: Sequence[Attributed], tables: Tables, align: int | None = None) -> LatencyModel:
+    """kernels: what the runtime runs of the dense model. align: a step for all groups, in the place of the measured ones."""
+    constant = whole = sum(kernel.seconds for kernel, _, _ in kernels)
     free = {g.atom for g in groups}
     timed: list[_Timed] = []
     rest: list[tuple[Kernel, fx.Node]] = []
-    for kernel, node, contraction in _attributed(graph, groups, kernels, origins):
+    for kernel, node, contraction in kernels:
         if contraction is not None and any(free.intersection(leaves(a)) for a in contraction.axes):
             timed.append(_Timed(kernel, contraction, signature(contraction.kind, kernel.settings)))
             constant -= kernel.seconds
@@ -71,10 +67,13 @@ def latency_model(graph: Graph, groups: Groups, path: Path, origins: Mapping[str
     return LatencyModel(Cost("latency", tuple(terms), constant, groups.batch), steps)
 
 
-def _attributed(
-    graph: Graph, groups: Groups, kernels: Sequence[Kernel], origins: Mapping[str, str]
-) -> Iterator[tuple[Kernel, fx.Node | None, Contraction | None]]:
-    """For each kernel the node of the graph that it computes (of one without a name that we know, the one before it), and its contraction."""
+def attributed(graph: Graph, groups: Groups, kernels: Sequence[Kernel], origins: Mapping[str, str]) -> list[Attributed]:
+    """For each kernel of the dense model's ONNX file the node of the graph that it computes, and its contraction.
+
+    origins: which node of the graph each node of the file comes from (see onnx.export). A kernel without a name that we know belongs to
+    the node of the one before it.
+    """
+    found: list[Attributed] = []
     nodes = {n.name: n for n in graph.nodes}
     left = {node: list(several) for node, several in contractions(groups).items()}
     node: fx.Node | None = None
@@ -87,7 +86,8 @@ def _attributed(
             maker = _maker(node, left, "window" in kernel.settings)
             if maker is not None:
                 node, contraction = maker, left[maker].pop(0)
-        yield kernel, node, contraction
+        found.append((kernel, node, contraction))
+    return found
 
 
 def _maker(node: fx.Node, left: Mapping[fx.Node, list[Contraction]], convolution: bool) -> fx.Node | None:

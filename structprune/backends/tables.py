@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
-
-from structprune.backends.benchmark import environment
-from structprune.backends.kernels import time_contractions
 
 Point = tuple[str, tuple[int, ...]]  # a signature (see kernels.py), and the sizes of the axes
+
+Timer = Callable[[Sequence[Point]], Iterable[tuple[int, float]]]
 
 _TOLD = 50  # sizes between two words of progress
 _SAME = 1.08  # two timings of a size that differ by more than this were not both undisturbed
@@ -29,13 +27,12 @@ def default_path() -> Path:
 
 
 class Tables:
-    """Seconds of contractions on this machine in one runtime with some number of threads; measured when asked for, once."""
+    """Seconds of contractions on one machine in one runtime; measured when asked for, once."""
 
-    def __init__(self, threads: int, path: Path | None = None, progress: Callable[[str], None] | None = None):
-        machine = environment()
-        processor = f"{machine['cpu']} ({machine['cpu_capability']}, {machine['cores']} cores)"
-        self.place = f"{processor}, onnxruntime {onnxruntime.__version__} cpu, {threads} thread(s)"
-        self.threads = threads
+    def __init__(self, place: str, timer: Timer, path: Path | None = None, progress: Callable[[str], None] | None = None):
+        """place: the machine, the runtime and its settings in words; timer: yields (index, seconds) of points."""
+        self.place = place
+        self._timer = timer
         self._path = path or default_path()
         self._say = progress or (lambda line: None)
         self._known: dict[Point, float] = {}
@@ -44,7 +41,7 @@ class Tables:
         """Of each point; what is not known yet is measured, and kept."""
         missing = [p for p in dict.fromkeys(points) if p not in self._known]
         if missing:
-            with self._open() as store:
+            with _open(self._path) as store:
                 for signature in dict.fromkeys(p[0] for p in missing):
                     rows = store.execute("SELECT sizes, seconds FROM times WHERE place = ? AND signature = ?", (self.place, signature))
                     self._known |= {(signature, _sizes(text)): taken for text, taken in rows}
@@ -58,21 +55,19 @@ class Tables:
 
     def _measure(self, points: Sequence[Point]) -> None:
         """In two passes, so that what disturbs a whole session does not disturb a size both times; where they differ, in more."""
-        left = list(points)
-        for number in range(_PASSES):
-            before = [self._known.get(p, math.inf) for p in left]
-            order = np.random.default_rng(number).permutation(len(left)) if number else range(len(left))  # in other company each time
+        left, passes = list(points), 0
+        while left and passes < _PASSES:
+            order = np.random.default_rng(passes).permutation(len(left)).tolist()  # in other company each time
+            before = {p: self._known.get(p, math.inf) for p in left}
             now = dict(self._pass([left[i] for i in order]))
-            pairs = [(p, then) for p, then in zip(left, before, strict=True)]
-            left = [p for p, then in pairs if max(then, now[p]) > _SAME * min(then, now[p])]
-            if not left:
-                break
+            left = [p for p in left if max(before[p], now[p]) > _SAME * min(before[p], now[p])]
+            passes += 1
         self._keep(points)
 
     def _pass(self, points: Sequence[Point]) -> list[tuple[Point, float]]:
         """One timing of each point; of all its timings the shortest is kept."""
         found = []
-        for number, (index, taken) in enumerate(time_contractions(points, self.threads)):
+        for number, (index, taken) in enumerate(self._timer(points)):
             if number % _TOLD == 0:
                 self._say(f"time operators: {number} of {len(points)} sizes")
             found.append((points[index], taken))
@@ -81,23 +76,25 @@ class Tables:
 
     def _keep(self, points: Sequence[Point]) -> None:
         if points:
-            with self._open() as store:
+            with _open(self._path) as store:
                 rows = [(self.place, key, _text(sizes), self._known[key, sizes]) for key, sizes in points]
                 store.executemany("INSERT OR REPLACE INTO times VALUES (?, ?, ?, ?)", rows)
 
-    def rows(self) -> list[tuple[str, str, str, float]]:
-        """All that is kept, of other places too: (place, signature, sizes, seconds)."""
-        with self._open() as store:
-            return list(store.execute("SELECT place, signature, sizes, seconds FROM times ORDER BY place, signature, seconds"))
 
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(self._path, timeout=60)) as store, store:
-            store.execute(
-                "CREATE TABLE IF NOT EXISTS times (place TEXT, signature TEXT, sizes TEXT, seconds REAL, PRIMARY KEY (place, signature, sizes))"
-            )
-            yield store
+def rows(path: Path | None = None) -> list[tuple[str, str, str, float]]:
+    """All that is kept, of every place: (place, signature, sizes, seconds)."""
+    with _open(path or default_path()) as store:
+        return list(store.execute("SELECT place, signature, sizes, seconds FROM times ORDER BY place, signature, seconds"))
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[sqlite3.Connection]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(path, timeout=60)) as store, store:
+        store.execute(
+            "CREATE TABLE IF NOT EXISTS times (place TEXT, signature TEXT, sizes TEXT, seconds REAL, PRIMARY KEY (place, signature, sizes))"
+        )
+        yield store
 
 
 def _text(sizes: tuple[int, ...]) -> str:
