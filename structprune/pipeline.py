@@ -27,6 +27,7 @@ from structprune.closed_loop import Dense, Found, measure_dense, plan_for_latenc
 from structprune.decide.cost import Cost, memory
 from structprune.decide.criteria import Scores
 from structprune.errors import InputError, TargetError, VerificationError
+from structprune.frontends.program import save_program
 from structprune.frontends.trace import Dynamic, fold_parametrizations, retrace, trace
 from structprune.ir.axes import Atom
 from structprune.ir.graph import Graph, resized
@@ -299,7 +300,7 @@ class Result:
         with out.all_or_none(Path(directory)) as work:
             with self.clock("export"):
                 program = self._program()
-                torch.export.save(program, work / "model.pt2")
+                save_program(program, work / "model.pt2")
                 out.save_weights(self.small, work / "model.safetensors")
                 self.plan.save(work / "plan.json")
             with self.clock("onnx"):

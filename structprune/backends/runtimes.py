@@ -17,6 +17,7 @@ from structprune.backends.benchmark import Comparison, benchmark_afresh, check_p
 from structprune.backends.latency import Attributed, attributed
 from structprune.backends.tables import Tables
 from structprune.errors import InputError
+from structprune.frontends.program import save_program
 from structprune.ir.graph import Graph
 
 NAMES = ("onnxruntime", "torch", "torch.compile")
@@ -53,7 +54,7 @@ def save(where: Runtime, program: ExportedProgram, graph: Graph, path: Path) -> 
     """Write a model as the runtime reads it. Returns what `kernels_of` needs: which node each part of the file comes from."""
     if where.name == "onnxruntime":
         return onnx.export(program, path, graph.input_names, graph.output_names)
-    torch.export.save(program, path)
+    save_program(program, path)
     return {}
 
 

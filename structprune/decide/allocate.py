@@ -36,7 +36,7 @@ _OPTIONS = {1: 12, 2: 6}  # widths of each atom, by how many are decided togethe
 _FEW_OPTIONS = 4
 _MANY_OPTIONS = 64  # of an atom, in a model of few groups
 _ALL_OPTIONS = 500  # of a model
-_WORK = 1.0  # of the loss of half of every group: what it is worth to keep all multiply-accumulates
+_WORK = 2.0  # of the loss of half of every group: what it is worth to keep all multiply-accumulates
 _UNITS = {"latency": (1e3, " ms"), "memory": (1.0, " B"), "size": (1.0, " B")}  # as people read them
 _TRUE_LIMIT = 3  # attempts with a smaller limit, where a term of the program was an approximation
 

@@ -1,14 +1,46 @@
-"""A .pt2 file → a module that trains, evaluates and copies like any other."""
+"""Programs of torch.export as files: one that every Python reads, and back to a module that trains, evaluates and copies like any other."""
 
 from __future__ import annotations
 
+import collections
+import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError
 from structprune.frontends.trace import from_exported
 from structprune.ir.traced import TracedModule
+
+_EVERYWHERE = (None, tuple, list, dict, collections.OrderedDict, collections.defaultdict, collections.deque, torch.Size)
+
+
+def save_program(program: ExportedProgram, path: str | Path) -> None:
+    """Write a .pt2 file that loads where the classes of the model's answers are not known: they become dicts, or tuples.
+
+    torch.export keeps the name of such a class (the outputs of transformers, dataclasses) and refuses to load a file without it.
+    """
+    entries = [
+        e if e.signature is None else replace(e, signature=replace(e.signature, out_spec=_plain(e.signature.out_spec)))
+        for e in program.module_call_graph
+    ]
+    plain = copy.copy(program)
+    plain._module_call_graph = entries
+    torch.export.save(plain, str(path))
+
+
+def _plain(spec: pytree.TreeSpec) -> pytree.TreeSpec:
+    """A class with named fields as a dict, any other as a tuple; what every Python has, as it is."""
+    children = [_plain(child) for child in spec.children()]
+    if spec.is_leaf() or spec.type in _EVERYWHERE:
+        return pytree.TreeSpec(spec.type, spec.context, children)
+    for names in (spec.context, spec.context[0] if isinstance(spec.context, (list, tuple)) and spec.context else None):
+        if isinstance(names, (list, tuple)) and len(names) == len(children) and all(isinstance(n, str) for n in names):
+            return pytree.TreeSpec(dict, list(names), children)
+    return pytree.TreeSpec(tuple, None, children)
 
 
 def load_program(path: str | Path) -> TracedModule:
