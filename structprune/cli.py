@@ -69,7 +69,17 @@ def compress(
             help="what must hold: latency=0.5 or 4ms, channels=, macs=2G, params=, memory=, size=10MB, joined by commas; a front: latency=0.3:0.9:7",
         ),
     ] = "macs=0.5",
-    criterion: Annotated[str, typer.Option("--criterion", help="which channels matter: auto, l1, l2, bn_scale, random")] = "auto",
+    calibration: Annotated[
+        str | None,
+        typer.Option("--calibration", metavar="DATA", help="unlabelled samples: a folder of pictures, .npy, .npz, .safetensors, or module:function"),
+    ] = None,
+    compensate: Annotated[bool, typer.Option(help="fit the weights that are left to the calibration samples")] = True,
+    evaluate: Annotated[
+        str | None, typer.Option("--evaluate", metavar="MODULE:FUNCTION", help="a function of the model that returns a score, higher is better")
+    ] = None,
+    criterion: Annotated[
+        str, typer.Option("--criterion", help="which channels matter: auto, reconstruction, l1, l2, ...: docs/criteria.md")
+    ] = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="output directory; by default structprune-NAME here")] = None,
     arch: Arch = None,
     input: Inputs = None,
@@ -98,6 +108,9 @@ def compress(
         loaded = _loaded(say, model, arch=arch, inputs=input or (), trust_pickle=trust_pickle, seed=seed)
         options: dict[str, Any] = {
             "example_kwargs": loaded.kwargs,
+            "calibration": _calibration(say, calibration, loaded, seed),
+            "compensate": compensate,
+            "evaluate": loaded.evaluate if evaluate is None else _evaluation(evaluate),
             "dynamic": parse_dynamic(dynamic or ()),
             "criterion": criterion,
             "ignore": tuple(ignore or ()),
@@ -111,8 +124,6 @@ def compress(
         }
         saving: dict[str, Any] = {
             "latency": latency,
-            "evaluate": loaded.evaluate,
-            "original": loaded.model,
             "model_name": loaded.name,
             "notes": loaded.notes,
         }
@@ -280,6 +291,26 @@ def _loaded(say: Callable[[str], None], model: str, **options: Any) -> Loaded:
     for note in loaded.notes:
         say(note)
     return loaded
+
+
+def _calibration(say: Callable[[str], None], spec: str | None, loaded: Loaded, seed: int) -> Any:
+    """The samples that the user named, or that come with the demo."""
+    if spec is None:
+        return loaded.calibration
+    from structprune.frontends.calibration import calibration
+
+    data, notes = calibration(spec, loaded.model, loaded.args, seed=seed)
+    for note in notes:
+        say(note)
+    return data
+
+
+def _evaluation(spec: str) -> Callable[[Any], float]:
+    from structprune.frontends.load import called, named_object
+
+    form = "package.module:function; --evaluate names a function of the model"
+    function = named_object(spec, form, "a function of the model that returns a number")
+    return lambda model: float(called(spec, function, model))
 
 
 class _progress:

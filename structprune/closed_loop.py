@@ -16,7 +16,6 @@ from structprune.analysis.groups import Groups
 from structprune.backends import runtimes
 from structprune.backends.latency import LatencyModel, latency_model
 from structprune.backends.runtimes import Runtime
-from structprune.decide.criteria import Scores
 from structprune.errors import TargetError
 from structprune.frontends.trace import retrace
 from structprune.ir.graph import Graph
@@ -85,8 +84,7 @@ def plan_for_latency(
     groups: Groups,
     dense: Dense,
     target: str,
-    name: str,
-    scores: Scores,
+    saliency: decide.Saliency,
     allocation: str,
     ignore: Sequence[str],
     say: Callable[[str], None],
@@ -108,7 +106,9 @@ def plan_for_latency(
         say(f"round {len(rounds) + 1}: solve for {limit:.3f} of the dense model's time")
         corrected = [replace(t, value=limit * whole, absolute=True) if t.key == "latency" else t for t in targets]
         try:
-            found = decide.allocate(groups, corrected, scores, costs=costs, steps=dense.latency.steps, method=allocation)
+            found = decide.allocate(
+                groups, corrected, saliency.scores, costs=costs, steps=dense.latency.steps, losses=saliency.losses, method=allocation
+            )
         except TargetError as unreachable:
             if rounds:
                 break
@@ -117,7 +117,7 @@ def plan_for_latency(
                 raise
             limit = least * (1 + _MISSED)  # so the tables say; the file may be faster
             continue
-        plan = decide.plan_of(graph, groups, found.widths, scores, target=target, criterion=name, ignore=tuple(ignore))
+        plan = decide.plan_of(graph, groups, found.widths, saliency.scores, target=target, criterion=saliency.criterion, ignore=tuple(ignore))
         known = next((number for number, other in enumerate(plans) if other.tensors == plan.tensors), None)
         if known is not None:  # the correction was smaller than a step
             limit = _beyond(limit, rounds, known, share)

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,18 @@ from structprune.backends.report import Report
 from structprune.backends.runtimes import Runtime
 from structprune.closed_loop import Dense, Found, measure_dense, plan_for_latency
 from structprune.decide.cost import Cost, memory
-from structprune.decide.criteria import Scores
-from structprune.errors import InputError, TargetError, VerificationError
+from structprune.decide.saliency import Saliency
+from structprune.errors import TargetError, VerificationError
 from structprune.frontends.program import save_program
+from structprune.frontends.samples import samples_of
 from structprune.frontends.trace import Dynamic, fold_parametrizations, retrace, trace
 from structprune.ir.axes import Atom
 from structprune.ir.graph import Graph, resized
 from structprune.ir.plan import Plan
+from structprune.ir.samples import Samples
 from structprune.ir.traced import TracedModule
+from structprune.recover.compensate import Fitted
+from structprune.recover.compensate import compensate as compensated
 from structprune.transform.memory import freed_at_once
 from structprune.transform.own_class import own_class
 from structprune.transform.scale import changed_scales
@@ -41,6 +45,7 @@ from structprune.transform.verify import Verification
 from structprune.transform.verify import verify as compare
 
 Progress = Callable[[str], None]
+Evaluate = Callable[[nn.Module], float]
 
 
 def compress(
@@ -49,7 +54,9 @@ def compress(
     target: str = "macs=0.5",
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | Tensor | None = None,
+    compensate: bool = True,
+    evaluate: Evaluate | None = None,
     criterion: Any = "auto",
     ignore: Sequence[str] = (),
     dynamic: Dynamic = (),
@@ -69,22 +76,27 @@ def compress(
         at one time) or 'size=10MB' (the ONNX file); several, joined by commas, hold together. A latency is that in
         `runtime` on `device`: operators are timed there, the tables kept for the next model, and the whole model is measured against the
         dense one until the target is hit.
-    criterion: which channels matter: 'random', 'l1', 'l2' ('auto'), 'bn_scale', a torch_pruning Importance, or a
-        callable (Groups, tensors by name) -> {group name: score of each channel}.
+    calibration: a few hundred samples of the model's inputs, unlabelled: one tensor, or an iterable of batches; of (inputs, labels) for a criterion
+    that
+        needs a loss. They tell which channels the others can stand in for, what narrowing each group loses, and the weights that are left are
+        fitted to them.
+    compensate: False leaves the weights as they are sliced from the original's.
+    evaluate: model -> a score, higher is better; taken of the original, of the pruned and of the compensated model, for the report.
+    criterion: which channels matter: 'auto' ('reconstruction' with calibration, else 'l2'), another name of docs/criteria.md, a torch_pruning
+    Importance,
+        or a callable (Groups, tensors by name) -> {group name: score of each channel}.
     ignore: names or shell patterns of modules or tensors that keep their channels.
     dynamic: axes beside the batch that may change size after export: (2, 3) of every input, or {'ids': (1,)} of those named.
     allocation: how widths are found: 'milp' and 'greedy' lose as little importance as they can, 'uniform' keeps one share everywhere;
-        'auto' is 'milp' for a latency, and else 'uniform'.
+        'auto' is 'milp' for a latency or with calibration, and else 'uniform'.
     align: widths are multiples of this, in the place of the steps that were measured for each group.
     runtime: what the model is deployed in: 'onnxruntime', 'torch' or 'torch.compile'; device: 'cpu', 'cuda', 'cuda:N', or of ONNX Runtime
         'tensorrt'; threads: of the processor, in all measurements; as torch is set if not given.
 
     Raises TraceError, InputError, TargetError or VerificationError; see structprune.errors.
     """
-    if calibration is not None:
-        raise InputError("calibration= is not used by any criterion yet; leave it out")
-    options = Options(criterion, tuple(ignore), allocation, align, runtime, device, threads, seed)
-    return _decide(_prepare(model, example_inputs, example_kwargs, dynamic, [target], options, Clock(progress)), target)
+    options = Options(criterion, tuple(ignore), allocation, align, runtime, device, threads, seed, compensate)
+    return _decide(_prepare(model, example_inputs, example_kwargs, dynamic, calibration, evaluate, [target], options, Clock(progress)), target)
 
 
 def front(
@@ -93,17 +105,19 @@ def front(
     target: str = "latency=0.3:0.9:7",
     *,
     example_kwargs: Mapping[str, Any] | None = None,
+    calibration: Iterable[Any] | Tensor | None = None,
+    evaluate: Evaluate | None = None,
     dynamic: Dynamic = (),
     progress: Progress | None = None,
     **options: Any,
 ) -> list[Result]:
     """`compress` to several targets: 'latency=0.3:0.9:7' stands for seven, from 0.3 to 0.9. The model is traced, scored and timed once.
 
-    options: criterion, ignore, allocation, align, runtime, device, threads and seed, as of `compress`. Raises as it does; a target that
+    options: criterion, ignore, allocation, align, runtime, device, threads, seed and compensate, as of `compress`. Raises as it does; a target that
     cannot be reached is left out, with a word to `progress`, unless none can.
     """
     targets = decide.spread(target)
-    ready = _prepare(model, example_inputs, example_kwargs, dynamic, targets, Options(**options), Clock(progress))
+    ready = _prepare(model, example_inputs, example_kwargs, dynamic, calibration, evaluate, targets, Options(**options), Clock(progress))
     results: list[Result] = []
     for one in targets:
         try:
@@ -127,6 +141,7 @@ class Options:
     device: str = "cpu"
     threads: int | None = None
     seed: int = 0
+    compensate: bool = True
 
     def deployed(self) -> Runtime:
         """Raises InputError for a runtime or device that is not there."""
@@ -140,9 +155,11 @@ class _Ready:
     model: nn.Module
     graph: Graph
     groups: Groups
-    criterion: str
-    scores: Scores
+    samples: Samples | None
+    saliency: Saliency
     dense: Dense | None
+    evaluate: Evaluate | None
+    accuracy: float | None  # what `evaluate` says of the original
     options: Options
     clock: Clock
 
@@ -152,6 +169,8 @@ def _prepare(
     example_inputs: tuple[Any, ...] | Tensor,
     example_kwargs: Mapping[str, Any] | None,
     dynamic: Dynamic,
+    calibration: Iterable[Any] | Tensor | None,
+    evaluate: Evaluate | None,
     targets: Sequence[str],
     options: Options,
     clock: Clock,
@@ -164,28 +183,32 @@ def _prepare(
         graph = trace(folded, example_inputs, example_kwargs, dynamic=dynamic)
     with clock("infer"):
         groups = find_groups(graph, options.ignore)
+    samples = samples_of(calibration, graph) if calibration is not None else None
     with clock("score"):
-        name, scores = decide.scored(graph, groups, options.criterion, model=folded, seed=options.seed)
+        saliency = decide.saliency(graph, groups, options.criterion, model=folded, samples=samples, seed=options.seed, say=clock.say)
     dense = None
     if measured:
         with clock("time operators"):
             dense = measure_dense(graph, groups, deployed, options.align, clock.say)
-    return _Ready(folded, graph, groups, name, scores, dense, options, clock)
+    accuracy = None
+    if evaluate is not None:
+        with clock("evaluate"):
+            accuracy = evaluate(model)
+    return _Ready(folded, graph, groups, samples, saliency, dense, evaluate, accuracy, options, clock)
 
 
 def _decide(ready: _Ready, target: str) -> Result:
     """From the target to the verified small model."""
     graph, groups, options, clock = ready.graph, ready.groups, ready.options, ready.clock.copy()
+    saliency = ready.saliency
     found: Found | None = None
     with clock("plan"):
         if ready.dense is not None:
-            found = plan_for_latency(graph, groups, ready.dense, target, ready.criterion, ready.scores, options.allocation, options.ignore, clock.say)
+            found = plan_for_latency(graph, groups, ready.dense, target, saliency, options.allocation, options.ignore, clock.say)
             plan = found.plan
         else:
-            targets = decide.parse_target(target)
-            widths = decide.allocate(groups, targets, ready.scores, costs=decide.costs_of(graph, groups, targets), method=options.allocation).widths
-            plan = decide.plan_of(graph, groups, widths, ready.scores, target=target, criterion=ready.criterion, ignore=options.ignore)
-    return realise(ready.model, graph, groups, plan, clock, options=options, scores=ready.scores, dense=ready.dense, found=found)
+            plan = decide.plan_for(graph, groups, target, saliency, allocation=options.allocation, ignore=options.ignore)
+    return realise(ready.model, graph, groups, plan, clock, ready=ready, found=found)
 
 
 def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> nn.Module:
@@ -235,22 +258,13 @@ def explain(
 
 
 def realise(
-    model: nn.Module,
-    graph: Graph,
-    groups: Groups,
-    plan: Plan,
-    clock: Clock,
-    *,
-    options: Options | None = None,
-    scores: Scores | None = None,
-    dense: Dense | None = None,
-    found: Found | None = None,
+    model: nn.Module, graph: Graph, groups: Groups, plan: Plan, clock: Clock, *, ready: _Ready | None = None, found: Found | None = None
 ) -> Result:
-    """Carry out a plan: surgery, verification, and the user's own class where it follows.
+    """Carry out a plan: surgery, verification, the user's own class where it follows, and compensation where there are samples.
 
-    scores, dense and found: what the plan was decided by, for the report.
+    ready and found: what the plan was decided by, where it was decided here.
     """
-    options = options or Options()
+    options = ready.options if ready is not None else Options()
     keep = decide.atoms_of(plan, groups)
     with freed_at_once(graph.module.state_dict().values()):
         with clock("surgery"):
@@ -259,8 +273,24 @@ def realise(
             verification = compare(graph, groups.types, keep, surgery.module)
         with clock("rebuild"):
             own, note = own_class(model, graph, surgery, changed_scales(graph, groups.types, keep), verification.answers)
-    report = _report(graph, groups, plan, verification, own is not None, note, clock, options.seed, scores, found)
-    return Result(own if own is not None else surgery.module, plan, report, graph, surgery.module, clock, options.deployed(), dense)
+        small = own if own is not None else surgery.module
+        accuracy = _scores_of(ready, "pruned", small, clock)
+        fitted: Sequence[Fitted] | None = None
+        if ready is not None and ready.samples is not None and options.compensate:
+            with clock("compensate"):
+                fitted = compensated(graph, groups.types, keep, surgery, ready.samples, clock.say)
+            accuracy |= _scores_of(ready, "after", small, clock)
+    report = _report(graph, groups, plan, verification, own is not None, note, clock, ready, found, fitted, accuracy)
+    return Result(small, plan, report, graph, surgery.module, clock, options.deployed(), ready.dense if ready is not None else None)
+
+
+def _scores_of(ready: _Ready | None, stage: str, model: nn.Module, clock: Clock) -> dict[str, float]:
+    """What the user's evaluation says of a model; of the original and this one, where it is the first that is asked."""
+    if ready is None or ready.evaluate is None or ready.accuracy is None:
+        return {}
+    with clock("evaluate"):
+        score = ready.evaluate(model)
+    return {"after": score} if stage == "after" else {"before": ready.accuracy, stage: score, "after": score}
 
 
 @dataclass(frozen=True)
@@ -285,15 +315,12 @@ class Result:
         directory: str | Path,
         *,
         latency: bool = True,
-        evaluate: Callable[[nn.Module], float] | None = None,
-        original: nn.Module | None = None,
         model_name: str = "",
         notes: Sequence[str] = (),
     ) -> Report:
         """Write the output directory (all files or none) and return the full report.
 
         latency: measure both models, in the runtime of deployment and as ONNX files in ONNX Runtime.
-        evaluate: a score of a model, for the report, taken of `original` and of the small one.
         Raises InputError for a directory that cannot be written, and VerificationError where ONNX Runtime disagrees with torch.
         """
         data = self.report.to_dict() | {"model": model_name, "notes": [*notes, *self.report.data["notes"]]}
@@ -310,9 +337,6 @@ class Result:
                     onnx.export(self.graph.exported, work / "original.onnx", self.graph.input_names, self.graph.output_names)
                 data["verification"]["onnx_error"] = self._export(program, work / "model.onnx")
             data["onnx_bytes"] = {"before": (work / "original.onnx").stat().st_size, "after": (work / "model.onnx").stat().st_size}
-            if evaluate is not None and original is not None:
-                with self.clock("evaluate"):
-                    data["accuracy"] = {"before": evaluate(original), "after": evaluate(self.model)}
             if latency:
                 with self.clock("benchmark"):
                     data["latency_ms"] = self._latencies(work)
@@ -426,9 +450,10 @@ def _report(
     own: bool,
     note: str,
     clock: Clock,
-    seed: int,
-    scores: Scores | None,
+    ready: _Ready | None,
     found: Found | None,
+    fitted: Sequence[Fitted] | None,
+    accuracy: Mapping[str, float],
 ) -> Report:
     widths = {g.atom: len(p.keep) for g, p in zip(groups, plan.groups, strict=True)}
     return Report(
@@ -437,15 +462,19 @@ def _report(
             "model": "",
             "target": plan.target,
             "criterion": plan.criterion,
-            "seed": seed,
+            "seed": ready.options.seed if ready is not None else 0,
             "params": {"before": groups.params(), "after": groups.params(widths)},
             "macs": {"before": groups.macs(), "after": groups.macs(widths)},
             "activation_bytes": _peak(memory(graph, groups), widths),
             "onnx_bytes": None,
-            "importance_kept": decide.importance_kept(groups, widths, scores) if scores is not None else None,
+            "importance_kept": decide.importance_kept(groups, widths, ready.saliency.scores) if ready is not None else None,
             "latency_ms": {},
             "latency_target": found.to_dict() if found is not None else None,
-            "accuracy": None,
+            "accuracy": dict(accuracy) or None,
+            "calibration": {"samples": len(ready.samples), "labels": ready.samples.labels is not None}
+            if ready is not None and ready.samples
+            else None,
+            "compensation": [asdict(f) for f in fitted] if fitted is not None else None,
             "verification": {
                 "masked_error": verification.error,
                 "tolerance": verification.tolerance,

@@ -25,6 +25,11 @@ from structprune.ir.traced import TracedModule
 
 FILES = ("original.onnx", "model.onnx", "model.pt2", "model.safetensors", "plan.json", "report.json", "report.html")
 
+_CHANGED = {
+    "recovery": "not comparable: the weights were trained after pruning",
+    "compensation": "not comparable: the weights were fitted to samples after pruning",
+}
+
 
 def check_writable(directory: Path) -> None:
     """Raise InputError, before any work is done, for a directory that could not be written at the end."""
@@ -78,7 +83,7 @@ def verify_directory(directory: str | Path) -> dict[str, Any]:
 
     model.pt2 holds the weights of model.safetensors, in the sizes that plan.json says. model.onnx answers as model.pt2. Where both ONNX files
     name a weight, the small one is the plan's slice of the original; and original.onnx with the removed slices set to zero answers as model.onnx,
-    where zeros can tell.
+    where zeros can tell. Weights that were fitted or trained since are no slices any more: both are then answered in words.
 
     Raises InputError for a missing or broken file and VerificationError, naming the file, for a difference.
     """
@@ -92,12 +97,14 @@ def verify_directory(directory: str | Path) -> dict[str, Any]:
     _planned_sizes(module, plan)
     args, kwargs = _inputs(module, plan)
     error = onnx.check(directory / "model.onnx", module, args, kwargs)
+    report = _json(directory / "report.json")
+    changed = next((words for key, words in _CHANGED.items() if report.get(key)), None)
     return {
-        **_json(directory / "report.json").get("verification", {}),
+        **report.get("verification", {}),
         "onnx_error": error,
         "tensors": len(plan.tensors),
-        "tensors_matched_in_original_onnx": _same_slices(directory, plan),
-        "original_onnx_masked": _masked(directory, plan, pytree.tree_leaves((args, kwargs))),
+        "tensors_matched_in_original_onnx": changed or _same_slices(directory, plan),
+        "original_onnx_masked": changed or _masked(directory, plan, pytree.tree_leaves((args, kwargs))),
     }
 
 

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,20 @@ def check(path: Path, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Ma
 
 def run(model: Path | bytes, flat: Sequence[Any]) -> list[np.ndarray]:
     """The answers of an ONNX file, or of its bytes, to the leaves of a call's arguments, by position."""
+    return runner(model)(flat)
+
+
+def runner(model: Path | bytes) -> Callable[[Sequence[Any]], list[np.ndarray]]:
+    """`run` of one model, for many calls."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
-    values = [v.detach().cpu().numpy() for v in flat if isinstance(v, Tensor)]
-    return session.run(None, {i.name: v for i, v in zip(session.get_inputs(), values, strict=False)})  # type: ignore[no-any-return]
+
+    def answer(flat: Sequence[Any]) -> list[np.ndarray]:
+        values = [v.detach().cpu().numpy() for v in flat if isinstance(v, Tensor)]
+        return session.run(None, {i.name: v for i, v in zip(session.get_inputs(), values, strict=False)})  # type: ignore[no-any-return]
+
+    return answer
 
 
 def masked(path: Path, removed: Mapping[str, Mapping[int, np.ndarray]]) -> bytes | str:

@@ -98,7 +98,7 @@ def _rows(data: Mapping[str, Any]) -> list[_Row]:
         _quantity("ONNX file", data.get("onnx_bytes"), _bytes, "not exported"),
         _quantity("channels that can be pruned", channels, _count, "none found"),
         *(latencies or [_Row("latency", remark="not measured")]),
-        _accuracy(data.get("accuracy")),
+        *_accuracies(data.get("accuracy")),
     ]
 
 
@@ -129,12 +129,21 @@ def _latency(runtime: str, measured: Mapping[str, Any]) -> _Row:
     )
 
 
-def _accuracy(values: Mapping[str, Any] | None) -> _Row:
+_STAGES = {"pruned": "as pruned", "compensated": "after compensation"}  # that the last one has come by
+
+
+def _accuracies(values: Mapping[str, Any] | None) -> list[_Row]:
+    """What the user's evaluation says, of the result and of the stages on the way to it."""
     before, after = _pair(values)
-    if before is None and after is None:
-        return _Row("accuracy", remark="not measured")
+    if values is None or (before is None and after is None):
+        return [_Row("accuracy", remark="not measured")]
+    stages = [_score(f"accuracy {words}", before, values[stage]) for stage, words in _STAGES.items() if values.get(stage) not in (None, after)]
+    return [*stages, _score("accuracy", before, after)]
+
+
+def _score(what: str, before: float | None, after: float | None) -> _Row:
     change = "" if before is None or after is None else f"{100 * (after - before):+.2f} points"
-    return _Row("accuracy", _shown(before, lambda v: f"{100 * v:.2f} %"), _shown(after, lambda v: f"{100 * v:.2f} %"), change)
+    return _Row(what, _shown(before, lambda v: f"{100 * v:.2f} %"), _shown(after, lambda v: f"{100 * v:.2f} %"), change)
 
 
 def _speed(measured: Mapping[str, Any]) -> tuple[str, str]:
@@ -166,7 +175,7 @@ def _verdict(data: Mapping[str, Any]) -> str:
         f"A call takes {macs.after} multiply-accumulates instead of {macs.before} ({macs.kept})." if macs.after else "Operations were not counted.",
         f"The ONNX file takes {onnx.after} instead of {onnx.before} ({onnx.kept})." if onnx.after else "No ONNX file was exported.",
         f"Accuracy goes from {accuracy.before} to {accuracy.after} ({accuracy.kept})." if accuracy.after else "Accuracy was not measured.",
-        _verified(data.get("verification") or {}),
+        _verified(data.get("verification") or {}) + _fitted(data),
     ]
     return " ".join(sentences)
 
@@ -184,6 +193,14 @@ def _verified(verification: Mapping[str, Any]) -> str:
     reasons = "; ".join(dict.fromkeys(entry["reason"] for entry in inexact))
     exceptions = f" Groups whose removal is not what a zero mask gives: {len(inexact)} ({reasons})." if inexact else ""
     return f"Verified: it answers as the original with the removed channels masked ({numbers}). {exported}{exceptions}"
+
+
+def _fitted(data: Mapping[str, Any]) -> str:
+    """What was done to the weights after that."""
+    calibration, layers = data.get("calibration"), data.get("compensation")
+    if not calibration or layers is None:
+        return ""
+    return f" Then the weights of {len(layers)} layers were fitted to the original's answers on {calibration['samples']} samples."
 
 
 def _passed(verification: Mapping[str, Any]) -> bool:
@@ -261,7 +278,7 @@ def _summary(data: Mapping[str, Any]) -> str:
     reasons = Counter(f["reason"] for f in data.get("frozen") or ())
     remarks = [
         ("frozen", "; ".join(reason if n == 1 else f"{reason} ×{n}" for reason, n in reasons.items()) or "nothing"),
-        ("checked", _verified(data.get("verification") or {})),
+        ("checked", _verified(data.get("verification") or {}) + _fitted(data)),
         *(("note", note) for note in _notes(data)),
     ]
     wrapped = (fill(text, 110, initial_indent=f"{what:<9}", subsequent_indent=" " * 9) for what, text in remarks)

@@ -25,7 +25,7 @@ from structprune.decide.cost import Cost, Term, macs, params
 from structprune.decide.criteria import Scores
 from structprune.decide.milp import Choice, solve
 from structprune.decide.targets import Target
-from structprune.decide.uniform import Uniform, Widths
+from structprune.decide.uniform import Uniform, Widths, block
 from structprune.errors import InputError, TargetError
 from structprune.ir.axes import Atom, kept_size, leaves
 
@@ -57,13 +57,16 @@ def allocate(
     *,
     costs: Mapping[str, Sequence[Cost]] | None = None,
     steps: Mapping[Atom, int] | None = None,
+    losses: Mapping[str, np.ndarray] | None = None,
     method: str = "auto",
 ) -> Allocation:
     """The widths of the least loss that meet every target.
 
     `channels=` asks for shares, and gets them to the channel; beside budgets it is the most that a group keeps.
-    costs: others than those of the groups themselves, by the target that limits each of them. steps: between widths that are worth having.
-    method: 'auto' is 'milp' where steps were measured, and else 'uniform'.
+    costs: others than those of the groups themselves, by the target that limits each of them. steps: between widths that are worth having, where
+    they were measured; else multiples of 8 or 4, by which runtimes work.
+    losses: [channels + 1] of every group by its name, what is lost when so many of its best channels stay; without them, the loss that is told above.
+    method: 'auto' is 'milp' where steps or losses were measured, and else 'uniform'.
 
     Raises TargetError, with the closest that can be reached, where the least of every group is too much.
     """
@@ -72,17 +75,17 @@ def allocate(
     share = min([t.value for t in targets if t.key == "channels"], default=1.0)
     known = {"macs": [macs(groups)], "params": [params(groups)], **(costs or {})}
     budgets = [budget for t in targets if t.key != "channels" for budget in _budgets(t, known[t.key])]
-    if not budgets or method == "uniform" or (method == "auto" and steps is None):
-        uniform = Uniform(groups, bool(budgets), steps)
-        widths = _uniform(groups, uniform, share, budgets)
-        return Allocation(widths, _mean_loss(groups, widths, scores))
+    lost = _Lost(groups, scores, losses)
+    if not budgets or method == "uniform" or (method == "auto" and steps is None and losses is None):
+        widths = _uniform(groups, Uniform(groups, bool(budgets), steps), share, budgets)
+        return Allocation(widths, lost.mean(widths))
     most = Uniform(groups).widths(share)
     for least in (_LEAST, 0.0):
-        choices = _choices(groups, scores, steps or {}, most, least)
-        found = _greedy(choices, budgets) if method == "greedy" else _milp(choices, budgets, _worth(groups))
+        choices = _choices(groups, lost.curves, {g.atom: block(g.size) for g in groups} if steps is None else steps, most, least)
+        found = _greedy(choices, budgets) if method == "greedy" else _milp(choices, budgets, lost.worth)
         if found is not None:
-            widths, gap = found if method == "greedy" else _no_worse_than_uniform(groups, scores, found, share, budgets, steps)
-            return Allocation(widths, _mean_loss(groups, widths, scores), gap)
+            widths, gap = found if method == "greedy" else _no_worse_than_uniform(groups, lost, found, share, budgets, steps)
+            return Allocation(widths, lost.mean(widths), gap)
     smallest: dict[Atom, int] = {}
     for choice in choices:
         smallest |= choice.options[0]
@@ -99,21 +102,16 @@ def _budgets(target: Target, costs: Sequence[Cost]) -> list[tuple[Cost, float]]:
 
 def _no_worse_than_uniform(
     groups: Groups,
-    scores: Scores,
+    lost: _Lost,
     found: tuple[Widths, float | None],
     share: float,
     budgets: Sequence[tuple[Cost, float]],
     steps: Mapping[Atom, int] | None,
 ) -> tuple[Widths, float | None]:
     """What was found, unless the solver was stopped so early that uniform widths are better."""
-    work = macs(groups)
-
-    def value(widths: Widths) -> float:
-        return _mean_loss(groups, widths, scores) + _WORK * (1 - work(widths) / max(1.0, work()))
-
     with suppress(TargetError):
         uniform = _uniform(groups, Uniform(groups, True, steps), share, budgets)
-        if value(uniform) < value(found[0]):
+        if lost.objective(uniform) < lost.objective(found[0]):
             return uniform, None
     return found
 
@@ -138,7 +136,7 @@ def _retained(scores: np.ndarray) -> np.ndarray:
     return np.concatenate([[0.0], shares])
 
 
-def _losses(scores: np.ndarray) -> np.ndarray:
+def importance_losses(scores: np.ndarray) -> np.ndarray:
     """[channels + 1]: 1/k − 1 for the share k that n channels retain."""
     return 1 / np.maximum(_retained(scores), 1e-9) - 1
 
@@ -153,15 +151,32 @@ def _weights(groups: Groups) -> dict[Atom, float]:
     return {atom: math.sqrt(max(volume, 1) / max(1, groups.macs())) for atom, volume in part.items()}
 
 
-def _mean_loss(groups: Groups, widths: Widths, scores: Scores) -> float:
-    weights = _weights(groups)
-    return float(sum(weights[g.atom] * _losses(scores[g.name])[widths.get(g.atom, g.size)] for g in groups) / sum(weights.values()))
+class _Lost:
+    """What groups lose: `curves`, [channels + 1] of every atom, and `worth`, what it is worth to keep multiply-accumulates, in the same unit.
+
+    Measured losses are taken as they are: what work is worth is in them.
+    """
+
+    def __init__(self, groups: Groups, scores: Scores, measured: Mapping[str, np.ndarray] | None):
+        weights = _weights(groups) if measured is None else {g.atom: 1.0 for g in groups}
+        self.curves = {g.atom: weights[g.atom] * importance_losses(scores[g.name]) if measured is None else measured[g.name] for g in groups}
+        self.worth = _worth(groups, _WORK * sum(weights.values())) if measured is None else None
+        self._weight = sum(weights.values()) if measured is None else 1.0
+
+    def total(self, widths: Widths) -> float:
+        return float(sum(curve[widths.get(atom, atom.size)] for atom, curve in self.curves.items()))
+
+    def objective(self, widths: Widths) -> float:
+        return self.total(widths) - (self.worth(widths) if self.worth is not None else 0.0)
+
+    def mean(self, widths: Widths) -> float:
+        """The weighted mean over groups; of measured losses, which add up, the sum."""
+        return self.total(widths) / self._weight
 
 
-def _worth(groups: Groups) -> Cost:
-    """Multiply-accumulates, in the unit of the loss."""
+def _worth(groups: Groups, all_of_it: float) -> Cost:
     work = macs(groups)
-    unit = _WORK * sum(_weights(groups).values()) / max(1.0, work())
+    unit = all_of_it / max(1.0, work())
     return Cost("worth", tuple(Term(t.axes, partial(_scaled, t, unit)) for t in work.terms), fixed=work.fixed)
 
 
@@ -172,10 +187,8 @@ def _scaled(term: Term, unit: float, sizes: np.ndarray) -> np.ndarray:
 # --- choices ------------------------------------------------------------------------------------------------------------
 
 
-def _choices(groups: Groups, scores: Scores, steps: Mapping[Atom, int], most: Widths, least: float) -> list[Choice]:
+def _choices(groups: Groups, losses: Mapping[Atom, np.ndarray], steps: Mapping[Atom, int], most: Widths, least: float) -> list[Choice]:
     """For each set of atoms that share a product, all combinations of widths: multiples of the step, from the least to the most."""
-    weights = _weights(groups)
-    losses = {g.atom: weights[g.atom] * _losses(scores[g.name]) for g in groups}
     clusters = Uniform(groups).clusters
     found = []
     for cluster in clusters:
@@ -193,7 +206,7 @@ def _widths(size: int, step: int, most: int, least: float) -> list[int]:
     return [*multiples, size] if most >= size else multiples or [most]
 
 
-def _milp(choices: Sequence[Choice], budgets: Sequence[tuple[Cost, float]], worth: Cost) -> tuple[Widths, float | None] | None:
+def _milp(choices: Sequence[Choice], budgets: Sequence[tuple[Cost, float]], worth: Cost | None) -> tuple[Widths, float | None] | None:
     """The program's answer; with smaller limits where it exceeds the true ones."""
     limits = [limit for _, limit in budgets]
     for _ in range(_TRUE_LIMIT):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,48 +11,19 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from structprune.analysis.groups import Groups
-from structprune.decide.allocate import allocate
-from structprune.decide.cost import Cost, memory, size
 from structprune.decide.criteria import Scores, criterion_of
-from structprune.decide.targets import Target, parse_target
 from structprune.decide.uniform import Widths
 from structprune.errors import InputError, PlanError
 from structprune.ir.axes import Atom, Keep, Shape, kept_entries
 from structprune.ir.graph import Graph
+from structprune.ir.group import Group
 from structprune.ir.plan import Cut, Plan, PlannedGroup
+from structprune.ir.samples import Samples
 
 
-def plan(
-    graph: Graph,
-    groups: Groups,
-    target: str,
-    criterion: Any = "auto",
-    *,
-    model: nn.Module | None = None,
-    ignore: Sequence[str] = (),
-    seed: int = 0,
-    allocation: str = "auto",
-) -> Plan:
-    """Decide which channels stay: widths from the target, the best channels of each group by the criterion.
-
-    A latency is measured, and so is no target here: see `compress`. allocation: 'auto', 'milp', 'greedy' or 'uniform'.
-    Raises InputError for a target or criterion that cannot be read and TargetError for a target that cannot be reached.
-    """
-    targets = parse_target(target)
-    if any(t.key == "latency" for t in targets):
-        raise InputError("a latency is measured on the whole model: ask compress() for it")
-    name, scores = scored(graph, groups, criterion, model=model, seed=seed)
-    widths = allocate(groups, targets, scores, costs=costs_of(graph, groups, targets), method=allocation).widths
-    return plan_of(graph, groups, widths, scores, target=target, criterion=name, ignore=tuple(ignore))
-
-
-def costs_of(graph: Graph, groups: Groups, targets: Sequence[Target]) -> dict[str, Sequence[Cost]]:
-    """What the targets limit that is counted, not measured, and of which the groups alone do not tell."""
-    asked = {t.key for t in targets}
-    return ({"size": [size(graph, groups)]} if "size" in asked else {}) | ({"memory": memory(graph, groups)} if "memory" in asked else {})
-
-
-def scored(graph: Graph, groups: Groups, criterion: Any, *, model: nn.Module | None = None, seed: int = 0) -> tuple[str, Scores]:
+def scored(
+    graph: Graph, groups: Groups, criterion: Any, *, model: nn.Module | None = None, samples: Samples | None = None, seed: int = 0
+) -> tuple[str, Scores]:
     """The criterion's name, and its score of every channel of every group. Raises InputError where there is nothing to score."""
     name, score = criterion_of(criterion, model if model is not None else graph.module, seed)
     if not groups.groups:
@@ -74,7 +45,7 @@ def named_tensors(graph: Graph) -> dict[str, Tensor]:
     return {name: graph.tensor(n) for n in graph.nodes if n.op == "get_attr" for name in graph.aliases.get(str(n.target), ())}
 
 
-def best_channels(groups: Groups, widths: Widths, scores: Scores) -> Keep:
+def best_channels(groups: Iterable[Group], widths: Widths, scores: Scores) -> Keep:
     """The highest-scored channels of each group, in ascending order; of equals the first."""
     keep: dict[Atom, np.ndarray] = {}
     for group in groups:

@@ -44,8 +44,7 @@ class Uniform:
         return widths
 
     def _aligned(self, atom: Atom, share: float) -> int:
-        step = next((step for step in ALIGN if self._align and atom.size >= 4 * step), 1)
-        step = self._steps.get(atom, step)
+        step = self._steps.get(atom, block(atom.size) if self._align else 1)
         return min(atom.size, step * _rounded(atom.size * share / step))
 
     def _shared_out(self, cluster: Sequence[Atom], share: float) -> Widths:
@@ -63,6 +62,11 @@ class Uniform:
         if abs(miss(outer_first) - miss(inner_first)) > _SAME_SHARE:
             return min(outer_first, inner_first, key=miss)
         return inner_first if cost(inner_first) < (1 - _SAME_COST) * cost(outer_first) else outer_first
+
+
+def block(size: int) -> int:
+    """The step between widths of a group of that size, where none was measured."""
+    return next((step for step in ALIGN if size >= 4 * step), 1)
 
 
 def _fit(order: Sequence[Atom], products: Sequence[Product], share: float) -> Widths:

@@ -23,6 +23,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from structprune.errors import InputError
+from structprune.errors import InputError, StructpruneError
 
 _CONSTRUCTORS = "demo, timm:NAME, torchvision:NAME or package.module:function"
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -66,6 +67,7 @@ class Loaded:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what was inferred, a line each
     evaluate: Callable[[nn.Module], float] | None = None  # accuracy in [0, 1]; only for `demo`
+    calibration: Tensor | None = None  # unlabelled samples; only for `demo`
 
 
 def load(spec: str, *, arch: str | None = None, inputs: Sequence[str] = (), trust_pickle: bool = False, seed: int = 0) -> Loaded:
@@ -114,19 +116,20 @@ def _construct(spec: str) -> Loaded:
     if spec == "demo":
         from structprune import demo
 
-        return Loaded(spec, demo.model(), (demo.samples()[0][:2],), notes=("two of the demo's own samples as input",), evaluate=demo.accuracy)
+        notes = ("two of the demo's own samples as input; 256 unlabelled ones calibrate",)
+        return Loaded(spec, demo.model(), (demo.samples()[0][:2],), notes=notes, evaluate=demo.accuracy, calibration=demo.calibration())
     if source == "timm":
         return Loaded(spec, _timm(spec, name))
     if source == "torchvision":
         return Loaded(spec, _torchvision(spec, name))
-    return _from_function(spec, source, name)
+    return _from_function(spec)
 
 
 def _timm(spec: str, name: str) -> nn.Module:
     timm = _library("timm", spec)
     if not timm.is_model(name):  # also keeps out `hf-hub:...`, which would ask the network
         raise InputError(f"timm has no model {name!r}{_did_you_mean(name, timm.list_models())}; timm.list_models() names them all")
-    return _called(spec, timm.create_model, name, pretrained=False)
+    return called(spec, timm.create_model, name, pretrained=False)
 
 
 def _torchvision(spec: str, name: str) -> nn.Module:
@@ -139,7 +142,7 @@ def _torchvision(spec: str, name: str) -> nn.Module:
         options["weights_backbone"] = None  # would be downloaded
     if name.endswith(("googlenet", "inception_v3")):
         options["init_weights"] = False  # minutes of scipy.stats.truncnorm for weights that are random anyway
-    return _called(spec, models.get_model, name, **options)
+    return called(spec, models.get_model, name, **options)
 
 
 def _library(name: str, spec: str) -> Any:
@@ -150,31 +153,39 @@ def _library(name: str, spec: str) -> Any:
         raise InputError(f"{spec} needs {package}, which cannot be imported ({_reason(error)}): pip install {package}") from error
 
 
-def _from_function(spec: str, module_name: str, attribute: str) -> Loaded:
-    """What `module:function` returns: a module, or (module, args), or (module, args, kwargs); or the module that it is."""
+def named_object(spec: str, form: str, wanted: str) -> Any:
+    """What `package.module:name` names, imported with the current directory on the path. form: what it is not, if it has another form, and advice;
+    wanted: what the name should be, both for the InputError.
+    """
+    module_name, _, attribute = spec.partition(":")
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*", spec):
-        raise InputError(f"{spec!r} is not a constructor; give {_CONSTRUCTORS}")
+        raise InputError(f"{spec!r} is not {form}")
     _import_from_current_directory()
     try:
         with torch.random.fork_rng(devices=[]):  # the weights shall not depend on whether this is the first import
             module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything or end with sys.exit
         if not isinstance(error, ModuleNotFoundError) or not f"{module_name}.".startswith(f"{error.name}."):
-            raise InputError(f"importing {module_name} failed: {_reason(error)}{_place(error)}; correct that, or name another constructor") from error
+            raise InputError(f"importing {module_name} failed: {_reason(error)}{_place(error)}; correct that, or name another one") from error
         advice = (
             f"did you mean {module_name[:-3]}:{attribute}?" if module_name.endswith(".py") else "install it, or start in the directory that holds it"
         )
         raise InputError(f"{spec}: there is no module {error.name}; {advice}") from error
     try:
-        function = operator.attrgetter(attribute)(module)
+        return operator.attrgetter(attribute)(module)
     except AttributeError as error:
         close = _did_you_mean(attribute, dir(module))
-        raise InputError(f"{module_name} has no {attribute!r}{close}; name a function of it that returns a torch.nn.Module") from error
+        raise InputError(f"{module_name} has no {attribute!r}{close}; name {wanted}") from error
+
+
+def _from_function(spec: str) -> Loaded:
+    """What `module:function` returns: a module, or (module, args), or (module, args, kwargs); or the module that it is."""
+    function = named_object(spec, f"a constructor; give {_CONSTRUCTORS}", "a function of it that returns a torch.nn.Module")
     if isinstance(function, nn.Module):
         return Loaded(spec, function)
     if not callable(function):
         raise InputError(f"{spec} is a {type(function).__name__}; name a function that returns a torch.nn.Module")
-    value = _called(spec, function)
+    value = called(spec, function)
     model, args, kwargs = value, (), {}
     if isinstance(value, tuple) and len(value) in (2, 3):
         model, args, kwargs = (*value, {})[:3]
@@ -191,11 +202,22 @@ def _import_from_current_directory() -> None:
         sys.path.insert(0, os.getcwd())
 
 
-def _called(spec: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def called(spec: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return function(*args, **kwargs)
     except (Exception, SystemExit) as error:  # a constructor is someone else's code and may raise anything
         raise InputError(f"{spec} failed: {_reason(error)}{_place(error)}; correct that, or name another constructor") from error
+
+
+@contextmanager
+def users_code(what: str) -> Iterator[None]:
+    """Whatever code of the user's own raises becomes an InputError that names `what` and the line."""
+    try:
+        yield
+    except StructpruneError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{what} failed: {_reason(error)}{_place(error)}; correct that and run it again") from error
 
 
 def _positional(value: Any) -> tuple[Any, ...] | None:

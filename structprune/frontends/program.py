@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError
 from structprune.frontends.trace import from_exported
+from structprune.ir.graph import Graph
 from structprune.ir.traced import TracedModule
 
 _EVERYWHERE = (None, tuple, list, dict, collections.OrderedDict, collections.defaultdict, collections.deque, torch.Size)
@@ -45,14 +46,19 @@ def _plain(spec: pytree.TreeSpec) -> pytree.TreeSpec:
 
 def load_program(path: str | Path) -> TracedModule:
     """The module that torch.export wrote to `path`, in evaluation mode. Raises InputError for a file that is none."""
+    graph = load_graph(path)
+    graph.module.training = False  # as it was traced
+    traced = TracedModule(graph.module, graph.module.graph)
+    traced.example_inputs = (graph.args, dict(graph.kwargs)) if graph.exported.example_inputs else None
+    return traced.eval()  # type: ignore[return-value]
+
+
+def load_graph(path: str | Path) -> Graph:
+    """The graph of a program that torch.export wrote to `path`. Raises InputError for a file that is none."""
     try:
         program = torch.export.load(str(path))
     except Exception as error:  # torch raises anything from a KeyError to a zip error for a damaged archive
         raise InputError(f"{path}: not a program of torch.export: {type(error).__name__}; write it with torch.export.save") from error
     examples = program.example_inputs
     args, kwargs = (tuple(examples[0]), dict(examples[1])) if examples else ((), {})
-    module = from_exported(program, args, kwargs).module
-    module.training = False  # as it was traced
-    traced = TracedModule(module, module.graph)
-    traced.example_inputs = (args, kwargs) if examples else None
-    return traced.eval()  # type: ignore[return-value]
+    return from_exported(program, args, kwargs)

@@ -22,11 +22,12 @@ from structprune.ops.rules import Resize
 
 @dataclass(frozen=True)
 class Surgery:
-    """The small graph as a module; the small tensors by the identity of the old; and which numbers changed where."""
+    """The small graph as a module; the small tensors by the identity of the old; which numbers changed where; and whose copy a small node is."""
 
     module: TracedModule
     tensors: Mapping[int, Tensor]
     literals: Mapping[fx.Node, list[tuple[int, int]]]
+    originals: Mapping[fx.Node, fx.Node]
 
 
 def operate(graph: Graph, types: Types, keep: Keep, cuts: Mapping[str, Cut]) -> Surgery:
@@ -61,7 +62,7 @@ def operate(graph: Graph, types: Types, keep: Keep, cuts: Mapping[str, Cut]) -> 
         _cut_for_readers(node, types.shape(originals[node]), keep, [u for u in node.users if originals.get(u) not in types.constants], add_constant)
     fresh.eliminate_dead_code(has_effect)
     fresh.lint()
-    return Surgery(traced_module(held, fresh), sliced, {originals[n]: changes for n, changes in resize.literals.items()})
+    return Surgery(traced_module(held, fresh), sliced, {originals[n]: changes for n, changes in resize.literals.items()}, originals)
 
 
 def _cut_for_readers(node: fx.Node, shape: Any, keep: Keep, readers: Sequence[fx.Node], add_constant: Callable[[fx.Node, Tensor], fx.Node]) -> None:

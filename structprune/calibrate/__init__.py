@@ -1,0 +1,1 @@
+"""What a model does on samples: its linear readers of channels, their moments, and two graphs run side by side."""

@@ -1,0 +1,62 @@
+"""A graph run node by node over many batches at once, so that two graphs can go side by side and one be changed on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+
+class Stepping:
+    """`values[batch][node]` holds every answer that is still to be read. Inputs are copied, for a model may write to them."""
+
+    def __init__(self, module: fx.GraphModule, batches: Sequence[Sequence[Any]]):
+        self.nodes = list(module.graph.nodes)
+        self._runs = [fx.Interpreter(module, garbage_collect_values=False) for _ in batches]
+        for run, batch in zip(self._runs, batches, strict=True):
+            run.args_iter = iter([v.clone() if isinstance(v, Tensor) else v for v in batch])
+        self._dead = _last_readers(self.nodes)
+        self._next = 0
+
+    @property
+    def values(self) -> list[dict[fx.Node, Any]]:
+        return [run.env for run in self._runs]
+
+    def compute(self, node: fx.Node) -> Iterable[Any]:
+        """The node's answer to each batch, one after the other; nothing is kept."""
+        return (run.run_node(node) for run in self._runs)
+
+    def step(self) -> Any:
+        """Run the next node on all batches; returns its answer to the last of them."""
+        node = self.nodes[self._next]
+        for run in self._runs:
+            run.env[node] = run.run_node(node)
+        self._next += 1
+        return self._runs[-1].env[node]
+
+    def forget(self, node: fx.Node) -> None:
+        """Let go of what was last read by this node."""
+        for run in self._runs:
+            for value in self._dead.get(node, ()):
+                run.env.pop(value, None)
+
+    @property
+    def upcoming(self) -> fx.Node | None:
+        return self.nodes[self._next] if self._next < len(self.nodes) else None
+
+
+def _last_readers(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For each node the values that nobody reads after it."""
+    seen: set[fx.Node] = set()
+    last: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(nodes):
+        for value in node.all_input_nodes:
+            if value not in seen:
+                seen.add(value)
+                last.setdefault(node, []).append(value)
+        if node not in seen:
+            seen.add(node)
+            if node.op != "output":
+                last.setdefault(node, []).append(node)
+    return last

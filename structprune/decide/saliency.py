@@ -1,0 +1,71 @@
+"""`Saliency`: all that a decision goes by, of weights alone or of samples too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from structprune.analysis.groups import Groups
+from structprune.calibrate.moments import moments
+from structprune.decide.allocate import importance_losses
+from structprune.decide.criteria import Scores
+from structprune.decide.plan import scored
+from structprune.decide.reconstruction import reconstruction
+from structprune.decide.sensitivity import measured_losses
+from structprune.errors import InputError
+from structprune.ir.graph import Graph
+from structprune.ir.samples import Samples
+
+RECONSTRUCTION = "reconstruction"
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """`scores`: of every channel of every group, the higher ones stay. `losses`: [channels + 1] of every group, how far the model's answer moves
+    when so many of its best channels stay, where samples tell."""
+
+    criterion: str
+    scores: Scores
+    losses: Mapping[str, np.ndarray] | None = None
+
+
+def saliency(
+    graph: Graph,
+    groups: Groups,
+    criterion: Any = "auto",
+    *,
+    model: nn.Module | None = None,
+    samples: Samples | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Saliency:
+    """Score the channels of a model, and, with samples, find out what narrowing each group loses.
+
+    'auto' is 'reconstruction' with samples, and 'l2' without. Groups that no reader sums over (the width of queries and keys) are ordered by 'l2'
+    then, and their loss is measured. Raises InputError for a criterion that is unknown, or wants what was not given.
+    """
+    chosen = (RECONSTRUCTION if samples is not None else "l2") if isinstance(criterion, str) and criterion == "auto" else criterion
+    if isinstance(chosen, str) and chosen == RECONSTRUCTION:
+        if samples is None:
+            raise InputError(
+                "criterion 'reconstruction' looks at what layers read: give samples of the model's inputs as calibration= (--calibration)"
+            )
+        _, scores = scored(graph, groups, "l2", model=model, seed=seed)
+        say("moments of what layers read")
+        found = moments(graph, samples, seed)
+        curves = reconstruction(groups, found)
+        scores = {g.name: curves[g.name].scores if g.name in curves else scores[g.name] for g in groups}
+        losses = {name: curve.losses for name, curve in curves.items()}
+        rest = [g for g in groups if g.name not in curves]
+        shapes = {g.name: importance_losses(scores[g.name]) for g in rest}
+        return Saliency(RECONSTRUCTION, scores, losses | measured_losses(graph, groups, rest, scores, shapes, found, samples, say))
+    name, scores = scored(graph, groups, chosen, model=model, samples=samples, seed=seed)
+    if samples is None:
+        return Saliency(name, scores)
+    say("moments of what layers read")
+    shapes = {g.name: importance_losses(scores[g.name]) for g in groups}
+    return Saliency(name, scores, measured_losses(graph, groups, groups.groups, scores, shapes, moments(graph, samples, seed), samples, say))

@@ -1,0 +1,137 @@
+"""What the model's answer loses when one group is narrowed: measured on samples, group by group.
+
+For a few widths of each group the dense model is cut down in that group alone, what reads the group is fitted to the channels that are left (from
+the moments of the dense model, see recover/compensate.py for the formula), and the divergence of the answers is measured. Between the measured
+widths a curve follows its shape: that of the criterion's reconstruction losses where there are, else 1/k − 1 of the importance kept. Losses of
+several groups are taken to add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from structprune.analysis.groups import Groups
+from structprune.calibrate.divergence import answers_of, divergence
+from structprune.calibrate.moments import Moments
+from structprune.calibrate.readers import from_matrix, matrix, reader_of, shift_of
+from structprune.decide.plan import best_channels, cuts
+from structprune.ir.axes import Atom, Keep, Shape, kept_entries
+from structprune.ir.graph import Graph, attribute
+from structprune.ir.group import Group
+from structprune.ir.samples import Samples
+from structprune.transform.surgery import operate
+
+_SHARES = (0.75, 0.5, 0.25)  # of a group's channels
+_WORK = 3e12  # multiply-accumulates that all measurements together may take
+_MOST, _LEAST = 128, 8  # samples
+_RIDGE = 1e-3  # of the mean diagonal
+_NOISE = 1e-9
+
+
+@torch.no_grad()
+def measured_losses(
+    graph: Graph,
+    groups: Groups,
+    measured: Sequence[Group],
+    scores: Mapping[str, np.ndarray],
+    shapes: Mapping[str, np.ndarray],
+    found: Mapping[fx.Node, Moments],
+    samples: Samples,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, np.ndarray]:
+    """[channels + 1] of every group in `measured`: the divergence of the answers when that many of its best channels stay. shapes: curves that it
+    follows.
+    """
+    batches = _some(samples, groups, len(_SHARES) * max(1, len(measured)))
+    wanted = _run(graph.module, batches)
+    losses = {}
+    for number, group in enumerate(measured):
+        say(f"measure what group {number + 1} of {len(measured)} is worth")
+        points = {group.size: 0.0}
+        for width in sorted({max(1, round(share * group.size)) for share in _SHARES} - {group.size}, reverse=True):
+            keep = best_channels([group], {group.atom: width}, scores)
+            points[width] = max(_NOISE, divergence(_run(_narrowed(graph, groups, found, group, keep), batches), wanted))
+        losses[group.name] = _curve(points, shapes[group.name])
+    return losses
+
+
+def _some(samples: Samples, groups: Groups, runs: int) -> list[list[Any]]:
+    """As many of the first batches, or as much of the first one, as the work allows."""
+    sizes = [next((v.shape[0] for v in batch if isinstance(v, Tensor) and v.dim()), 1) for batch in samples.batches]
+    example = max(1, groups.macs() // max(1, next(iter(groups.batch.values()), 1)))
+    room = int(min(_MOST, max(_LEAST, _WORK / (runs * example))))
+    if sizes[0] > room:
+        return [[v[:room] if isinstance(v, Tensor) and v.dim() and v.shape[0] == sizes[0] else v for v in samples.batches[0]]]
+    number = int(np.searchsorted(np.cumsum(sizes), room, side="right"))
+    return [list(batch) for batch in islice(samples.batches, max(1, number))]
+
+
+def _run(module: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> list[Tensor]:
+    """The answers to all batches, one after the other along the first axis."""
+    parts = []
+    for batch in batches:
+        copies = [v.clone() if isinstance(v, Tensor) else v for v in batch]
+        parts.append(answers_of(fx.Interpreter(module).run(*copies, enable_io_processing=False)))
+    return [torch.cat(list(same)) if same[0].dim() else torch.stack(list(same)) for same in zip(*parts, strict=True)]
+
+
+def _narrowed(graph: Graph, groups: Groups, found: Mapping[fx.Node, Moments], group: Group, keep: Keep) -> fx.GraphModule:
+    """The model with one group cut, and its readers fitted to what is left."""
+    surgery = operate(graph, groups.types, keep, cuts(groups.axes, keep))
+    for small, node in surgery.originals.items():
+        if node in found:
+            _refit(graph, groups, found[node], group.atom, keep, surgery.module, small)
+    return surgery.module
+
+
+def _refit(graph: Graph, groups: Groups, moments: Moments, atom: Atom, keep: Keep, module: fx.GraphModule, small: fx.Node) -> None:
+    reader = moments.reader
+    shape = groups.types.shape(reader.weight)
+    axis = shape[reader.input_axis]
+    if moments.diagonal_only or atom not in set(groups.types.solver.atoms(axis)) or (reader.kind == "transposed" and reader.groups > 1):
+        return
+    weight = graph.tensor(reader.weight).detach()
+    dense = matrix(reader, weight).double()
+    window = dense.shape[-1] // axis.size
+    stays = torch.as_tensor((kept_entries(axis, keep)[:, None] * window + np.arange(window)).ravel())
+    goes = torch.ones(dense.shape[-1], dtype=torch.bool).index_fill(0, stays, False)
+    gram = moments.gram[:, stays][:, :, stays]
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    ridge = _RIDGE * diagonal.mean(-1, keepdim=True) + 1e-9 * diagonal.amax() + 1e-30
+    factor = torch.linalg.cholesky(gram + torch.diag_embed(ridge.expand_as(diagonal)))
+    cross = (dense[:, :, goes] @ moments.gram[:, goes][:, :, stays]).transpose(1, 2)
+    change = torch.cholesky_solve(cross, factor).transpose(1, 2)
+    fitted = dense.clone()
+    fitted[:, :, stays] += change
+    mine = reader_of(small)
+    assert mine is not None
+    held = attribute(module, str(mine.weight.target))
+    held.copy_(_cut(from_matrix(reader, fitted, weight), shape, keep).to(held.dtype))
+    if (shift := shift_of(mine, module)) is not None:
+        amount = (dense[:, :, goes] @ moments.mean[:, goes, None] - change @ moments.mean[:, stays, None]).flatten()
+        shift(_cut(amount, (groups.types.shape(reader.node)[1 if reader.rank else -1],), keep))
+
+
+def _cut(value: Tensor, shape: Shape, keep: Keep) -> Tensor:
+    for dim, axis in enumerate(shape):
+        value = value.index_select(dim, torch.as_tensor(kept_entries(axis, keep)))
+    return value
+
+
+def _curve(points: Mapping[int, float], shape: np.ndarray) -> np.ndarray:
+    """The shape, scaled to go through the points: the factor is interpolated between them on a logarithmic scale."""
+    size = len(shape) - 1
+    base = np.maximum(shape, _NOISE * max(1.0, float(shape.max())))
+    widths = sorted(w for w in points if w < size)
+    if not widths:
+        return np.concatenate([base[:-1], [0.0]])
+    factors = np.interp(np.arange(size + 1), widths, [np.log(points[w] / base[w]) for w in widths])
+    curve = base * np.exp(factors)
+    curve[-1] = 0.0
+    return np.maximum.accumulate(curve[::-1])[::-1]

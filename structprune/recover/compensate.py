@@ -1,0 +1,230 @@
+"""Compensation without labels: the weights that are left are fitted so that every layer answers as it does in the dense model.
+
+Both models go through the same samples side by side, node by node. At every reader (a convolution, a linear layer) of the small model whose answer
+differs from the dense one's, weights and bias are fitted by ridge regression of the difference r on what the reader reads *in the small model*,
+in which all readers before it have been fitted already:
+
+    ΔW = C (G + λI)⁻¹,   Δb = E[r] − ΔW E[x]      G = E[(x − E[x])(x − E[x])ᵀ],   C = E[(r − E[r])(x − E[x])ᵀ]
+
+which is the regression of the dense answer on x, drawn towards the weights as they are. λ is the share of G's mean diagonal, among `_RIDGES`, that
+fits best on the half of the rows that it was not fitted to, so that too few samples change nothing rather than spoil. (The closed form is
+that of He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017, and of Frantar and Alistarh, Optimal Brain Compression, 2022.)
+
+Where the answer is added to another branch (a residual stream), what that branch is off by is part of r: the last layer of each block makes up for
+what the stream has lost so far. A convolution without a bias leaves Δb to the running mean of its batch norm. Norms over channels have their scales
+and shifts fitted in the same way, channel by channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from structprune.analysis.infer import Types
+from structprune.calibrate.readers import Reader, from_matrix, places, reader_of, readers, rows_of_answer, rows_of_input, shift_of
+from structprune.calibrate.stepping import Stepping
+from structprune.ir.axes import Keep, Shape, kept_entries
+from structprune.ir.graph import Graph, attribute, operator_name
+from structprune.ir.samples import Samples
+from structprune.transform.surgery import Surgery
+
+_ROWS = 60_000  # that a reader is fitted to, of all samples together
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # shares of the mean diagonal
+_PLENTY = 40  # rows for each weight of one answer: there the smallest ridge serves
+_NOTHING = 1e-10  # of the answer's energy: a difference that is rounding
+_FLAT = 1e-2  # of the largest scale of a batch norm: a channel scaled by less does not carry corrections
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One reader: the energy of the difference from the dense answer as a share of the answer's variance, before and after."""
+
+    name: str
+    before: float
+    after: float
+    ridge: float
+
+
+@torch.no_grad()
+def compensate(
+    graph: Graph, types: Types, keep: Keep, surgery: Surgery, samples: Samples, progress: Callable[[str], None] = lambda line: None
+) -> list[Fitted]:
+    """Fit the small model's weights, in place, on samples without labels. Returns what was fitted, in the order of the graph."""
+    dense, small = Stepping(graph.module, samples.batches), Stepping(surgery.module, samples.batches)
+    mine = readers(graph)
+    fitted = []
+    while (node := small.upcoming) is not None:
+        original = surgery.originals.get(node)
+        if original is not None:
+            while dense.upcoming is not None and original not in dense.values[0]:
+                passed = dense.upcoming
+                dense.step()
+                if passed is not original:
+                    dense.forget(passed)
+        if original in mine:
+            reader = reader_of(node)
+            assert reader is not None
+            found = _fit(reader, mine[original], graph, types, keep, surgery, dense, small)
+            if found is not None:
+                fitted.append(found)
+                progress(f"compensate {found.name}")
+        small.step()
+        small.forget(node)
+        if original is not None:
+            dense.forget(original)
+    return fitted
+
+
+def _fit(
+    reader: Reader, dense_reader: Reader, graph: Graph, types: Types, keep: Keep, surgery: Surgery, dense: Stepping, small: Stepping
+) -> Fitted | None:
+    node, original = reader.node, dense_reader.node
+    module = surgery.module
+    weight: Tensor = attribute(module, str(reader.weight.target))
+    shape = types.shape(original)
+    shift = shift_of(reader, module)
+    branch = _branch_of(node, module)
+    moments = _Moments(shift is not None)
+    batches = len(dense.values)
+    for number, (wide, narrow, answer) in enumerate(zip(dense.values, small.values, small.compute(node), strict=True)):
+        chosen = places(reader, answer, _ROWS // batches, seed=number)
+        wanted = _cut(wide[original], shape, keep)
+        difference = wanted - answer
+        if branch is not None and (behind := _behind(branch, surgery, types, keep, wide, narrow)) is not None:
+            difference = difference + behind
+        space = answer.shape[2:] if reader.rank else ()
+        moments.add(
+            rows_of_input(reader, narrow[reader.input], weight.shape[2:], space, chosen),
+            rows_of_answer(reader, difference, chosen),
+            rows_of_answer(reader, wanted, chosen),
+        )
+    if moments.energy <= _NOTHING * moments.scale:
+        return None
+    change, bias, ridge, after = moments.solve()
+    weight.copy_((weight + from_matrix(reader, change, weight)).to(weight.dtype))
+    if shift is not None:
+        shift(bias.flatten())
+    return Fitted(graph.aliases[str(dense_reader.weight.target)][0], moments.energy / moments.scale, after / moments.scale, ridge)
+
+
+def _cut(value: Tensor, shape: Shape, keep: Keep) -> Tensor:
+    """The kept entries of a dense answer."""
+    for dim, axis in enumerate(shape):
+        entries = kept_entries(axis, keep)
+        if len(entries) < axis.size:
+            value = value.index_select(dim, torch.as_tensor(entries, device=value.device))
+    return value
+
+
+def _branch_of(node: fx.Node, module: fx.GraphModule) -> tuple[fx.Node, Tensor] | None:
+    """The other operand of the addition that a reader's answer goes into, and the scale of each channel (axis 1, or the last) on the way."""
+    scale: Tensor | None = None
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        name = operator_name(user) if user.op == "call_function" else ""
+        if name == "batch_norm" and user.args[5] is False:
+            weight, variance = user.args[1], user.args[4]
+            if not (isinstance(weight, fx.Node) and isinstance(variance, fx.Node)):
+                return None
+            own = attribute(module, str(weight.target)) / (attribute(module, str(variance.target)) + user.args[7]).sqrt()
+            scale = own.view(-1, *[1] * (user.meta["val"].dim() - 2)) * (1 if scale is None else scale)
+        elif name == "mul" and isinstance(user.args[1], fx.Node) and user.args[1].op == "get_attr" and user.args[0] is node:
+            scale = attribute(module, str(user.args[1].target)) * (1 if scale is None else scale)
+        elif name == "add" and not user.kwargs and len(user.args) == 2:
+            other = user.args[1] if user.args[0] is node else user.args[0]
+            same = isinstance(other, fx.Node) and other is not node and other.meta["val"].shape == node.meta["val"].shape
+            return (other, torch.ones(()) if scale is None else scale) if same else None  # type: ignore[return-value]
+        elif name not in ("dropout", "clone", "contiguous"):
+            return None
+        node = user
+    return None
+
+
+def _behind(
+    branch: tuple[fx.Node, Tensor], surgery: Surgery, types: Types, keep: Keep, wide: Mapping[fx.Node, Any], narrow: Mapping[fx.Node, Any]
+) -> Tensor | None:
+    """What the other branch is off by, in units of the reader's answer; None where it is not known yet."""
+    other, scale = branch
+    original = surgery.originals.get(other)
+    if original is None or original not in wide or other not in narrow:
+        return None
+    off = _cut(wide[original], types.shape(original), keep) - narrow[other]
+    carries = scale.abs() > _FLAT * scale.abs().max()
+    return torch.where(carries, off / torch.where(carries, scale, torch.ones_like(scale)), torch.zeros_like(off))
+
+
+class _Moments:
+    """Sums over rows of x, the difference r and their products, in float64, for two halves of the rows."""
+
+    def __init__(self, with_shift: bool):
+        self._with_shift = with_shift
+        self._halves: list[dict[str, Tensor]] = []
+        self._number = [0, 0]
+        self.energy = 0.0
+        self.scale = 0.0
+
+    def add(self, x: Tensor, r: Tensor, wanted: Tensor) -> None:
+        """x: [groups, rows, n]; r and wanted: [groups, rows, m]."""
+        if self._with_shift:
+            x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
+        x, r = x.float(), r.float()
+        middle = (x.shape[1] + 1) // 2
+        for half, (own, off) in enumerate(((x[:, :middle], r[:, :middle]), (x[:, middle:], r[:, middle:]))):
+            found = {
+                "xx": torch.bmm(own.transpose(1, 2), own).double(),
+                "rx": torch.bmm(off.transpose(1, 2), own).double(),
+                "rr": off.double().square().sum((1, 2)),
+            }
+            self._number[half] += own.shape[1]
+            if len(self._halves) <= half:
+                self._halves.append(found)
+            else:
+                for name, value in found.items():
+                    self._halves[half][name] += value
+        self.energy += float(r.double().square().sum())
+        self.scale += float((wanted - wanted.mean(1, keepdim=True)).double().square().sum()) + 1e-30
+
+    def solve(self) -> tuple[Tensor, Tensor, float, float]:
+        """ΔW [groups, m, n], Δb [groups, m], the ridge, and the energy that is left of the difference."""
+        whole = {name: self._halves[0][name] + self._halves[1][name] for name in self._halves[0]}
+        number = sum(self._number)
+        inputs = whole["xx"].shape[-1]
+        if number >= _PLENTY * inputs:
+            ridge = _RIDGES[0]
+        else:
+            first, second = self._halves
+            trials = {ridge: self._left(self._fitted(first, self._number[0], ridge), second) for ridge in _RIDGES}
+            ridge = min(trials, key=lambda k: trials[k])
+            if trials[ridge] >= float(second["rr"].sum()):  # fits the noise of its own half
+                ridge = float("inf")
+        fitted = self._fitted(whole, number, ridge)
+        left = self._left(fitted, whole)
+        change, shift = (fitted[..., :-1], fitted[..., -1]) if self._with_shift else (fitted, fitted[..., 0] * 0)
+        return change, shift, ridge, left
+
+    def _fitted(self, sums: Mapping[str, Tensor], number: int, ridge: float) -> Tensor:
+        """[groups, m, n (+ 1)]."""
+        xx, rx = sums["xx"] / number, sums["rx"] / number
+        if not self._with_shift:
+            return torch.zeros_like(rx) if ridge == float("inf") else _solved(xx, rx, ridge)
+        mean, off = xx[..., :-1, -1], rx[..., -1]
+        if ridge == float("inf"):
+            return torch.cat([torch.zeros_like(rx[..., :-1]), off[..., None]], -1)
+        covariance = xx[..., :-1, :-1] - mean[..., :, None] * mean[..., None, :]
+        change = _solved(covariance, rx[..., :-1] - off[..., :, None] * mean[..., None, :], ridge)
+        return torch.cat([change, (off - (change @ mean[..., None])[..., 0])[..., None]], -1)
+
+    @staticmethod
+    def _left(fitted: Tensor, sums: Mapping[str, Tensor]) -> float:
+        return float(sums["rr"].sum() - 2 * (fitted * sums["rx"]).sum() + ((fitted @ sums["xx"]) * fitted).sum())
+
+
+def _solved(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """cross (gram + λI)⁻¹ with λ = ridge · mean diagonal."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    floor = diagonal.mean(-1, keepdim=True) * ridge + 1e-12 * diagonal.amax() + 1e-30
+    return torch.cholesky_solve(cross.transpose(-2, -1), torch.linalg.cholesky(gram + torch.diag_embed(floor.expand_as(diagonal)))).transpose(-2, -1)
