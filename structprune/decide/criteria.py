@@ -1,101 +1,104 @@
-"""Which channels matter: a criterion scores every channel of a coupled group over all the tensors that it stands in.
+"""Which channels matter: the criteria by name, and what a user may give in the place of a name.
 
-A criterion is a callable (Groups, tensors by name) -> {group name: score of each channel}; higher scores stay.
+A criterion scores every channel of a coupled group over all the tensors that it stands in: (Groups, tensors by name) -> {group name: score of each
+channel}; higher scores stay. What each of them computes, and whose it is, stands in its docstring.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from structprune.analysis.groups import Groups
+from structprune.decide.activations import activation_energy, activation_mean, activation_rate, activation_variance
+from structprune.decide.gradients import fisher, hessian, loss_gradient, output_gradient, taylor
+from structprune.decide.weights import Criterion, Scores, at_random, batch_norm_scale, geometric_median, layer_adaptive, magnitude
 from structprune.errors import InputError
-from structprune.ir.axes import positions
-from structprune.ir.group import Group
+from structprune.ir.axes import Atom
+from structprune.ir.graph import Graph
+from structprune.ir.samples import Samples
 
-Scores: TypeAlias = Mapping[str, np.ndarray]
-Criterion: TypeAlias = Callable[[Groups, Mapping[str, Tensor]], Scores]
+__all__ = ["NAMED", "Criterion", "Named", "Scores", "above", "criterion_of", "magnitude"]
+
+NOTHING, SAMPLES, LABELS = "nothing", "samples", "labels"
 
 
-_ROWS = 64  # of a matrix, at one time: they stay in the cache, and a sum over the rows of a large one is twenty times faster
+@dataclass(frozen=True)
+class Named:
+    """A criterion that has a name. needs: 'nothing', 'samples', or 'labels', which are samples with labels. says: what it looks at, in a few words.
 
-
-def magnitude(groups: Groups, tensors: Mapping[str, Tensor], *, power: float) -> Scores:
-    """(Σ |w|^p)^(1/p) over all weights of a channel in all coupled parameters of two or more dimensions.
-
-    Li et al., Pruning Filters for Efficient ConvNets, 2017 (p = 1); Fang et al., DepGraph, 2023, for the sum over the group.
+    function: takes groups and tensors, and what `takes` lists by keyword. None for one that does more than score: decide/saliency.py knows it.
     """
-    profile: dict[tuple[str, int], np.ndarray] = {}
 
-    def along(name: str, dim: int) -> np.ndarray:
-        if (name, dim) not in profile:
-            weight = tensors[name].detach().to(torch.float32)
-            others = [d for d in range(weight.dim()) if d != dim]
-            parts = [rows.abs().pow_(power).sum(others) for rows in weight.split(_ROWS)]
-            profile[name, dim] = (torch.cat(parts) if dim == 0 else torch.stack(parts).sum(0)).double().numpy()
-        return profile[name, dim]
-
-    scores = {}
-    for group in groups:
-        total = np.zeros(group.size)
-        for member in group.members:
-            if member.tensor in groups.parameters and tensors[member.tensor].dim() > 1:
-                _accumulate(total, groups, group, member.tensor, member.dim, along(member.tensor, member.dim))
-        scores[group.name] = total ** (1 / power)
-    return scores
+    function: Callable[..., Scores] | None
+    needs: str
+    says: str
+    takes: tuple[str, ...] = ()
 
 
-def batch_norm_scale(groups: Groups, tensors: Mapping[str, Tensor]) -> Scores:
-    """|γ| of the batch norms on a group's channels; L2 magnitude for a group that none stands on.
+def _of_samples(function: Callable[..., Scores], needs: str, says: str) -> Named:
+    return Named(function, needs, says, ("graph", "samples", "seed"))
 
-    Liu et al., Learning Efficient Convolutional Networks through Network Slimming, 2017.
+
+NAMED = {
+    "random": Named(at_random, NOTHING, "noise, the baseline", ("seed",)),
+    "l1": Named(partial(magnitude, power=1), NOTHING, "sum of the absolute weights"),
+    "l2": Named(partial(magnitude, power=2), NOTHING, "length of the weights"),
+    "bn_scale": Named(batch_norm_scale, NOTHING, "scales of the batch norms"),
+    "fpgm": Named(geometric_median, NOTHING, "distance to the other channels' weights"),
+    "lamp": Named(layer_adaptive, NOTHING, "squared weights as a share of those of stronger channels"),
+    "reconstruction": Named(None, SAMPLES, "what the other channels cannot stand in for", ("graph", "samples", "seed")),
+    "activation_mean": _of_samples(activation_mean, SAMPLES, "mean absolute activation"),
+    "activation_rate": _of_samples(activation_rate, SAMPLES, "share of activations that are not zero"),
+    "activation_variance": _of_samples(activation_variance, SAMPLES, "variance of the activation times the weights that read it"),
+    "activation_energy": _of_samples(activation_energy, SAMPLES, "variance in the leading principal components"),
+    "gradient": _of_samples(output_gradient, SAMPLES, "gradient of the answer"),
+    "fisher": _of_samples(fisher, SAMPLES, "squared gradient of the loss, of labels or of the model's own predictions, times squared weights"),
+    "loss_gradient": _of_samples(loss_gradient, LABELS, "gradient of the loss"),
+    "taylor": _of_samples(taylor, LABELS, "change of the loss, to first order"),
+    "hessian": _of_samples(hessian, LABELS, "change of the loss, by its diagonal second derivative"),
+}
+
+
+def criterion_of(choice: Any, model: nn.Module, seed: int, graph: Graph | None = None, samples: Samples | None = None) -> tuple[str, Criterion]:
+    """The criterion that a user asked for, and its name: a name, a torch_pruning Importance, or any callable.
+
+    'auto' is 'reconstruction' with samples, and 'l2' without. Raises InputError for one that is unknown, or needs what was not given.
     """
-    scores = dict(magnitude(groups, tensors, power=2))
-    for group in groups:
-        scales = [m for m in group.members if m.tensor.endswith("weight") and m.tensor.removesuffix("weight") + "running_var" in tensors]
-        if scales:
-            total = np.zeros(group.size)
-            for member in scales:
-                _accumulate(total, groups, group, member.tensor, 0, tensors[member.tensor].detach().abs().double().numpy())
-            scores[group.name] = total
-    return scores
-
-
-def at_random(groups: Groups, tensors: Mapping[str, Tensor], *, seed: int) -> Scores:
-    """Uniform noise: the baseline that every criterion must beat."""
-    generator = np.random.default_rng(seed)
-    return {group.name: generator.random(group.size) for group in groups}
-
-
-def _accumulate(total: np.ndarray, groups: Groups, group: Group, tensor: str, dim: int, values: np.ndarray) -> None:
-    """Add the values along a tensor's axis to the channels of the group that its entries stand on."""
-    for place in positions(groups.axes[tensor][dim], group.atom):
-        mine = place >= 0
-        np.add.at(total, place[mine], values[mine])
-
-
-def criterion_of(choice: Any, model: nn.Module, seed: int) -> tuple[str, Criterion]:
-    """The criterion that a user asked for, and its name: a name, a torch_pruning Importance, or any callable."""
-    named: dict[str, Criterion] = {
-        "random": partial(at_random, seed=seed),
-        "l1": partial(magnitude, power=1),
-        "l2": partial(magnitude, power=2),
-        "bn_scale": batch_norm_scale,
-    }
-    named["auto"] = named["l2"]
     if isinstance(choice, str):
-        if choice not in named:
-            raise InputError(f"unknown criterion {choice!r}; use one of {', '.join(sorted(named))}")
-        return ("l2" if choice == "auto" else choice), named[choice]
+        name = ("l2" if samples is None else "reconstruction") if choice == "auto" else choice
+        return name, _named(name, seed, graph, samples)
     if any(cls.__module__.startswith("torch_pruning") for cls in type(choice).__mro__):
         from structprune.decide.torch_pruning import adapted
 
-        return type(choice).__name__, adapted(choice, model)
+        return type(choice).__name__, adapted(choice, model, graph, samples)
     if callable(choice):
         return getattr(choice, "__name__", type(choice).__name__), choice
     raise InputError(f"criterion {choice!r} is neither a name, a torch_pruning Importance, nor a callable")
+
+
+def _named(name: str, seed: int, graph: Graph | None, samples: Samples | None) -> Criterion:
+    if name not in NAMED:
+        raise InputError(f"unknown criterion {name!r}; use one of {', '.join(['auto', *sorted(NAMED)])}")
+    chosen = NAMED[name]
+    if chosen.needs == LABELS and (samples is None or samples.labels is None):
+        raise InputError(f"criterion {name!r} needs samples with labels: give calibration= (--calibration) with batches of (inputs, labels)")
+    if chosen.needs == SAMPLES and samples is None:
+        raise InputError(f"criterion {name!r} needs samples of the model's inputs: give them as calibration= (--calibration)")
+    if chosen.function is None:
+        raise InputError(f"criterion {name!r} does not only score channels: ask compress() or plan() for it")
+    given = {"seed": seed, "graph": graph, "samples": samples}
+    return partial(chosen.function, **{key: given[key] for key in chosen.takes})
+
+
+def above(groups: Groups, scores: Scores, threshold: float) -> dict[Atom, int]:
+    """Widths by an absolute threshold, in the criterion's own unit: how many channels of each group have at least that score; one where none has."""
+    if math.isnan(threshold):
+        raise InputError("threshold= is no number")
+    return {group.atom: max(1, int((np.asarray(scores[group.name]) >= threshold).sum())) for group in groups}

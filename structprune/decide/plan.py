@@ -25,7 +25,7 @@ def scored(
     graph: Graph, groups: Groups, criterion: Any, *, model: nn.Module | None = None, samples: Samples | None = None, seed: int = 0
 ) -> tuple[str, Scores]:
     """The criterion's name, and its score of every channel of every group. Raises InputError where there is nothing to score."""
-    name, score = criterion_of(criterion, model if model is not None else graph.module, seed)
+    name, score = criterion_of(criterion, model if model is not None else graph.module, seed, graph, samples)
     if not groups.groups:
         raise InputError("nothing can be pruned: every axis is frozen; `structprune inspect` says why")
     scores = {group: np.asarray(values, dtype=np.float64) for group, values in score(groups, named_tensors(graph)).items()}

@@ -49,23 +49,15 @@ def saliency(
     then, and their loss is measured. Raises InputError for a criterion that is unknown, or wants what was not given.
     """
     chosen = (RECONSTRUCTION if samples is not None else "l2") if isinstance(criterion, str) and criterion == "auto" else criterion
-    if isinstance(chosen, str) and chosen == RECONSTRUCTION:
-        if samples is None:
-            raise InputError(
-                "criterion 'reconstruction' looks at what layers read: give samples of the model's inputs as calibration= (--calibration)"
-            )
-        _, scores = scored(graph, groups, "l2", model=model, seed=seed)
-        say("moments of what layers read")
-        found = moments(graph, samples, seed)
-        curves = reconstruction(groups, found)
-        scores = {g.name: curves[g.name].scores if g.name in curves else scores[g.name] for g in groups}
-        losses = {name: curve.losses for name, curve in curves.items()}
-        rest = [g for g in groups if g.name not in curves]
-        shapes = {g.name: importance_losses(scores[g.name]) for g in rest}
-        return Saliency(RECONSTRUCTION, scores, losses | measured_losses(graph, groups, rest, scores, shapes, found, samples, say))
-    name, scores = scored(graph, groups, chosen, model=model, samples=samples, seed=seed)
+    reconstructed = isinstance(chosen, str) and chosen == RECONSTRUCTION
+    if reconstructed and samples is None:
+        raise InputError("criterion 'reconstruction' looks at what layers read: give samples of the model's inputs as calibration= (--calibration)")
+    name, scores = scored(graph, groups, "l2" if reconstructed else chosen, model=model, samples=samples, seed=seed)
     if samples is None:
         return Saliency(name, scores)
     say("moments of what layers read")
-    shapes = {g.name: importance_losses(scores[g.name]) for g in groups}
-    return Saliency(name, scores, measured_losses(graph, groups, groups.groups, scores, shapes, moments(graph, samples, seed), samples, say))
+    found = moments(graph, samples, seed)
+    curves = reconstruction(groups, found) if reconstructed else {}
+    scores = {g.name: curves[g.name].scores if g.name in curves else scores[g.name] for g in groups}
+    shapes = {g.name: curves[g.name].losses if g.name in curves else importance_losses(scores[g.name]) for g in groups}
+    return Saliency(RECONSTRUCTION if reconstructed else name, scores, measured_losses(graph, groups, scores, shapes, found, samples, say))

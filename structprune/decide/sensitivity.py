@@ -38,21 +38,20 @@ _NOISE = 1e-9
 def measured_losses(
     graph: Graph,
     groups: Groups,
-    measured: Sequence[Group],
     scores: Mapping[str, np.ndarray],
     shapes: Mapping[str, np.ndarray],
     found: Mapping[fx.Node, Moments],
     samples: Samples,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, np.ndarray]:
-    """[channels + 1] of every group in `measured`: the divergence of the answers when that many of its best channels stay. shapes: curves that it
+    """[channels + 1] of every group: the divergence of the answers when that many of its best channels stay. shapes: curves that it
     follows.
     """
-    batches = _some(samples, groups, len(_SHARES) * max(1, len(measured)))
+    batches = _some(samples, groups, len(_SHARES) * len(groups))
     wanted = _run(graph.module, batches)
     losses = {}
-    for number, group in enumerate(measured):
-        say(f"measure what group {number + 1} of {len(measured)} is worth")
+    for number, group in enumerate(groups):
+        say(f"measure what group {number + 1} of {len(groups)} is worth")
         points = {group.size: 0.0}
         for width in sorted({max(1, round(share * group.size)) for share in _SHARES} - {group.size}, reverse=True):
             keep = best_channels([group], {group.atom: width}, scores)

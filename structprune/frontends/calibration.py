@@ -7,7 +7,7 @@ module:function    called without arguments: one tensor of many samples, or an i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def _arrays(path: Path, samples: int, seed: int) -> list[Any]:
         raise InputError(f"--calibration {path}: its arrays must have the same number of samples, one at least, on the first axis")
     batches: list[Any] = []
     for part in torch.tensor(_chosen(sizes.pop(), samples, seed)).split(_BATCH):
-        inputs: Mapping[str, Tensor] | tuple[Tensor, ...] = {name: t[part] for name, t in tensors.items()}
-        inputs = tuple(inputs.values()) if len(inputs) == 1 else inputs
+        named = {name: t[part] for name, t in tensors.items()}
+        inputs = tuple(named.values()) if len(named) == 1 else named
         batches.append((inputs, labels[part]) if labels is not None else inputs)
     return batches

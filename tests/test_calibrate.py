@@ -1,0 +1,272 @@
+"""Readers in one form, moments, losses of widths, and weights fitted to samples: each against what plain torch computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import structprune as sp
+from structprune.calibrate.divergence import divergence
+from structprune.calibrate.moments import moments
+from structprune.calibrate.readers import from_matrix, matrix, readers, rows_of_answer, rows_of_input
+from structprune.calibrate.stepping import Stepping
+from structprune.decide.reconstruction import reconstruction
+from structprune.decide.saliency import saliency
+from structprune.errors import InputError
+from structprune.frontends.samples import samples_of
+
+READERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 5), (4, 3, 6)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2), (3, 4, 11)),
+    "conv2d same": (lambda: nn.Conv2d(4, 6, (3, 4), padding="same", bias=False), (2, 4, 6, 5)),
+    "conv2d grouped": (lambda: nn.Conv2d(8, 4, 3, groups=4, stride=(2, 1), padding=(1, 0)), (2, 8, 7, 6)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2, padding=1), (2, 2, 3, 4, 3)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), (2, 4, 4, 3)),
+    "transposed grouped": (lambda: nn.ConvTranspose1d(4, 6, 4, stride=3, groups=2, dilation=2), (2, 4, 5)),
+    "product": (lambda: models.Of(lambda m, x: x @ m.w + m.b, w=nn.Parameter(torch.randn(6, 5)), b=nn.Parameter(torch.zeros(5))), (4, 3, 6)),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_reader_is_its_matrix_times_its_rows(name: str) -> None:
+    torch.manual_seed(0)
+    make, shape = READERS[name]
+    model, x = make().eval(), torch.randn(shape)
+    graph = sp.trace(model, (x,))
+    (reader,) = readers(graph).values()
+    run = Stepping(graph.module, [graph.flat_inputs()])
+    with torch.no_grad():
+        while run.upcoming is not None and run.upcoming is not reader.node:
+            run.step()
+        (answer,) = run.compute(reader.node)
+        weight = graph.tensor(reader.weight)
+        read = rows_of_input(reader, run.values[0][reader.input], weight.shape[2:], answer.shape[2:] if reader.rank else (), None)
+        product = read @ matrix(reader, weight).transpose(1, 2)
+        bias = 0 if reader.bias is None else graph.tensor(reader.bias).reshape(reader.groups, 1, -1)
+        torch.testing.assert_close(product + bias, rows_of_answer(reader, answer, None), rtol=1e-4, atol=1e-5)
+    assert torch.equal(from_matrix(reader, matrix(reader, weight), weight), weight)
+
+
+def test_tied_weights_are_no_readers() -> None:
+    shared = nn.Linear(4, 4)
+    model = models.Of(lambda m, x: m.c(m.a(m.a(x))), a=shared, c=nn.Linear(4, 2))
+    graph = sp.trace(model, (torch.randn(2, 4),))
+    assert [graph.aliases[str(r.weight.target)][0] for r in readers(graph).values()] == ["c.weight"]
+
+
+# --- compensation ------------------------------------------------------------------------------------------------------------
+
+
+class Redundant(nn.Module):
+    """Twelve hidden channels of which any four give the other eight, by fixed mixtures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 5, 3, padding=1)
+        with torch.no_grad():
+            basis = torch.randn(4, 3, 1, 1)
+            self.a.weight.copy_(torch.einsum("ij,jkyx->ikyx", torch.randn(12, 4), basis))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+def test_channels_that_others_can_stand_in_for_go_without_a_loss() -> None:
+    torch.manual_seed(0)
+    model, x = Redundant().eval(), torch.randn(64, 3, 6, 6)
+    pruned = sp.compress(model, (x[:2],), "channels=0.34", calibration=x, compensate=False)
+    fitted = sp.compress(model, (x[:2],), "channels=0.34", calibration=x)
+    fresh = torch.randn(16, 3, 6, 6)
+    with torch.no_grad():
+        wanted = model(fresh)
+        off = [float((r.model(fresh) - wanted).square().mean() / wanted.var()) for r in (pruned, fitted)]
+    assert fitted.model.a.weight.shape[0] == 4
+    assert off[0] > 0.05 and off[1] < 1e-4
+    assert pruned.plan.tensors == fitted.plan.tensors
+    assert fitted.report.data["verification"]["masked_error"] <= 1e-8  # of the weights as they were sliced
+
+
+@pytest.mark.parametrize("name", ["residual", "hard_coded", "attention", "joined"])
+def test_fitted_models_are_nearer_to_the_dense_one(name: str) -> None:
+    model, inputs = models.build(name)
+    torch.manual_seed(1)
+    samples, fresh = (torch.randn(256, *inputs[0].shape[1:]) for _ in range(2))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    pruned, fitted = (sp.compress(model, inputs, "channels=0.6", calibration=samples, compensate=c) for c in (False, True))
+    with torch.no_grad():
+        wanted = model(fresh)
+        worse, better = (float((r.model(fresh) - wanted).square().mean()) for r in (pruned, fitted))
+    assert better < 0.7 * worse
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.allclose(fitted.small(fresh), fitted.model(fresh), atol=1e-5)  # the user's class has the fitted weights too
+    layers = fitted.report.data["compensation"]
+    assert layers and all(layer["after"] <= layer["before"] * (1 + 1e-6) for layer in layers)
+
+
+def test_the_fit_of_one_layer_is_the_least_squares_solution() -> None:
+    torch.manual_seed(0)
+    model = models.Of(lambda m, x: m.b(F.relu(m.a(x))), a=nn.Linear(4, 8), b=nn.Linear(8, 3)).eval()
+    x = torch.randn(4000, 4)
+    result = sp.compress(model, (x[:2],), "channels=0.5", calibration=x, criterion="l2")
+    keep = list(result.plan.groups[0].keep)
+    with torch.no_grad():
+        hidden = F.relu(model.a(x))
+        read = torch.cat([hidden[:, keep], torch.ones(len(x), 1)], 1).double()
+        best = torch.linalg.lstsq(read, model(x).double()).solution
+        left = (read @ best - model(x)).square().mean()
+        mine = (result.model(x).double() - model(x)).square().mean()
+    assert float(left) <= float(mine) <= 1.01 * float(left)
+
+
+def test_too_few_samples_do_no_harm() -> None:
+    """Eight rows of noise for a layer of 64 inputs: fitted exactly, they would spoil it."""
+    torch.manual_seed(0)
+    model = models.Of(lambda m, x: m.c(F.relu(m.b(F.relu(m.a(x))))), a=nn.Linear(16, 64), b=nn.Linear(64, 64), c=nn.Linear(64, 8)).eval()
+    x, fresh = torch.randn(8, 16), torch.randn(2000, 16)
+    pruned, fitted = (sp.compress(model, (x[:2],), "channels=0.7", calibration=x, criterion="l2", compensate=c) for c in (False, True))
+    with torch.no_grad():
+        worse, better = (float((r.model(fresh) - model(fresh)).square().mean()) for r in (pruned, fitted))
+    assert better < 1.3 * worse
+
+
+def test_a_convolution_without_a_bias_leaves_the_constant_to_its_batch_norm() -> None:
+    model, inputs = models.build("residual")
+    torch.manual_seed(1)
+    samples = torch.randn(128, 3, 8, 8) + 1
+    pruned, fitted = (sp.compress(model, inputs, "channels=0.5", calibration=samples, compensate=c) for c in (False, True))
+    moved = fitted.model.norm1.running_mean - pruned.model.norm1.running_mean
+    assert moved.abs().max() > 1e-3
+    assert torch.equal(fitted.model.norm1.running_var, pruned.model.norm1.running_var)
+
+
+# --- which channels, and how many ----------------------------------------------------------------------------------------------
+
+
+def test_the_order_of_channels_and_its_losses_are_those_of_optimal_brain_surgeon() -> None:
+    """Against the definition: least squares over what is left, channel by channel."""
+    torch.manual_seed(0)
+    model = models.Of(lambda m, x: m.b(m.a(x)), a=nn.Linear(10, 6), b=nn.Linear(6, 2)).eval()
+    x = torch.randn(2000, 10)
+    graph = sp.trace(model, (x[:2],))
+    groups = sp.find_groups(graph)
+    found = moments(graph, samples_of(x, graph))
+    curve = reconstruction(groups, found)["a"]
+    (wanted,) = [m for m in found.values() if m.weight.shape[-1] == 6]
+    gram, weight = wanted.gram[0], wanted.weight[0]
+
+    def loss(kept: list[int]) -> float:
+        gone = [i for i in range(6) if i not in kept]
+        rest = gram[gone][:, gone] - gram[gone][:, kept] @ torch.linalg.solve(gram[kept][:, kept], gram[kept][:, gone]) if kept else gram
+        return float(torch.trace(weight[:, gone] @ rest @ weight[:, gone].T))
+
+    kept = list(range(6))
+    for number in range(5):
+        cheapest = min(kept, key=lambda c: loss([k for k in kept if k != c]))
+        assert curve.order[number] == cheapest
+        kept.remove(cheapest)
+        np.testing.assert_allclose(curve.losses[len(kept)], loss(kept), rtol=0.05)
+    assert curve.losses[6] == 0 and (np.diff(curve.losses) <= 0).all()
+
+
+def test_a_channel_that_repeats_another_goes_first() -> None:
+    torch.manual_seed(0)
+    model = models.Of(lambda m, x: m.b(F.relu(m.a(x))), a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 4, 3)).eval()
+    with torch.no_grad():
+        model.a.weight[5], model.a.bias[5] = 3 * model.a.weight[2], 3 * model.a.bias[2]
+    x = torch.randn(64, 3, 9, 9)
+    result = sp.compress(model, (x[:2],), "channels=0.875", calibration=x)
+    assert not {2, 5} <= set(result.plan.groups[0].keep) and len(result.plan.groups[0].keep) == 7
+
+
+def test_widths_go_where_the_samples_say_that_little_is_lost() -> None:
+    """Two branches of the same shape; the answer hardly depends on one of them."""
+    torch.manual_seed(0)
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.c(F.relu(m.a(x))) + 0.01 * m.d(F.relu(m.b(x)))
+
+    layers = {name: nn.Linear(16, 64) for name in "ab"} | {name: nn.Linear(64, 8) for name in "cd"}
+    model, x = models.Of(run, **layers).eval(), torch.randn(512, 16)
+    kept = {g.name: len(g.keep) for g in sp.compress(model, (x[:2],), "macs=0.6", calibration=x).plan.groups}
+    assert kept["a"] == 64 and kept["b"] < 20
+    blind = {g.name: len(g.keep) for g in sp.compress(model, (x[:2],), "macs=0.6", allocation="milp").plan.groups}
+    assert abs(blind["a"] - blind["b"]) <= 16
+
+
+def test_measured_losses_fall_with_the_width_and_end_at_nothing() -> None:
+    model, inputs = models.build("attention")
+    torch.manual_seed(1)
+    graph = sp.trace(model, inputs)
+    groups = sp.find_groups(graph)
+    known = saliency(graph, groups, samples=samples_of(torch.randn(64, 5, 12), graph))
+    assert known.losses is not None and known.losses.keys() == {g.name for g in groups}
+    for group in groups:
+        curve = known.losses[group.name]
+        assert curve.shape == (group.size + 1,) and curve[-1] == 0 and (np.diff(curve) <= 0).all() and np.isfinite(curve).all()
+
+
+def test_divergence_of_logits_and_of_other_answers() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(50, 7), torch.randn(50, 7)
+    wanted = F.kl_div(b.log_softmax(1), a.log_softmax(1), log_target=True, reduction="batchmean")
+    assert divergence([b], [a]) == pytest.approx(float(wanted), rel=1e-5)
+    assert divergence([a[:, None] + 1], [a[:, None]]) == pytest.approx(float(1 / (a - a.mean(0)).square().mean()), rel=1e-5)
+    assert divergence([a], [a]) == 0
+
+
+# --- what the user hands over ---------------------------------------------------------------------------------------------------
+
+
+def test_forms_of_calibration_data() -> None:
+    model, (x,) = models.build("residual")
+    graph = sp.trace(model, (x,))
+    labels = torch.tensor([0, 1])
+    assert len(samples_of(torch.randn(70, 3, 8, 8), graph)) == 70
+    assert len(samples_of([x, (x,), {graph.input_names[0]: x}], graph)) == 3 * len(x)
+    for batch in ((x, labels), ((x,), labels), ({graph.input_names[0]: x}, labels)):
+        found = samples_of([batch], graph)
+        assert found.labels is not None and torch.equal(found.labels[0], labels) and torch.equal(found.batches[0][0], x)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ([], "no batch"),
+        ([torch.randn(2, 3, 9, 8)], "x has shape 2x3x9x8, the model takes \\*x3x8x8"),
+        ([torch.full((2, 3, 8, 8), float("nan"))], "not finite"),
+        ([{"y": torch.randn(2, 3, 8, 8)}], "no input 'x'"),
+        ([torch.randn(2, 3, 8, 8), (torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))], "labels for 1 of 2"),
+        ([(torch.randn(2, 3, 8, 8),) * 3], "3 inputs"),
+    ],
+)
+def test_bad_calibration_data_is_refused(data: list[Any], words: str) -> None:
+    model, inputs = models.build("residual")
+    with pytest.raises(InputError, match=words):
+        sp.compress(model, inputs, calibration=data)
+
+
+def test_reconstruction_asks_for_samples() -> None:
+    model, inputs = models.build("residual")
+    with pytest.raises(InputError, match="--calibration"):
+        sp.compress(model, inputs, criterion="reconstruction")
+
+
+def test_evaluation_of_every_stage_is_in_the_report() -> None:
+    model, inputs = models.build("residual")
+    torch.manual_seed(1)
+    asked: list[nn.Module] = []
+
+    def evaluate(m: nn.Module) -> float:
+        asked.append(m)
+        return float(len(asked))
+
+    result = sp.compress(model, inputs, "channels=0.5", calibration=torch.randn(64, 3, 8, 8), evaluate=evaluate)
+    assert result.report.data["accuracy"] == {"before": 1.0, "pruned": 2.0, "after": 3.0}
+    assert asked[0] is model and asked[2] is result.model
