@@ -8,8 +8,10 @@ from structprune.errors import StructpruneError
 from structprune.frontends.trace import trace
 from structprune.ir.plan import Plan
 from structprune.pipeline import Result, apply, compress, front, inspect, verify
+from structprune.teaching import recover
 
 __version__ = "0.1.0"
 __all__ = [
-    "Plan", "Result", "StructpruneError", "apply", "benchmark", "compress", "find_groups", "front", "inspect", "load", "plan", "trace", "verify",
+    "Plan", "Result", "StructpruneError", "apply", "benchmark", "compress", "find_groups", "front", "inspect", "load", "plan", "recover", "trace",
+    "verify",
 ]  # fmt: skip

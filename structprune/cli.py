@@ -282,6 +282,55 @@ def verify(
         print(f"{directory}: verified")
 
 
+@app.command()
+def recover(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="an output directory of `structprune compress`")],
+    train: Annotated[
+        str, typer.Option("--train", metavar="MODULE:FUNCTION", help="returns batches of inputs, or of (inputs, labels); or does so for an epoch")
+    ],
+    evaluate: Annotated[
+        str | None, typer.Option("--evaluate", metavar="MODULE:FUNCTION", help="a function of the model that returns a score, higher is better")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="output directory; by default DIR-recovered")] = None,
+    epochs: Annotated[int, typer.Option("--epochs", help="at most so many")] = 1,
+    lr: Annotated[float | None, typer.Option("--lr", help="the highest learning rate; by default 0.02 (SGD) or 3e-4 (AdamW)")] = None,
+    distill: Annotated[list[str] | None, typer.Option("--distill", help="what is learnt of the teacher: logits, dist, mse; repeatable")] = None,
+    labels: Annotated[bool | None, typer.Option("--labels/--no-labels", help="demand or ignore labels; by default those given are used")] = None,
+    patience: Annotated[int | None, typer.Option("--patience", help="end when so many epochs brought no better --evaluate; keep the best")] = None,
+    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", metavar="FILE", help="where the run stands; if it exists, go on")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", metavar="MODEL", help="the dense model, instead of DIR/original.onnx")] = None,
+    arch: Arch = None,
+    device: Annotated[str, typer.Option("--device", help="where it trains: cpu, cuda or cuda:N")] = "cpu",
+    seed: Seed = 0,
+    trust_pickle: Trust = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train the small model of DIR for a short while, with the original as its teacher; torchrun shares the work among processes."""
+    _state["debug"] = debug
+    with _progress() as say:
+        from structprune import teaching
+        from structprune.frontends.load import load
+        from structprune.recovery import distributed
+
+        target = out if out is not None else directory.with_name(f"{directory.absolute().name}-recovered")
+        options: dict[str, Any] = {
+            "teacher": load(teacher, arch=arch, trust_pickle=trust_pickle, seed=seed).model if teacher is not None else None,
+            "evaluate": _evaluation(evaluate) if evaluate is not None else None,
+            "epochs": epochs,
+            "lr": lr,
+            "distill": tuple(distill or ("logits",)),
+            "labels": "auto" if labels is None else labels,
+            "patience": patience,
+            "checkpoint": checkpoint,
+            "device": device,
+            "seed": seed,
+        }
+        report = teaching.recover_directory(directory, train, target, progress=say, **options)
+    if distributed.rank() == 0:
+        print(json.dumps(report.to_dict(), indent=1) if as_json else f"{report}\n\nwritten to {target}/")
+
+
 def _loaded(say: Callable[[str], None], model: str, **options: Any) -> Loaded:
     """The model that the user named; what was inferred about it is said."""
     from structprune.frontends.load import load

@@ -35,8 +35,8 @@ from structprune.ir.graph import Graph, resized
 from structprune.ir.plan import Plan
 from structprune.ir.samples import Samples
 from structprune.ir.traced import TracedModule
-from structprune.recover.compensate import Fitted
-from structprune.recover.compensate import compensate as compensated
+from structprune.recovery.compensate import Fitted
+from structprune.recovery.compensate import compensate as compensated
 from structprune.transform.memory import freed_at_once
 from structprune.transform.own_class import own_class
 from structprune.transform.scale import changed_scales

@@ -197,10 +197,14 @@ def _verified(verification: Mapping[str, Any]) -> str:
 
 def _fitted(data: Mapping[str, Any]) -> str:
     """What was done to the weights after that."""
-    calibration, layers = data.get("calibration"), data.get("compensation")
-    if not calibration or layers is None:
-        return ""
-    return f" Then the weights of {len(layers)} layers were fitted to the original's answers on {calibration['samples']} samples."
+    calibration, layers, recovery = data.get("calibration"), data.get("compensation"), data.get("recovery")
+    fitted = trained = ""
+    if calibration and layers is not None:
+        fitted = f" Then the weights of {len(layers)} layers were fitted to the original's answers on {calibration['samples']} samples."
+    if recovery:
+        source = "labels and the original's answers" if recovery["labels"] else "the original's answers"
+        trained = f" Then it was trained for {recovery['steps']} steps, {len(recovery['epochs'])} epoch(s), on {source}."
+    return fitted + trained
 
 
 def _passed(verification: Mapping[str, Any]) -> bool:

@@ -1,0 +1,199 @@
+"""Recovery: a `Result`, or the model of an output directory, trained for a short while with the dense model as its teacher."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from structprune.backends import directory as out
+from structprune.backends import onnx
+from structprune.backends.benchmark import place_of
+from structprune.backends.report import Report
+from structprune.backends.runtimes import runtime
+from structprune.errors import InputError
+from structprune.frontends.load import named_object, users_code
+from structprune.frontends.program import load_graph, save_program
+from structprune.frontends.trace import retrace
+from structprune.ir.plan import Plan
+from structprune.pipeline import Clock, Evaluate, Progress, Result
+from structprune.recovery import distributed
+from structprune.recovery.finetune import Flat, Recipe, Train, Trained, finetune, flat, teacher_of
+
+
+def recover(
+    result: Result,
+    train: Train,
+    *,
+    epochs: int = 1,
+    lr: float | None = None,
+    teacher: Callable[..., Any] | None = None,
+    distill: Sequence[str] = ("logits",),
+    labels: bool | str = "auto",
+    features: Sequence[str] = (),
+    ema: float | None = 0.999,
+    evaluate: Evaluate | None = None,
+    patience: int | None = None,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Result:
+    """Train the small model of `result`, with the dense one as its teacher. Returns another result; that and the dense model stay as they are.
+
+    train: batches of the model's inputs, or of (inputs, labels), that can be gone through once for every epoch: a list, a DataLoader, or a
+        function of the epoch (from 0) that returns them; or one tensor of many samples.
+    epochs: at most so many.
+    lr: the highest learning rate: by default 0.02 for SGD, which trains networks with batch norm, and 3e-4 for AdamW, which trains all others.
+    teacher: a module or function that is called as the model is, in the place of the dense model.
+    distill: what of its answers is learnt: 'logits' (distributions over classes), 'dist' (correlations of these), 'mse' (the answers themselves,
+        which the others fall back to where answers look like no logits).
+    labels: 'auto' learns from labels where batches have them, True demands them, False learns from the teacher alone.
+    features: names of modules that keep their widths, whose answers are learnt too.
+    ema: the share of the running mean of the weights that stays at each step; the mean is what comes out. None for the weights of the last step.
+    evaluate: model -> a score, higher is better; asked before and after every epoch, for the report.
+    patience: end when so many epochs brought no better score, and return the best weights, were they those before training.
+    checkpoint: a file that says, every minute and after every epoch, where the run stands. If it is there at the start, the run goes on from it.
+    seed: of the order of samples, of dropout, and of whatever `train` draws from the global generators, which are put back in the end.
+    device: 'cpu', 'cuda' or 'cuda:N'. Under torchrun every process takes its share of each batch.
+
+    docs/recovery.md tells of the losses and defaults. Raises InputError for anything that cannot be used.
+    """
+    recipe = Recipe(epochs, lr, tuple(distill), labels, tuple(features), ema, patience, seed)
+    if patience is not None and evaluate is None:
+        raise InputError("patience= needs evaluate=, a function of the model that returns a score, to know when to end")
+    place = place_of(distributed.local_device(device))
+    clock = Clock(progress)
+    clock.seconds = dict(result.clock.seconds)
+    say = clock.say if distributed.rank() == 0 else lambda line: None
+    model, small = copy.deepcopy((result.model, result.small))
+
+    def score(state: Mapping[str, Tensor]) -> float:
+        model.load_state_dict(state, strict=False)
+        with users_code("evaluate="):
+            assert evaluate is not None
+            return float(evaluate(model.eval()))
+
+    path = Path(checkpoint) if checkpoint is not None else None
+    with clock("recover"), distributed.joined(place):
+        trained = finetune(
+            copy.deepcopy(small),
+            _teacher(result, teacher, recipe, place),
+            train,
+            result.graph,
+            recipe,
+            device=place,
+            score=score if evaluate is not None else None,
+            path=path,
+            progress=say,
+        )
+        record = _record(trained, recipe, teacher, place, distributed.count())
+    for module in {small, model}:  # they share tensors, except for buffers of the user's class that the graph copied
+        module.load_state_dict(trained.state, strict=False)
+    report = result.report.to_dict() | {"recovery": record, "seconds": dict(clock.seconds)}
+    report["accuracy"] = _accuracy(report, record)
+    return Result(model.eval(), result.plan, Report(report), result.graph, small.eval(), clock, result.runtime, result.dense)  # type: ignore[arg-type]
+
+
+def recover_directory(
+    directory: str | Path, train: str, target: str | Path, *, teacher: nn.Module | None = None, progress: Progress | None = None, **options: Any
+) -> Report:
+    """`recover` for the model of an output directory, written to another one (or the same), all files or none; returns the full report.
+
+    train: 'module:function', which returns batches, or is a function of the epoch that does. teacher: by default the directory's original.onnx in
+    ONNX Runtime. options: as of `recover`. Raises as it does, and VerificationError where ONNX Runtime disagrees with the new model.
+    """
+    source, target = Path(directory), Path(target)
+    out.check_writable(target)
+    result = _result_of(source, Clock(progress))
+    dense = teacher if teacher is not None else _in_onnxruntime(source / "original.onnx")
+    recovered = recover(result, _train(train), teacher=dense, progress=progress, **options)
+    report = recovered.report.to_dict()
+    if distributed.rank() != 0:  # the first process writes
+        return Report(report)
+    with out.all_or_none(target) as work:
+        with recovered.clock("export"):
+            save_program(retrace(recovered.small, recovered.graph).exported, work / "model.pt2")
+            out.save_weights(recovered.small, work / "model.safetensors")
+            for name in ("plan.json", "original.onnx"):
+                shutil.copyfile(source / name, work / name)
+        with recovered.clock("onnx"):
+            report["verification"]["onnx_error"] = recovered.export_onnx(work / "model.onnx")
+        report["onnx_bytes"] = {"before": (work / "original.onnx").stat().st_size, "after": (work / "model.onnx").stat().st_size}
+        report["seconds"] = dict(recovered.clock.seconds)
+        full = Report(report)
+        full.save_json(work / "report.json")
+        full.save_html(work / "report.html")
+    return full
+
+
+def _teacher(result: Result, given: Callable[..., Any] | None, recipe: Recipe, place: torch.device) -> Flat:
+    if given is not None:
+        return teacher_of(given, result.graph, recipe.features)
+    module = result.graph.module if place.type == "cpu" else copy.deepcopy(result.graph.module)
+    return flat(module, recipe.features).to(place)  # type: ignore[no-any-return]
+
+
+def _record(trained: Trained, recipe: Recipe, teacher: Any, place: torch.device, processes: int) -> dict[str, Any]:
+    """For the report: plain JSON."""
+    return {
+        **trained.record,
+        "distill": list(recipe.distill),
+        "features": list(recipe.features),
+        "labels": any("labels" in epoch["losses"] for epoch in trained.record["epochs"]),
+        "teacher": type(teacher).__name__ if isinstance(teacher, nn.Module) else "the dense model" if teacher is None else "a function",
+        "ema": recipe.ema,
+        "seed": recipe.seed,
+        "device": str(place),
+        "processes": processes,
+    }
+
+
+def _accuracy(report: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, float] | None:
+    """The report's scores of earlier stages, and the new one as 'after'; without a new one, none is after."""
+    scores = {stage: score for stage, score in (report.get("accuracy") or {}).items() if stage != "after"}
+    if "evaluation" in record:
+        scores.setdefault("pruned" if report.get("compensation") is None else "compensated", record["evaluation"]["before"])
+        scores["after"] = record["evaluation"]["after"]
+    return scores or None
+
+
+def _result_of(directory: Path, clock: Clock) -> Result:
+    """The model of an output directory as a `Result`, whose graph is the small model's own: of the dense one there is only the ONNX file.
+
+    Raises InputError for what is no output directory.
+    """
+    for name in out.FILES:
+        if not (directory / name).is_file():
+            raise InputError(f"{directory}: {name} is missing; give an output directory that `structprune compress` wrote")
+    graph, report = load_graph(directory / "model.pt2"), Report.load(directory / "report.json")
+    small = out.load(directory)
+    clock.seconds = dict(report.data.get("seconds") or {})
+    return Result(small, Plan.load(directory / "plan.json"), report, graph, small, clock, runtime("onnxruntime", "cpu", None))
+
+
+def _train(spec: str) -> Train:
+    """What `module:function` stands for: a function that can be called without arguments is."""
+    form = "package.module:function; --train names a function that returns batches"
+    found = named_object(spec, form, "a function that returns batches, or takes the epoch and returns its batches")
+    if not callable(found) or hasattr(found, "__len__"):
+        return found  # type: ignore[no-any-return]
+    try:
+        needed = [p for p in inspect.signature(found).parameters.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    except ValueError:  # written in C
+        needed = []
+    with users_code(f"--train {spec}"):
+        return found if needed else found()  # type: ignore[no-any-return]
+
+
+def _in_onnxruntime(path: Path) -> Callable[..., list[Tensor]]:
+    """original.onnx, as a function that is called as the model is."""
+    run = onnx.runner(path)
+    return lambda *args, **kwargs: [torch.from_numpy(answer) for answer in run(pytree.tree_leaves((args, kwargs)))]
