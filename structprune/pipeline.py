@@ -47,6 +47,9 @@ from structprune.transform.verify import verify as compare
 Progress = Callable[[str], None]
 Evaluate = Callable[[nn.Module], float]
 
+_SAMPLE_MEMORY = 4 << 30  # bytes of activations
+_LEAST_SAMPLES = 16
+
 
 def compress(
     model: nn.Module,
@@ -183,7 +186,7 @@ def _prepare(
         graph = trace(folded, example_inputs, example_kwargs, dynamic=dynamic)
     with clock("infer"):
         groups = find_groups(graph, options.ignore)
-    samples = samples_of(calibration, graph) if calibration is not None else None
+    samples = _in_memory(samples_of(calibration, graph), graph, groups, clock) if calibration is not None else None
     with clock("score"):
         saliency = decide.saliency(graph, groups, options.criterion, model=folded, samples=samples, seed=options.seed, say=clock.say)
     dense = None
@@ -195,6 +198,18 @@ def _prepare(
         with clock("evaluate"):
             accuracy = evaluate(model)
     return _Ready(folded, graph, groups, samples, saliency, dense, evaluate, accuracy, options, clock)
+
+
+def _in_memory(samples: Samples, graph: Graph, groups: Groups, clock: Clock) -> Samples:
+    """As many of the samples as two models, whose answers to all of them are alive at one time, have room for."""
+    example = (
+        max(1, next(iter(groups.batch.values()), 1)) if groups.batch else next((len(v) for v in graph.flat_inputs() if isinstance(v, Tensor)), 1)
+    )
+    each = max((cost() for cost in memory(graph, groups)), default=0) / example
+    kept = samples.first(max(_LEAST_SAMPLES, int(_SAMPLE_MEMORY / max(1.0, 2 * each))), graph.dynamic_batch)
+    if len(kept) < len(samples):
+        clock.say(f"{len(kept)} of {len(samples)} samples are used: more take over {_SAMPLE_MEMORY >> 30} GiB")
+    return kept
 
 
 def _decide(ready: _Ready, target: str) -> Result:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import structprune as sp
 from structprune import decide
+from structprune.analysis.groups import Groups
 from structprune.decide.cost import Cost, Term, macs, memory, params
 from structprune.decide.milp import Choice, Solution, solve
 from structprune.decide.targets import parse_target, spread
@@ -202,3 +203,21 @@ def test_a_size_is_no_smaller_than_the_file(tmp_path: Path) -> None:
     result.export_onnx(tmp_path / "small.onnx")
     assert 0.5 * limit < (tmp_path / "small.onnx").stat().st_size <= limit
     assert result.report.data["params"]["after"] < result.report.data["params"]["before"]
+
+
+def test_a_threshold_keeps_the_channels_that_score_as_much() -> None:
+    model, inputs = models.build("residual")
+    scores = {"conv1": np.linspace(0, 1, 24), "stem": np.full(16, 0.1)}
+
+    def criterion(groups: Groups, tensors: object) -> dict[str, np.ndarray]:
+        return {g.name: scores[g.name] for g in groups}
+
+    def kept(target: str, **options: str) -> dict[str, list[int]]:
+        return {g.name: list(g.keep) for g in sp.compress(model, inputs, target, criterion=criterion, **options).plan.groups}
+
+    assert kept("threshold=0.5") == {"conv1": list(range(12, 24)), "stem": [0]}
+    assert kept("threshold=0.05") == {"conv1": list(range(2, 24)), "stem": list(range(16))}
+    both = kept("threshold=0.05,macs=0.5")
+    assert len(both["conv1"]) <= 22 and len(both["conv1"]) * len(both["stem"]) < 22 * 16
+    with pytest.raises(InputError, match="threshold="):
+        kept("threshold=0.05,macs=0.5", allocation="uniform")

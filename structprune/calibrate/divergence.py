@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+_SAME = 1e-3
+
 
 def answers_of(output: Any) -> list[Tensor]:
     """The floating-point tensors of a model's answer."""
@@ -26,10 +28,7 @@ def divergence(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     if are_logits(wanted):
         theirs, mine = wanted[0].double().log_softmax(1), got[0].double().log_softmax(1)
         return float((theirs.exp() * (theirs - mine)).sum(1).mean())
-    shares = [
-        (g.double() - w.double()).square().mean() / ((w.double() - w.double().mean(0, keepdim=True)).square().mean() + 1e-30)
-        for g, w in zip(got, wanted, strict=True)
-    ]
+    shares = [(g.double() - w.double()).square().mean() / _spread(w.double()) for g, w in zip(got, wanted, strict=True)]
     return float(torch.stack(shares).mean()) if shares else 0.0
 
 
@@ -49,8 +48,12 @@ def sampled_loss(output: Any, generator: torch.Generator) -> Tensor:
         return logs.gather(1, drawn).sum()
     total = answers[0].new_zeros(())
     for answer in answers:
-        detached = answer.detach()
-        spread = (detached - detached.mean(0, keepdim=True)).square().mean() * (answer.numel() / answer.shape[0] if answer.dim() else 1)
+        spread = _spread(answer.detach()) * (answer.numel() / answer.shape[0] if answer.dim() else 1)
         signs = torch.randint(0, 2, answer.shape, generator=generator).to(answer) * 2 - 1
-        total = total + (signs * answer).sum() / (spread + 1e-30).sqrt()
+        total = total + (signs * answer).sum() / spread.sqrt()
     return total / len(answers) ** 0.5
+
+
+def _spread(answer: Tensor) -> Tensor:
+    """The variance between samples; and a little of the mean square, for an answer that is the same for all."""
+    return (answer - answer.mean(0, keepdim=True)).square().mean() + _SAME * answer.square().mean() + 1e-30

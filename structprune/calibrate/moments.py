@@ -58,6 +58,9 @@ def moments(graph: Graph, samples: Samples, seed: int = 0) -> dict[fx.Node, Mome
             importance = relevance.get(node)
             if importance is None:  # an answer counts by its own variance
                 importance = (1 / (scale.sum() + 1e-30)).expand_as(scale)
+            if not gram.isfinite().all() or not importance.isfinite().all():  # masks of -inf
+                run.forget(node)
+                continue
             found[node] = Moments(reader, gram, mean, matrix(reader, weight.detach()).double() * importance.sqrt()[..., None], rows)
         run.forget(node)
     return found
@@ -66,11 +69,15 @@ def moments(graph: Graph, samples: Samples, seed: int = 0) -> dict[fx.Node, Mome
 def _sums(run: Stepping, reader: Reader, weight: Tensor, centred: bool) -> tuple[Tensor, Tensor, Tensor, int]:
     """The gram matrix and mean of the input, the variance of each answer, and the number of rows."""
     gram = mean = answers = squares = torch.zeros(())
+    origin: Tensor | None = None  # from which x is measured: near its mean, little is lost to rounding
     rows = 0
     for number, values in enumerate(run.values):
         answer = values[reader.node]
         chosen = places(reader, answer, _ROWS // len(run.values), seed=number)
         x = rows_of_input(reader, values[reader.input], weight.shape[2:], answer.shape[2:] if reader.rank else (), chosen).float()
+        if centred:
+            origin = x.mean(1, keepdim=True) if origin is None else origin
+            x = x - origin
         y = rows_of_answer(reader, answer, chosen).double()
         product = torch.bmm(x.transpose(1, 2), x) if x.shape[2] <= _WIDEST else x.square().sum(1)
         gram, mean, rows = gram + product.double(), mean + x.sum(1).double(), rows + x.shape[1]
@@ -78,6 +85,7 @@ def _sums(run: Stepping, reader: Reader, weight: Tensor, centred: bool) -> tuple
     gram, mean = gram / rows, mean / rows
     if centred:
         gram = gram - (mean[..., :, None] * mean[..., None, :] if gram.dim() == 3 else mean.square())
+        mean = mean if origin is None else mean + origin[:, 0].double()
     return gram, mean, squares / rows - (answers / rows).square(), rows
 
 
@@ -91,7 +99,7 @@ def _relevance(graph: Graph, known: Mapping[fx.Node, Reader], samples: Samples, 
     number = 0
     generator = torch.Generator().manual_seed(seed)
     for batch in samples.batches:
-        for part in _parts(batch):
+        for part in _parts(batch) if graph.dynamic_batch else [batch]:
             if number >= _GRADIENTS:
                 break
             run = Stepping(graph.module, [part])

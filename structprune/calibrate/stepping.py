@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from structprune.ir.graph import written_to
+
 
 class Stepping:
-    """`values[batch][node]` holds every answer that is still to be read. Inputs are copied, for a model may write to them."""
+    """`values[batch][node]` holds every answer that is still to be read. Inputs, and buffers that the graph writes to, are copied."""
 
     def __init__(self, module: fx.GraphModule, batches: Sequence[Sequence[Any]]):
         self.nodes = list(module.graph.nodes)
@@ -17,6 +19,7 @@ class Stepping:
         for run, batch in zip(self._runs, batches, strict=True):
             run.args_iter = iter([v.clone() if isinstance(v, Tensor) else v for v in batch])
         self._dead = _last_readers(self.nodes)
+        self._written = written_to(self.nodes)
         self._next = 0
 
     @property
@@ -31,7 +34,8 @@ class Stepping:
         """Run the next node on all batches; returns its answer to the last of them."""
         node = self.nodes[self._next]
         for run in self._runs:
-            run.env[node] = run.run_node(node)
+            value = run.run_node(node)
+            run.env[node] = value.clone() if node.op == "get_attr" and node in self._written else value
         self._next += 1
         return self._runs[-1].env[node]
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from structprune.analysis.groups import Groups
 from structprune.decide.cost import Cost, Term, macs, params
-from structprune.decide.criteria import Scores
+from structprune.decide.criteria import Scores, above
 from structprune.decide.milp import Choice, solve
 from structprune.decide.targets import Target
 from structprune.decide.uniform import Uniform, Widths, block
@@ -62,7 +62,8 @@ def allocate(
 ) -> Allocation:
     """The widths of the least loss that meet every target.
 
-    `channels=` asks for shares, and gets them to the channel; beside budgets it is the most that a group keeps.
+    `channels=` asks for shares, and gets them to the channel; `threshold=` for the channels with at least that score, one of each group at least;
+    beside budgets both are the most that a group keeps.
     costs: others than those of the groups themselves, by the target that limits each of them. steps: between widths that are worth having, where
     they were measured; else multiples of 8 or 4, by which runtimes work.
     losses: [channels + 1] of every group by its name, what is lost when so many of its best channels stay; without them, the loss that is told above.
@@ -74,17 +75,23 @@ def allocate(
         raise InputError(f"unknown allocation {method!r}; use one of {', '.join(METHODS)}")
     share = min([t.value for t in targets if t.key == "channels"], default=1.0)
     known = {"macs": [macs(groups)], "params": [params(groups)], **(costs or {})}
-    budgets = [budget for t in targets if t.key != "channels" for budget in _budgets(t, known[t.key])]
+    budgets = [budget for t in targets if t.key not in ("channels", "threshold") for budget in _budgets(t, known[t.key])]
     lost = _Lost(groups, scores, losses)
-    if not budgets or method == "uniform" or (method == "auto" and steps is None and losses is None):
+    floors = [above(groups, scores, t.value) for t in targets if t.key == "threshold"]
+    most = {atom: min(width, *(floor[atom] for floor in floors)) for atom, width in Uniform(groups).widths(share).items()} if floors else {}
+    if floors and (not budgets or all(cost(most) <= limit for cost, limit in budgets)):
+        return Allocation(most, lost.mean(most))
+    if floors and method == "uniform":
+        raise InputError("threshold= beside a budget is for the allocations milp and greedy: uniform ones keep one share everywhere")
+    if not budgets or method == "uniform" or (method == "auto" and steps is None and losses is None and not floors):
         widths = _uniform(groups, Uniform(groups, bool(budgets), steps), share, budgets)
         return Allocation(widths, lost.mean(widths))
-    most = Uniform(groups).widths(share)
+    most = most or dict(Uniform(groups).widths(share))
     for least in (_LEAST, 0.0):
         choices = _choices(groups, lost.curves, {g.atom: block(g.size) for g in groups} if steps is None else steps, most, least)
         found = _greedy(choices, budgets) if method == "greedy" else _milp(choices, budgets, lost.worth)
         if found is not None:
-            widths, gap = found if method == "greedy" else _no_worse_than_uniform(groups, lost, found, share, budgets, steps)
+            widths, gap = found if method == "greedy" or floors else _no_worse_than_uniform(groups, lost, found, share, budgets, steps)
             return Allocation(widths, lost.mean(widths), gap)
     smallest: dict[Atom, int] = {}
     for choice in choices:

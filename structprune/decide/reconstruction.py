@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from structprune.analysis.groups import Groups
+from structprune.calibrate.damped import factor
 from structprune.calibrate.moments import Moments
 from structprune.ir.axes import Atom, positions
 
@@ -62,11 +63,8 @@ class _State:
             self._inverse = None
             self._diagonal = moments.gram
             return
-        n = moments.gram.shape[-1]
-        diagonal = moments.gram.diagonal(dim1=-2, dim2=-1)
-        ridge = (_RIDGE + 0.1 * n / max(1, moments.rows)) * diagonal.mean(-1, keepdim=True) + 1e-9 * diagonal.amax() + 1e-30
-        damped = moments.gram + torch.diag_embed(ridge.expand_as(diagonal))
-        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        ridge = _RIDGE + 0.1 * moments.gram.shape[-1] / max(1, moments.rows)
+        self._inverse = torch.cholesky_inverse(factor(moments.gram, ridge))
 
     def costs(self, channels: Tensor) -> Tensor:
         """[channels]: of removing each of them alone, now."""
@@ -75,7 +73,7 @@ class _State:
         if self._inverse is None:
             return (weight.square() * self._diagonal[:, columns][..., None]).sum((0, 2, 3))
         block = self._inverse[:, columns[:, :, None], columns[:, None, :]]
-        return torch.linalg.solve_triangular(torch.linalg.cholesky(block), weight, upper=False).square().sum((0, 2, 3))
+        return torch.linalg.solve_triangular(factor(block, 0.0), weight, upper=False).square().sum((0, 2, 3))
 
     def remove(self, channels: Tensor) -> float:
         """Take these channels out; returns what that cost."""
@@ -83,9 +81,9 @@ class _State:
             return float(self.costs(channels).sum())
         gone = self.columns[channels].flatten()
         weight, rows = self.weight[:, :, gone], self._inverse[:, gone, :]
-        factor = torch.linalg.cholesky(rows[:, :, gone])
-        cost = float(torch.linalg.solve_triangular(factor, weight.transpose(1, 2), upper=False).square().sum())
-        solved = torch.cholesky_solve(rows, factor)
+        root = factor(rows[:, :, gone], 0.0)
+        cost = float(torch.linalg.solve_triangular(root, weight.transpose(1, 2), upper=False).square().sum())
+        solved = torch.cholesky_solve(rows, root)
         self.weight = self.weight - weight @ solved
         self._inverse = self._inverse - rows.transpose(1, 2) @ solved
         return cost

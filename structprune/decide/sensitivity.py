@@ -9,7 +9,6 @@ several groups are taken to add up.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from structprune.analysis.groups import Groups
+from structprune.calibrate.damped import factor
 from structprune.calibrate.divergence import answers_of, divergence
 from structprune.calibrate.moments import Moments
 from structprune.calibrate.readers import from_matrix, matrix, reader_of, shift_of
@@ -27,7 +27,8 @@ from structprune.ir.group import Group
 from structprune.ir.samples import Samples
 from structprune.transform.surgery import operate
 
-_SHARES = (0.75, 0.5, 0.25)  # of a group's channels
+_SHARES = (0.5, 0.75, 0.25)  # of a group's channels
+_RUNS = 120  # of narrowed models, about: of a model of many groups fewer widths are measured
 _WORK = 3e12  # multiply-accumulates that all measurements together may take
 _MOST, _LEAST = 128, 8  # samples
 _RIDGE = 1e-3  # of the mean diagonal
@@ -47,28 +48,24 @@ def measured_losses(
     """[channels + 1] of every group: the divergence of the answers when that many of its best channels stay. shapes: curves that it
     follows.
     """
-    batches = _some(samples, groups, len(_SHARES) * len(groups))
+    shares = _SHARES[: max(1, _RUNS // len(groups))]
+    batches = _some(samples, groups, len(shares) * len(groups), graph.dynamic_batch)
     wanted = _run(graph.module, batches)
     losses = {}
     for number, group in enumerate(groups):
         say(f"measure what group {number + 1} of {len(groups)} is worth")
         points = {group.size: 0.0}
-        for width in sorted({max(1, round(share * group.size)) for share in _SHARES} - {group.size}, reverse=True):
+        for width in sorted({max(1, round(share * group.size)) for share in shares} - {group.size}, reverse=True):
             keep = best_channels([group], {group.atom: width}, scores)
             points[width] = max(_NOISE, divergence(_run(_narrowed(graph, groups, found, group, keep), batches), wanted))
         losses[group.name] = _curve(points, shapes[group.name])
     return losses
 
 
-def _some(samples: Samples, groups: Groups, runs: int) -> list[list[Any]]:
-    """As many of the first batches, or as much of the first one, as the work allows."""
-    sizes = [next((v.shape[0] for v in batch if isinstance(v, Tensor) and v.dim()), 1) for batch in samples.batches]
+def _some(samples: Samples, groups: Groups, runs: int, divisible: bool) -> Sequence[list[Any]]:
+    """As many of the first samples as the work allows."""
     example = max(1, groups.macs() // max(1, next(iter(groups.batch.values()), 1)))
-    room = int(min(_MOST, max(_LEAST, _WORK / (runs * example))))
-    if sizes[0] > room:
-        return [[v[:room] if isinstance(v, Tensor) and v.dim() and v.shape[0] == sizes[0] else v for v in samples.batches[0]]]
-    number = int(np.searchsorted(np.cumsum(sizes), room, side="right"))
-    return [list(batch) for batch in islice(samples.batches, max(1, number))]
+    return samples.first(int(min(_MOST, max(_LEAST, _WORK / (runs * example)))), divisible).batches
 
 
 def _run(module: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> list[Tensor]:
@@ -101,11 +98,8 @@ def _refit(graph: Graph, groups: Groups, moments: Moments, atom: Atom, keep: Kee
     stays = torch.as_tensor((kept_entries(axis, keep)[:, None] * window + np.arange(window)).ravel())
     goes = torch.ones(dense.shape[-1], dtype=torch.bool).index_fill(0, stays, False)
     gram = moments.gram[:, stays][:, :, stays]
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    ridge = _RIDGE * diagonal.mean(-1, keepdim=True) + 1e-9 * diagonal.amax() + 1e-30
-    factor = torch.linalg.cholesky(gram + torch.diag_embed(ridge.expand_as(diagonal)))
     cross = (dense[:, :, goes] @ moments.gram[:, goes][:, :, stays]).transpose(1, 2)
-    change = torch.cholesky_solve(cross, factor).transpose(1, 2)
+    change = torch.cholesky_solve(cross, factor(gram, _RIDGE)).transpose(1, 2)
     fitted = dense.clone()
     fitted[:, :, stays] += change
     mine = reader_of(small)

@@ -16,13 +16,17 @@ _UNITS = {
     "latency": {"": 1.0, "US": 1e-6, "MS": 1e-3, "S": 1.0},
     "memory": {"": 1.0, **_BYTES},
     "size": {"": 1.0, **_BYTES},
+    "threshold": {"": 1.0},
 }
 _MANY = 50  # targets of one front
 
 
 @dataclass(frozen=True)
 class Target:
-    """`key` may use at most `value`: a share of the original, or an absolute number where `absolute`."""
+    """`key` may use at most `value`: a share of the original, or an absolute number where `absolute`.
+
+    Of 'threshold' channels stay whose score is at least `value`, in the criterion's own unit.
+    """
 
     key: str
     value: float
@@ -48,8 +52,8 @@ def parse_target(text: str) -> tuple[Target, ...]:
             raise InputError(f"unknown target {key!r}; use one of {', '.join(_UNITS)}")
         if unit not in _UNITS[key]:
             raise InputError(f"target {part.strip()!r}: unknown unit {match[3]!r}; {key} takes {', '.join(u for u in _UNITS[key] if u) or 'none'}")
-        absolute = bool(unit) or (number > 1 and _UNITS[key] is _COUNTS)
-        if number <= 0 or (not absolute and number > 1):
+        absolute = bool(unit) or (number > 1 and _UNITS[key] is _COUNTS) or key == "threshold"
+        if (number <= 0 and key != "threshold") or (not absolute and number > 1):
             raise InputError(f"target {part.strip()!r}: a share lies above 0 and at most at 1")
         targets.append(Target(key, number * _UNITS[key][unit], absolute))
     return tuple(targets)

@@ -97,10 +97,7 @@ def computed_constants(graph: Graph) -> frozenset[fx.Node]:
 
     What is drawn at random, or written to in place, is no constant.
     """
-    written: set[fx.Node] = set()
-    for node in reversed(graph.nodes):  # a view is written to where its own view is
-        if (node.op == "call_function" and has_effect(node)) or node in written:
-            written.update(node.all_input_nodes[:1])
+    written = written_to(graph.nodes)
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "get_attr":
@@ -111,6 +108,15 @@ def computed_constants(graph: Graph) -> frozenset[fx.Node]:
         if constant and node not in written:
             found.add(node)
     return frozenset(n for n in found if n.op == "call_function")
+
+
+def written_to(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Nodes whose answer an operator writes to in place, itself or through a view; and what may share memory with these."""
+    written: set[fx.Node] = set()
+    for node in reversed(nodes):  # a view is written to where its own view is
+        if (node.op == "call_function" and has_effect(node)) or node in written:
+            written.update(node.all_input_nodes[:1])
+    return written
 
 
 def size_of(value: Any) -> int:

@@ -22,3 +22,18 @@ class Samples:
     def __len__(self) -> int:
         """How many samples there are in all batches together."""
         return sum(next((v.shape[0] for v in batch if isinstance(v, Tensor) and v.dim()), 1) for batch in self.batches)
+
+    def first(self, number: int, divisible: bool = True) -> Samples:
+        """The first so many of them, in whole batches or, of the first batch, where that is divisible, a part; one batch at least."""
+        if number >= len(self):
+            return self
+        batches, labels, taken = [], [], 0
+        for place, batch in enumerate(self.batches):
+            size = next((v.shape[0] for v in batch if isinstance(v, Tensor) and v.dim()), 1)
+            if taken + size > number and taken:
+                break
+            most = min(size, max(1, number - taken)) if divisible else size
+            batches.append([v[:most] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v for v in batch])
+            labels += [self.labels[place][:most]] if self.labels is not None else []
+            taken += most
+        return Samples(batches, labels if self.labels is not None else None)

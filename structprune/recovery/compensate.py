@@ -17,6 +17,7 @@ and shifts fitted in the same way, channel by channel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, fx
 
 from structprune.analysis.infer import Types
+from structprune.calibrate.damped import factor
 from structprune.calibrate.readers import Reader, from_matrix, places, reader_of, readers, rows_of_answer, rows_of_input, shift_of
 from structprune.calibrate.stepping import Stepping
 from structprune.ir.axes import Keep, Shape, kept_entries
@@ -102,7 +104,7 @@ def _fit(
             rows_of_answer(reader, difference, chosen),
             rows_of_answer(reader, wanted, chosen),
         )
-    if moments.energy <= _NOTHING * moments.scale:
+    if not moments.energy > _NOTHING * moments.scale or not math.isfinite(moments.energy):  # nothing is off, or masks of -inf are read
         return None
     change, bias, ridge, after = moments.solve()
     weight.copy_((weight + from_matrix(reader, change, weight)).to(weight.dtype))
@@ -162,6 +164,7 @@ class _Moments:
 
     def __init__(self, with_shift: bool):
         self._with_shift = with_shift
+        self._origin: Tensor | None = None  # from which x is measured, [groups, 1, n]: near its mean, little is lost to rounding
         self._halves: list[dict[str, Tensor]] = []
         self._number = [0, 0]
         self.energy = 0.0
@@ -169,9 +172,11 @@ class _Moments:
 
     def add(self, x: Tensor, r: Tensor, wanted: Tensor) -> None:
         """x: [groups, rows, n]; r and wanted: [groups, rows, m]."""
-        if self._with_shift:
-            x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
         x, r = x.float(), r.float()
+        if self._with_shift:
+            if self._origin is None:
+                self._origin = x.mean(1, keepdim=True)
+            x = torch.cat([x - self._origin, x.new_ones(*x.shape[:2], 1)], 2)
         middle = (x.shape[1] + 1) // 2
         for half, (own, off) in enumerate(((x[:, :middle], r[:, :middle]), (x[:, middle:], r[:, middle:]))):
             found = {
@@ -203,8 +208,10 @@ class _Moments:
                 ridge = float("inf")
         fitted = self._fitted(whole, number, ridge)
         left = self._left(fitted, whole)
-        change, shift = (fitted[..., :-1], fitted[..., -1]) if self._with_shift else (fitted, fitted[..., 0] * 0)
-        return change, shift, ridge, left
+        if self._origin is None:
+            return fitted, fitted[..., 0] * 0, ridge, left
+        change = fitted[..., :-1]
+        return change, fitted[..., -1] - (change @ self._origin.double().transpose(1, 2))[..., 0], ridge, left
 
     def _fitted(self, sums: Mapping[str, Tensor], number: int, ridge: float) -> Tensor:
         """[groups, m, n (+ 1)]."""
@@ -225,6 +232,4 @@ class _Moments:
 
 def _solved(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """cross (gram + λI)⁻¹ with λ = ridge · mean diagonal."""
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    floor = diagonal.mean(-1, keepdim=True) * ridge + 1e-12 * diagonal.amax() + 1e-30
-    return torch.cholesky_solve(cross.transpose(-2, -1), torch.linalg.cholesky(gram + torch.diag_embed(floor.expand_as(diagonal)))).transpose(-2, -1)
+    return torch.cholesky_solve(cross.transpose(-2, -1), factor(gram, ridge)).transpose(-2, -1)

@@ -1,0 +1,302 @@
+"""How much accuracy is left, before and after a short training, beside torch-pruning?
+
+    python bench/accuracy.py [--write] [--tasks NAME ...] [--methods NAME ...] [--seeds N] [--again]
+    python bench/accuracy.py --train-only
+
+--write keeps each row in bench/results/accuracy.json as soon as it is there, and the table in docs/accuracy.md; rows that are there are not
+measured again unless --again. The networks for Fashion-MNIST are trained first, once each, about ten minutes on one core, and kept in
+~/.cache/structprune-bench ($STRUCTPRUNE_BENCH_CACHE).
+
+Every method prunes the same trained network to the same share of its multiply-accumulates, which torch's FlopCounterMode counts afterwards.
+*structprune* sees a few hundred samples without labels, trains nothing, and may narrow every axis; *pruned* is its answer before weights are fitted.
+*torch-pruning* 1.6.1 prunes in five steps, locally or globally, by L2 magnitude, by batch-norm scale, or by Taylor's criterion on 1,024 labelled
+images; *bn* has the statistics of its batch norms taken anew from the samples that structprune sees. *Recovered* is one epoch of training: by
+`structprune.recover` with the dense network as teacher, or by plain cross-entropy for torch-pruning (its best pruner by accuracy after *bn*) and for
+the dense network itself; optimiser, rate and images are the same for all. The seed chooses calibration samples and the order of images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import accuracy_data
+import torch
+import torch_pruning as tp
+from accuracy_models import CLASSES, RECIPES, TASKS, Attention, Task, cache, one_epoch, optimizer_of, trained
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import structprune as sp
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench/results/accuracy.json"
+PAGE = ROOT / "docs/accuracy.md"
+RATES = {"sgd": 0.02, "adamw": 3e-4}  # of the epoch of recovery: what `structprune.recover` takes by default
+STEPS = 5
+PEERS = {
+    "magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+    "bn scale": tp.importance.BNScaleImportance,
+    "taylor": tp.importance.GroupTaylorImportance,
+}
+METHODS = ("dense", "structprune", "structprune recovered", "torch-pruning", "torch-pruning recovered", "dense recovered")
+
+
+def macs(network: nn.Module, example: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(network).eval().requires_grad_(False)(example)
+    return counter.get_total_flops() // 2
+
+
+def described(network: nn.Module, dense: nn.Module, task: Task, started: float, **more: Any) -> dict[str, Any]:
+    """The row of a pruned network."""
+    example = task.example()
+    sizes = [sum(p.numel() for p in n.parameters()) for n in (network, dense)]
+    kept = macs(network, example) / macs(dense, example)
+    seconds = time.perf_counter() - started
+    return {"score": list(task.score(network)), "macs": round(kept, 4), "params": round(sizes[0] / sizes[1], 4), "seconds": round(seconds, 1)} | more
+
+
+# --- structprune ---------------------------------------------------------------------------------------------------------------
+
+
+def compressed(task: Task, target: float, seed: int, **options: Any) -> sp.Result:
+    return sp.compress(task.build(), task.example(), f"macs={target}", calibration=task.calibration(seed), seed=seed, **options)
+
+
+def one_shot(task: Task, target: float, seed: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    result = compressed(task, target, seed, evaluate=lambda network: task.score(network)[0])
+    return described(result.model, task.build(), task, started, pruned=result.report.data["accuracy"]["pruned"])
+
+
+def recovered(task: Task, target: float, seed: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    result = sp.recover(compressed(task, target, seed), accuracy_data.fashion_batches(seed + 1), epochs=1, seed=seed)
+    return described(result.model, task.build(), task, started)
+
+
+# --- torch-pruning and plain fine-tuning ---------------------------------------------------------------------------------------
+
+
+def peer(task: Task, target: float, seed: int, name: str, everywhere: bool) -> nn.Module:
+    """Pruned by one of torch-pruning's pruners, in steps, as far as the target and no further."""
+    network = task.build()
+    example, labelled = task.example(), task.labelled
+    assert labelled is not None
+    images, labels = labelled(seed)
+    whole = macs(network, example)
+    ignored = [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == CLASSES]
+
+    def pruned(ratio: float) -> nn.Module:
+        mine = copy.deepcopy(network)
+        twins = dict(zip(network.modules(), mine.modules(), strict=True))
+        attention = [m for m in mine.modules() if isinstance(m, Attention)]
+        pruner = tp.pruner.BasePruner(
+            mine, example, PEERS[name](), global_pruning=everywhere, pruning_ratio=ratio, iterative_steps=STEPS,
+            ignored_layers=[twins[m] for m in ignored], num_heads={m.qkv: m.num_heads for m in attention}, prune_num_heads=True,
+        )  # fmt: skip
+        for _ in range(STEPS):
+            if name == "taylor":
+                mine.zero_grad()
+                for x, y in zip(images.split(128), labels.split(128), strict=True):
+                    nn.functional.cross_entropy(mine(x), y).backward()
+            pruner.step()
+            for module in attention:  # as its example for vision transformers does
+                module.num_heads = pruner.num_heads[module.qkv]
+                module.head_dim = module.qkv.out_features // (3 * module.num_heads)
+        return mine.eval()
+
+    low, high = 0.0, 0.95  # bisection of the ratio of channels
+    for _ in range(6):
+        middle = (low + high) / 2
+        low, high = (middle, high) if macs(pruned(middle), example) / whole > target else (low, middle)
+    return pruned(high)
+
+
+def with_new_statistics(network: nn.Module, samples: Tensor) -> nn.Module:
+    """Batch norms with the statistics of these samples, the mean over batches of 128."""
+    network = copy.deepcopy(network)
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    network.train()
+    with torch.no_grad():
+        for batch in samples.split(128) if norms else ():
+            network(batch)
+    return network.eval()
+
+
+def peers(task: Task, target: float, seed: int) -> dict[str, Any]:
+    """Every pruner, as it comes and with new statistics."""
+    found = {}
+    for name in PEERS:
+        for everywhere in (False, True):
+            started = time.perf_counter()
+            try:
+                network = peer(task, target, seed, name, everywhere)
+                row = described(network, task.build(), task, started, bn=task.score(with_new_statistics(network, task.calibration(seed)))[0])
+            except (RuntimeError, ValueError, IndexError, AttributeError, TypeError, KeyError) as error:  # what its users report, too
+                row = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+            found[f"{name}, {'global' if everywhere else 'local'}"] = row
+    return {"pruners": found}
+
+
+def fine_tuned(network: nn.Module, task: Task, seed: int) -> nn.Module:
+    """One epoch of cross-entropy with a cosine rate, on the images that `recovered` sees."""
+    assert task.recipe is not None
+    optimizer = optimizer_of(network, task.recipe.optimizer, RATES[task.recipe.optimizer], task.recipe.decay)
+    steps = len(accuracy_data.fashion("train")[0]) // accuracy_data.BATCH
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    one_epoch(network, accuracy_data.fashion_batches(seed + 1)(0), optimizer, schedule)
+    return network.eval()
+
+
+def peers_recovered(task: Task, target: float, seed: int, rows: dict[str, Any], name: str) -> dict[str, Any]:
+    known = rows.get(key(name, target, "torch-pruning", seed)) or peers(task, target, seed)
+    ran = {pruner: row for pruner, row in known["pruners"].items() if "failed" not in row}
+    if not ran:
+        return {"failed": "none of its pruners ran"}
+    best = max(ran, key=lambda pruner: ran[pruner]["bn"])
+    importance, where = best.split(", ")
+    started = time.perf_counter()
+    network = with_new_statistics(peer(task, target, seed, importance, where == "global"), task.calibration(seed))
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 0.1
+    return described(fine_tuned(network, task, seed), task.build(), task, started, pruner=best)
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------------------
+
+
+def key(task: str, target: float, method: str, seed: int) -> str:
+    return f"{task} · {target:g} · {method} · {seed}"
+
+
+def wanted(tasks: list[str], methods: list[str], seeds: int) -> Iterator[tuple[str, float, str, int]]:
+    for name in tasks:
+        for method in methods:
+            if TASKS[name].recipe is None and ("recovered" in method or method == "torch-pruning"):
+                continue
+            for target in (1.0,) if method.startswith("dense") else TASKS[name].targets:
+                for seed in range(1 if method == "dense" else seeds):
+                    yield name, target, method, seed
+
+
+def measured(name: str, target: float, method: str, seed: int, rows: dict[str, Any]) -> dict[str, Any]:
+    task = replace(TASKS[name])
+    if method == "structprune":
+        return one_shot(task, target, seed)
+    if method == "structprune recovered":
+        return recovered(task, target, seed)
+    if method == "torch-pruning":
+        return peers(task, target, seed)
+    if method == "torch-pruning recovered":
+        return peers_recovered(task, target, seed, rows, name)
+    started = time.perf_counter()
+    network = task.build() if method == "dense" else fine_tuned(task.build(), task, seed)
+    return described(network, task.build(), task, started)
+
+
+# --- the page ------------------------------------------------------------------------------------------------------------------
+
+
+def shown(values: list[float]) -> str:
+    """In per cent; with the standard deviation where there are several seeds."""
+    if not values:
+        return "owed"
+    return f"{100 * mean(values):.2f}" + (f" ± {100 * stdev(values):.2f} ({len(values)})" if len(values) > 1 else "")
+
+
+def table(rows: dict[str, Any]) -> str:
+    def of(name: str, target: float, method: str, field: Callable[[dict[str, Any]], float]) -> str:
+        start = f"{name} · {target:g} · {method} · "
+        return shown([field(row) for k, row in rows.items() if k.startswith(start) and "failed" not in row])
+
+    lines = [
+        "| network | MACs | dense | pruned | **structprune** | recovered | torch-pruning's best | with bn | recovered | dense, one epoch more |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, task in TASKS.items():
+        if not any(k.startswith(f"{name} · ") for k in rows):
+            continue
+        trains = task.recipe is not None
+        for target in task.targets:
+            cells = [
+                of(name, 1.0, "dense", lambda row: row["score"][0]),
+                of(name, target, "structprune", lambda row: row["pruned"]),
+                f"**{of(name, target, 'structprune', lambda row: row['score'][0])}**",
+                of(name, target, "structprune recovered", lambda row: row["score"][0]) if trains else "",
+                of(name, target, "torch-pruning", lambda row: best(row, lambda one: one["score"][0])) if trains else "",
+                of(name, target, "torch-pruning", lambda row: best(row, lambda one: one["bn"])) if trains else "",
+                of(name, target, "torch-pruning recovered", lambda row: row["score"][0]) if trains else "",
+                of(name, 1.0, "dense recovered", lambda row: row["score"][0]) if trains else "",
+            ]
+            lines.append(f"| {name} | {target:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def best(row: dict[str, Any], field: Callable[[dict[str, Any]], float]) -> float:
+    return max((field(one) for one in row["pruners"].values() if "failed" not in one), default=float("nan"))
+
+
+def page(results: dict[str, Any]) -> str:
+    description = (__doc__ or "").strip().split("\n\n")
+    metrics = "\n".join(f"- {name}: {task.metric}" for name, task in TASKS.items() if any(k.startswith(f"{name} · ") for k in results["rows"]))
+    reading = "In per cent; ± is the standard deviation over seeds, their number in brackets."
+    parts = ["# Accuracy", "Written by `bench/accuracy.py --write`.", description[0], description[-1], reading, table(results["rows"])]
+    return "\n\n".join([*parts, f"What is measured:\n\n{metrics}", results["ran_on"]]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="keep the results in bench/results and docs")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
+    parser.add_argument("--train-only", action="store_true", help="train the networks for Fashion-MNIST, and end")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.train_only:
+        for name in RECIPES:
+            trained(name)
+        print(f"trained networks are in {cache()}")
+        return
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if given.write and RESULTS.exists() else {"rows": {}}
+    results["ran_on"] = f"{os.cpu_count()} cores, one thread, {platform.machine()}, Python {platform.python_version()}; " + ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "torch-pruning")
+    )
+    for name, target, method, seed in wanted(given.tasks, given.methods, given.seeds):
+        where = key(name, target, method, seed)
+        if where in results["rows"] and not given.again:
+            continue
+        try:
+            row = measured(name, target, method, seed, results["rows"])
+        except accuracy_data.Owed as owed:
+            row = {"failed": str(owed)}
+        print(where, json.dumps(row), file=sys.stderr, flush=True)
+        if given.write:  # another process may have written since
+            results["rows"] = (json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}) | {where: row}
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            PAGE.write_text(page(results))
+        else:
+            results["rows"][where] = row
+    print(table(results["rows"]))
+
+
+if __name__ == "__main__":
+    main()
