@@ -294,6 +294,8 @@ def realise(
         if ready is not None and ready.samples is not None and options.compensate:
             with clock("compensate"):
                 fitted = compensated(graph, groups.types, keep, surgery, ready.samples, clock.say)
+                if own is not None:  # it shares tensors with the graph, except for buffers that the graph copied
+                    own.load_state_dict(surgery.module.state_dict(), strict=False)
             accuracy |= _scores_of(ready, "after", small, clock)
     report = _report(graph, groups, plan, verification, own is not None, note, clock, ready, found, fitted, accuracy)
     return Result(small, plan, report, graph, surgery.module, clock, options.deployed(), ready.dense if ready is not None else None)

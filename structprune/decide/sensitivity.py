@@ -21,16 +21,16 @@ from structprune.calibrate.divergence import answers_of, divergence
 from structprune.calibrate.moments import Moments
 from structprune.calibrate.readers import from_matrix, matrix, reader_of, shift_of
 from structprune.decide.plan import best_channels, cuts
-from structprune.ir.axes import Atom, Keep, Shape, kept_entries
+from structprune.ir.axes import Atom, Keep, kept_entries
 from structprune.ir.graph import Graph, attribute
 from structprune.ir.group import Group
 from structprune.ir.samples import Samples
-from structprune.transform.surgery import operate
+from structprune.transform.surgery import kept_part, operate
 
 _SHARES = (0.5, 0.75, 0.25)  # of a group's channels
 _RUNS = 120  # of narrowed models, about: of a model of many groups fewer widths are measured
-_WORK = 3e12  # multiply-accumulates that all measurements together may take
-_MOST, _LEAST = 128, 8  # samples
+_WORK = 1e12  # multiply-accumulates that all measurements together may take
+_MOST, _LEAST = 128, 4  # samples
 _RIDGE = 1e-3  # of the mean diagonal
 _NOISE = 1e-9
 
@@ -105,16 +105,10 @@ def _refit(graph: Graph, groups: Groups, moments: Moments, atom: Atom, keep: Kee
     mine = reader_of(small)
     assert mine is not None
     held = attribute(module, str(mine.weight.target))
-    held.copy_(_cut(from_matrix(reader, fitted, weight), shape, keep).to(held.dtype))
+    held.copy_(kept_part(from_matrix(reader, fitted, weight), shape, keep).to(held.dtype))
     if (shift := shift_of(mine, module)) is not None:
         amount = (dense[:, :, goes] @ moments.mean[:, goes, None] - change @ moments.mean[:, stays, None]).flatten()
-        shift(_cut(amount, (groups.types.shape(reader.node)[1 if reader.rank else -1],), keep))
-
-
-def _cut(value: Tensor, shape: Shape, keep: Keep) -> Tensor:
-    for dim, axis in enumerate(shape):
-        value = value.index_select(dim, torch.as_tensor(kept_entries(axis, keep)))
-    return value
+        shift(kept_part(amount, (groups.types.shape(reader.node)[1 if reader.rank else -1],), keep))
 
 
 def _curve(points: Mapping[int, float], shape: np.ndarray) -> np.ndarray:

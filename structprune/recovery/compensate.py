@@ -29,10 +29,10 @@ from structprune.analysis.infer import Types
 from structprune.calibrate.damped import factor
 from structprune.calibrate.readers import Reader, from_matrix, places, reader_of, readers, rows_of_answer, rows_of_input, shift_of
 from structprune.calibrate.stepping import Stepping
-from structprune.ir.axes import Keep, Shape, kept_entries
+from structprune.ir.axes import Keep
 from structprune.ir.graph import Graph, attribute, operator_name
 from structprune.ir.samples import Samples
-from structprune.transform.surgery import Surgery
+from structprune.transform.surgery import Surgery, kept_part
 
 _ROWS = 60_000  # that a reader is fitted to, of all samples together
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # shares of the mean diagonal
@@ -94,7 +94,7 @@ def _fit(
     batches = len(dense.values)
     for number, (wide, narrow, answer) in enumerate(zip(dense.values, small.values, small.compute(node), strict=True)):
         chosen = places(reader, answer, _ROWS // batches, seed=number)
-        wanted = _cut(wide[original], shape, keep)
+        wanted = kept_part(wide[original], shape, keep)
         difference = wanted - answer
         if branch is not None and (behind := _behind(branch, surgery, types, keep, wide, narrow)) is not None:
             difference = difference + behind
@@ -111,15 +111,6 @@ def _fit(
     if shift is not None:
         shift(bias.flatten())
     return Fitted(graph.aliases[str(dense_reader.weight.target)][0], moments.energy / moments.scale, after / moments.scale, ridge)
-
-
-def _cut(value: Tensor, shape: Shape, keep: Keep) -> Tensor:
-    """The kept entries of a dense answer."""
-    for dim, axis in enumerate(shape):
-        entries = kept_entries(axis, keep)
-        if len(entries) < axis.size:
-            value = value.index_select(dim, torch.as_tensor(entries, device=value.device))
-    return value
 
 
 def _branch_of(node: fx.Node, module: fx.GraphModule) -> tuple[fx.Node, Tensor] | None:
@@ -154,7 +145,7 @@ def _behind(
     original = surgery.originals.get(other)
     if original is None or original not in wide or other not in narrow:
         return None
-    off = _cut(wide[original], types.shape(original), keep) - narrow[other]
+    off = kept_part(wide[original], types.shape(original), keep) - narrow[other]
     carries = scale.abs() > _FLAT * scale.abs().max()
     return torch.where(carries, off / torch.where(carries, scale, torch.ones_like(scale)), torch.zeros_like(off))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.analysis.infer import Types
-from structprune.ir.axes import Atom, Axis, Keep, Product, kept_entries
+from structprune.ir.axes import Atom, Axis, Keep, Product, Shape, kept_entries
 from structprune.ir.graph import Graph, has_effect, operator_name
 from structprune.ir.plan import Cut
 from structprune.ir.traced import TracedModule
@@ -131,6 +131,14 @@ class _Kept:
 
     def __len__(self) -> int:
         return len(self._shape)
+
+
+def kept_part(value: Tensor, shape: Shape, keep: Keep) -> Tensor:
+    """The entries of a dense tensor with these axes that stay."""
+    for dim, axis in enumerate(shape):
+        if _touched(axis, keep):
+            value = value.index_select(dim, torch.as_tensor(kept_entries(axis, keep), device=value.device))
+    return value
 
 
 def _cut_of(shape: Any, keep: Keep) -> Cut:
