@@ -116,6 +116,7 @@ def recover_directory(
     dense = teacher if teacher is not None else _in_onnxruntime(source / "original.onnx")
     recovered = recover(result, _train(train), teacher=dense, progress=progress, **options)
     report = recovered.report.to_dict()
+    report["recovery"]["teacher"] = type(teacher).__name__ if teacher is not None else "original.onnx"
     if distributed.rank() != 0:  # the first process writes
         return Report(report)
     with out.all_or_none(target) as work:

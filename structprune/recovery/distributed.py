@@ -76,7 +76,7 @@ def share_of(values: Sequence[Any]) -> tuple[list[Any], list[int]]:
 
     Raises InputError for a batch with fewer rows than there are processes.
     """
-    rows = next(v.shape[0] for v in values if isinstance(v, Tensor) and v.dim())
+    rows = next((v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()), 1)
     if count() == 1:
         return list(values), [rows]
     if rows < count():

@@ -128,6 +128,8 @@ def finetune(
     graph: says what a batch is. score: weights -> higher is better, asked before and after every epoch. path: of the checkpoint.
     Raises InputError for a batch, a teacher or a checkpoint that does not fit, and for a loss that is not finite.
     """
+    if distributed.count() > 1 and not graph.dynamic_batch:
+        raise InputError("the model takes batches of one size only, which processes cannot share; train in one process, without torchrun")
     mean = follows_batches(copy.deepcopy(flat(student)).to(device))
     student = distributed.with_shared_statistics(flat(student, recipe.features).to(device).train())  # type: ignore[arg-type]
     parameters = [p for p in student.parameters() if p.requires_grad]
@@ -235,7 +237,7 @@ def _step(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(_seed_of(recipe.seed, run.step, distributed.rank() + 1))  # what is dropped does not depend on how often it was drawn before
         with torch.no_grad():
-            targets, wanted = teacher(*(v.clone() if isinstance(v, Tensor) else v for v in mine))  # a model may write to its inputs
+            targets, wanted = teacher(*(v.clone() if isinstance(v, Tensor) else v for v in mine))
         answers, features = run.student(*mine)
         terms = losses(
             *_paired(answers, targets, graph, sizes),
@@ -365,7 +367,7 @@ def _batches(
         if labels is None and recipe.labels is True:
             raise InputError(f"batch {number} of epoch {epoch + 1} has no labels; give (inputs, labels), or labels=False")
         wanted = labels.to(device) if labels is not None and recipe.labels is not False else None
-        yield [v.to(device) if isinstance(v, Tensor) else v for v in inputs], wanted
+        yield [v.to(device, copy=True) if isinstance(v, Tensor) else v for v in inputs], wanted  # a model may write to its inputs
 
 
 def _pieces(train: Train, graph: Graph, epoch: int) -> Iterator[Any]:
