@@ -132,7 +132,7 @@ def tones(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 # --- descriptions of packages ------------------------------------------------------------------------------------------------
 
-SECTIONS = ("admin", "games", "graphics", "net", "science", "sound", "text", "x11")
+SECTIONS = ("admin", "devel", "games", "net", "science", "sound", "utils", "x11")
 EACH, TOKENS = 250, 64
 
 

@@ -380,6 +380,14 @@ TASKS = {
 }
 
 
+def fixed_layers(network: nn.Module) -> list[nn.Module]:
+    """The layers whose outputs are the network's own, which torch-pruning has to be told of: the classifier, or MiniLM's residual stream."""
+    if isinstance(network, SentenceEmbedding):
+        dense = [m for name, m in network.named_modules() if name.endswith("output.dense")]
+        return [*dense, *(m for m in network.modules() if isinstance(m, nn.Embedding))]
+    return [[m for m in network.modules() if isinstance(m, nn.Linear)][-1]]
+
+
 @torch.inference_mode()
 def answers(network: nn.Module, inputs: Tensor, batch: int = 250) -> Tensor:
     return torch.cat([network(piece) for piece in inputs.split(batch)])
