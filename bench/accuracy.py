@@ -30,7 +30,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
@@ -283,7 +282,7 @@ def wanted(tasks: list[str], methods: list[str], seeds: int) -> Iterator[tuple[s
 
 
 def measured(name: str, target: float, method: str, seed: int, rows: dict[str, Any]) -> dict[str, Any]:
-    task = replace(TASKS[name])
+    task = TASKS[name]
     if method == "structprune":
         return one_shot(task, target, seed)
     if method == "structprune recovered":

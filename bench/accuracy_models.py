@@ -374,7 +374,7 @@ TASKS = {
         (0.6,),
         lambda: SentenceEmbedding().eval(),
         lambda seed: _other_tokens(seed, 256),
-        lambda network: _section_accuracy(network),  # noqa: PLW0108 (defined below)
+        lambda network: _section_accuracy(network),  # noqa: PLW0108, for it is defined below
         also="the same with a classifier fitted to the pruned network's own",
     ),
 }

@@ -33,7 +33,7 @@ from structprune.frontends.trace import Dynamic, fold_parametrizations, retrace,
 from structprune.ir.axes import Atom
 from structprune.ir.graph import Graph, resized
 from structprune.ir.plan import Plan
-from structprune.ir.samples import Samples
+from structprune.ir.samples import Samples, samples_in
 from structprune.ir.traced import TracedModule
 from structprune.recovery.compensate import Fitted
 from structprune.recovery.compensate import compensate as compensated
@@ -79,15 +79,13 @@ def compress(
         at one time) or 'size=10MB' (the ONNX file); several, joined by commas, hold together. A latency is that in
         `runtime` on `device`: operators are timed there, the tables kept for the next model, and the whole model is measured against the
         dense one until the target is hit.
-    calibration: a few hundred samples of the model's inputs, unlabelled: one tensor, or an iterable of batches; of (inputs, labels) for a criterion
-    that
-        needs a loss. They tell which channels the others can stand in for, what narrowing each group loses, and the weights that are left are
-        fitted to them.
+    calibration: a few hundred samples of the model's inputs, unlabelled: one tensor, or an iterable of batches; of (inputs, labels) for a
+        criterion that needs a loss. They tell which channels the others can stand in for, what narrowing each group loses, and the weights that
+        are left are fitted to them.
     compensate: False leaves the weights as they are sliced from the original's.
     evaluate: model -> a score, higher is better; taken of the original, of the pruned and of the compensated model, for the report.
     criterion: which channels matter: 'auto' ('reconstruction' with calibration, else 'l2'), another name of docs/criteria.md, a torch_pruning
-    Importance,
-        or a callable (Groups, tensors by name) -> {group name: score of each channel}.
+        Importance, or a callable (Groups, tensors by name) -> {group name: score of each channel}.
     ignore: names or shell patterns of modules or tensors that keep their channels.
     dynamic: axes beside the batch that may change size after export: (2, 3) of every input, or {'ids': (1,)} of those named.
     allocation: how widths are found: 'milp' and 'greedy' lose as little importance as they can, 'uniform' keeps one share everywhere;
@@ -202,10 +200,7 @@ def _prepare(
 
 def _in_memory(samples: Samples, graph: Graph, groups: Groups, clock: Clock) -> Samples:
     """As many of the samples as two models, whose answers to all of them are alive at one time, have room for."""
-    example = (
-        max(1, next(iter(groups.batch.values()), 1)) if groups.batch else next((len(v) for v in graph.flat_inputs() if isinstance(v, Tensor)), 1)
-    )
-    each = max((cost() for cost in memory(graph, groups)), default=0) / example
+    each = max((cost() for cost in memory(graph, groups)), default=0) / samples_in(graph.given_inputs())
     kept = samples.first(max(_LEAST_SAMPLES, int(_SAMPLE_MEMORY / max(1.0, 2 * each))), graph.dynamic_batch)
     if len(kept) < len(samples):
         clock.say(f"{len(kept)} of {len(samples)} samples are used: more take over {_SAMPLE_MEMORY >> 30} GiB")
@@ -342,17 +337,13 @@ class Result:
         """
         data = self.report.to_dict() | {"model": model_name, "notes": [*notes, *self.report.data["notes"]]}
         with out.all_or_none(Path(directory)) as work:
-            with self.clock("export"):
-                program = self._program()
-                save_program(program, work / "model.pt2")
-                out.save_weights(self.small, work / "model.safetensors")
-                self.plan.save(work / "plan.json")
+            data["verification"]["onnx_error"] = self.write_model(work)
+            self.plan.save(work / "plan.json")
             with self.clock("onnx"):
                 if self.dense is not None and self.dense.original.suffix == ".onnx":
                     shutil.copyfile(self.dense.original, work / "original.onnx")
                 else:
                     onnx.export(self.graph.exported, work / "original.onnx", self.graph.input_names, self.graph.output_names)
-                data["verification"]["onnx_error"] = self._export(program, work / "model.onnx")
             data["onnx_bytes"] = {"before": (work / "original.onnx").stat().st_size, "after": (work / "model.onnx").stat().st_size}
             if latency:
                 with self.clock("benchmark"):
@@ -362,6 +353,15 @@ class Result:
             report.save_json(work / "report.json")
             report.save_html(work / "report.html")
         return report
+
+    def write_model(self, folder: Path) -> float:
+        """Write the small model as model.pt2, model.safetensors and model.onnx; returns ONNX Runtime's largest relative difference from it."""
+        with self.clock("export"):
+            program = self._program()
+            save_program(program, folder / "model.pt2")
+            out.save_weights(self.small, folder / "model.safetensors")
+        with self.clock("onnx"):
+            return self._export(program, folder / "model.onnx")
 
     def _latencies(self, work: Path) -> dict[str, Any]:
         """In the runtime of deployment, and in ONNX Runtime on the CPU, and on the GPU where there is one: by runtime."""

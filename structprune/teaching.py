@@ -20,8 +20,7 @@ from structprune.backends.report import Report
 from structprune.backends.runtimes import runtime
 from structprune.errors import InputError
 from structprune.frontends.load import named_object, users_code
-from structprune.frontends.program import load_graph, save_program
-from structprune.frontends.trace import retrace
+from structprune.frontends.program import load_graph
 from structprune.ir.plan import Plan
 from structprune.pipeline import Clock, Evaluate, Progress, Result
 from structprune.recovery import distributed
@@ -120,13 +119,9 @@ def recover_directory(
     if distributed.rank() != 0:  # the first process writes
         return Report(report)
     with out.all_or_none(target) as work:
-        with recovered.clock("export"):
-            save_program(retrace(recovered.small, recovered.graph).exported, work / "model.pt2")
-            out.save_weights(recovered.small, work / "model.safetensors")
-            for name in ("plan.json", "original.onnx"):
-                shutil.copyfile(source / name, work / name)
-        with recovered.clock("onnx"):
-            report["verification"]["onnx_error"] = recovered.export_onnx(work / "model.onnx")
+        report["verification"]["onnx_error"] = recovered.write_model(work)
+        for name in ("plan.json", "original.onnx"):
+            shutil.copyfile(source / name, work / name)
         report["onnx_bytes"] = {"before": (work / "original.onnx").stat().st_size, "after": (work / "model.onnx").stat().st_size}
         report["seconds"] = dict(recovered.clock.seconds)
         full = Report(report)

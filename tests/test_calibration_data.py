@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import models
 import numpy as np
@@ -16,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from structprune import cli, demo
+from structprune import demo
 from structprune.errors import InputError
 from structprune.frontends.calibration import calibration
 
@@ -121,25 +119,15 @@ def test_arrays_of_different_lengths_are_refused(tmp_path: Path) -> None:
         calibration(str(tmp_path / "a.npz"), MODEL, EXAMPLE)
 
 
-def test_the_command_takes_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_command_takes_both(run, tmp_path: Path) -> None:
     (tmp_path / "theirs.py").write_text(
         "import torch\nimport models\n\ndef build():\n    model, inputs = models.build('residual')\n    return model, inputs\n\n"
         "def batches():\n    torch.manual_seed(1)\n    return [torch.randn(8, 3, 8, 8) for _ in range(4)]\n\n"
         "def score(model):\n    return sum(p.numel() for p in model.parameters())\n"
     )
 
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["structprune", "compress", *arguments])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return status, *capsys.readouterr()
-
-    status, out, err = call(
-        "theirs:build", "--calibration", "theirs:batches", "--evaluate", "theirs:score", "--no-latency", "--json", "--out", "small"
+    status, out, err = run(
+        "compress", "theirs:build", "--calibration", "theirs:batches", "--evaluate", "theirs:score", "--no-latency", "--json", "--out", "small"
     )
     assert status == 0, err
     report = json.loads(out)
@@ -147,7 +135,7 @@ def test_the_command_takes_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert report["accuracy"]["before"] == whole > report["accuracy"]["after"] == report["accuracy"]["pruned"]
     assert report["calibration"] == {"samples": 32, "labels": False} and report["criterion"] == "reconstruction" and report["compensation"]
     assert "fitted to the original's answers on 32 samples" in Path("small/report.html").read_text().replace("&#x27;", "'")
-    status, out, err = call("theirs:build", "--calibration", "theirs:score", "--no-latency", "--out", "other")
+    status, out, err = run("compress", "theirs:build", "--calibration", "theirs:score", "--no-latency", "--out", "other")
     assert (status, err.strip().splitlines()[-1].startswith("structprune: ")) == (2, True) and not Path("other").exists()
 
 

@@ -12,28 +12,9 @@ import models
 import pytest
 import torch
 
-from structprune import cli
 from structprune.backends.directory import FILES
 from structprune.backends.kernels import signature
 from structprune.backends.runtimes import Runtime, tables_of
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """Call the command line in this process, in an empty folder: (exit status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["structprune", *arguments])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 def test_compress_demo_then_verify_and_bench(run, tmp_path: Path) -> None:

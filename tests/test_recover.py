@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import structprune as sp
-from structprune import cli, demo
+from structprune import demo
 from structprune.errors import InputError
 from structprune.recovery import checkpoint as checkpoints
 from structprune.recovery.distil import correlation, divergence, from_labels, losses, relative_error
@@ -391,24 +391,14 @@ def test_frozen_weights_cannot_train() -> None:
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_a_whole_directory_again(pruned: sp.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_command_writes_a_whole_directory_again(pruned: sp.Result, run, tmp_path: Path) -> None:
     (tmp_path / "mydata.py").write_text(
         "from structprune import demo\n\ndef batches():\n    return demo.calibration().split(32)\n\n"
         "def shuffled(epoch):\n    return demo.calibration().roll(epoch, 0).split(32)\n"
     )
     pruned.save("small", latency=False)
 
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["structprune", *arguments])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return status, *capsys.readouterr()
-
-    status, out, err = call("recover", "small", "--train", "mydata:batches", "--evaluate", "structprune.demo:accuracy", "--json")
+    status, out, err = run("recover", "small", "--train", "mydata:batches", "--evaluate", "structprune.demo:accuracy", "--json")
     assert status == 0, err
     report = json.loads(out)
     assert report == json.loads(Path("small-recovered/report.json").read_text())
@@ -419,9 +409,9 @@ def test_the_command_writes_a_whole_directory_again(pruned: sp.Result, tmp_path:
     assert demo.accuracy(sp.load("small-recovered")) == report["recovery"]["evaluation"]["after"]
     assert demo.accuracy(sp.load("small")) < 0.3
 
-    status, out, err = call("verify", "small-recovered")
+    status, out, err = run("verify", "small-recovered")
     assert (status, "verified" in out) == (0, True), err
-    status, out, err = call("recover", "small", "--train", "mydata:shuffled", "--out", "small", "--teacher", "demo", "--lr", "0.01")
+    status, out, err = run("recover", "small", "--train", "mydata:shuffled", "--out", "small", "--teacher", "demo", "--lr", "0.01")
     assert (status, "trained for 8 steps" in " ".join(out.split())) == (0, True), err
     assert demo.accuracy(sp.load("small")) > 0.75
 
@@ -431,7 +421,7 @@ def test_the_command_writes_a_whole_directory_again(pruned: sp.Result, tmp_path:
         (("small", "--train", "mydata"), "'mydata' is not package.module:function"),
         (("small", "--train", "mydata:batches", "--labels"), "has no labels"),
     ]:
-        status, out, err = call("recover", *arguments)
+        status, out, err = run("recover", *arguments)
         assert (status, words in err, err.strip().splitlines()[-1].startswith("structprune: ")) == (2, True, True), err
 
 

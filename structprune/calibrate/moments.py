@@ -13,7 +13,7 @@ from structprune.calibrate.divergence import sampled_loss
 from structprune.calibrate.readers import Reader, matrix, places, readers, rows_of_answer, rows_of_input, takes_a_shift
 from structprune.calibrate.stepping import Stepping
 from structprune.ir.graph import Graph
-from structprune.ir.samples import Samples
+from structprune.ir.samples import Samples, samples_in
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,6 @@ class Moments:
 def moments(graph: Graph, samples: Samples, seed: int = 0) -> dict[fx.Node, Moments]:
     """Of every reader of the graph, by its node. Memory: what is alive of all samples at one time, and the moments themselves, in float64."""
     known = readers(graph)
-    shifted = {node: takes_a_shift(reader) for node, reader in known.items()}
     relevance = _relevance(graph, known, samples, seed)
     run = Stepping(graph.module, samples.batches)
     found = {}
@@ -54,14 +53,12 @@ def moments(graph: Graph, samples: Samples, seed: int = 0) -> dict[fx.Node, Mome
         if node in known:
             reader = known[node]
             weight = graph.tensor(reader.weight)
-            gram, mean, scale, rows = _sums(run, reader, weight, shifted[node])
+            gram, mean, scale, rows = _sums(run, reader, weight, takes_a_shift(reader))
             importance = relevance.get(node)
             if importance is None:  # an answer counts by its own variance
                 importance = (1 / (scale.sum() + 1e-30)).expand_as(scale)
-            if not gram.isfinite().all() or not importance.isfinite().all():  # masks of -inf
-                run.forget(node)
-                continue
-            found[node] = Moments(reader, gram, mean, matrix(reader, weight.detach()).double() * importance.sqrt()[..., None], rows)
+            if gram.isfinite().all() and importance.isfinite().all():  # they are not where masks of -inf are read
+                found[node] = Moments(reader, gram, mean, matrix(reader, weight.detach()).double() * importance.sqrt()[..., None], rows)
         run.forget(node)
     return found
 
@@ -116,12 +113,12 @@ def _relevance(graph: Graph, known: Mapping[fx.Node, Reader], samples: Samples, 
                 if gradient is not None:
                     squares = rows_of_answer(known[node], gradient, None).double().square().sum(1)
                     sums[node] = sums.get(node, torch.zeros(())) + squares
-            number += next((v.shape[0] for v in part if isinstance(v, Tensor) and v.dim()), 1)
+            number += samples_in(part)
     return {node: total / max(1, number) for node, total in sums.items()}
 
 
 def _parts(batch: list[object]) -> list[list[object]]:
-    size = next((v.shape[0] for v in batch if isinstance(v, Tensor) and v.dim()), 1)
+    size = samples_in(batch)
     if size <= _AT_ONCE or any(isinstance(v, Tensor) and v.dim() and v.shape[0] != size for v in batch):
         return [batch]
     return [[v[i : i + _AT_ONCE] if isinstance(v, Tensor) and v.dim() else v for v in batch] for i in range(0, size, _AT_ONCE)]

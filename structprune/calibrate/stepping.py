@@ -50,6 +50,16 @@ class Stepping:
         return self.nodes[self._next] if self._next < len(self.nodes) else None
 
 
+def answer(module: fx.GraphModule, batch: Sequence[Any]) -> Any:
+    """The module's answer to one batch; its inputs, and buffers that it writes to, stay as they are."""
+    run = Stepping(module, [batch])
+    value: Any = None
+    while (node := run.upcoming) is not None:
+        value = run.step()
+        run.forget(node)
+    return value
+
+
 def _last_readers(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """For each node the values that nobody reads after it."""
     seen: set[fx.Node] = set()

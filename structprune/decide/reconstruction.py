@@ -22,7 +22,8 @@ from torch import Tensor, fx
 from structprune.analysis.groups import Groups
 from structprune.calibrate.damped import factor
 from structprune.calibrate.moments import Moments
-from structprune.ir.axes import Atom, positions
+from structprune.decide.weights import entries_of
+from structprune.ir.axes import Atom
 
 _RIDGE = 1e-3  # of the mean diagonal, and more where there are few rows
 _AT_ONCE = 32  # steps in which half of a wide group's channels go
@@ -92,15 +93,11 @@ class _State:
 def _state(moments: Moments, groups: Groups, atom: Atom) -> _State | None:
     reader = moments.reader
     axis = groups.types.shape(reader.weight)[reader.input_axis]
-    found = positions(axis, atom)
+    found = entries_of(axis, atom)
     if not found or (reader.kind == "transposed" and reader.groups > 1):
         return None
     window = moments.weight.shape[-1] // axis.size
-    columns = []
-    for place in found:
-        mine = np.flatnonzero(place >= 0)
-        ordered = mine[np.argsort(place[mine], kind="stable")].reshape(atom.size, -1)
-        columns.append((ordered[:, :, None] * window + np.arange(window)).reshape(atom.size, -1))
+    columns = [(entries[:, :, None] * window + np.arange(window)).reshape(atom.size, -1) for entries in found]
     return _State(moments, np.concatenate(columns, 1))
 
 

@@ -26,7 +26,8 @@ RECONSTRUCTION = "reconstruction"
 @dataclass(frozen=True)
 class Saliency:
     """`scores`: of every channel of every group, the higher ones stay. `losses`: [channels + 1] of every group, how far the model's answer moves
-    when so many of its best channels stay, where samples tell."""
+    when so many of its best channels stay, where samples tell.
+    """
 
     criterion: str
     scores: Scores

@@ -1,7 +1,7 @@
 """What the model's answer loses when one group is narrowed: measured on samples, group by group.
 
 For a few widths of each group the dense model is cut down in that group alone, what reads the group is fitted to the channels that are left (from
-the moments of the dense model, see recover/compensate.py for the formula), and the divergence of the answers is measured. Between the measured
+the moments of the dense model, see recovery/compensate.py for the formula), and the divergence of the answers is measured. Between the measured
 widths a curve follows its shape: that of the criterion's reconstruction losses where there are, else 1/k − 1 of the importance kept. Losses of
 several groups are taken to add up.
 """
@@ -20,11 +20,12 @@ from structprune.calibrate.damped import factor
 from structprune.calibrate.divergence import answers_of, divergence
 from structprune.calibrate.moments import Moments
 from structprune.calibrate.readers import from_matrix, matrix, reader_of, shift_of
+from structprune.calibrate.stepping import answer
 from structprune.decide.plan import best_channels, cuts
 from structprune.ir.axes import Atom, Keep, kept_entries
 from structprune.ir.graph import Graph, attribute
 from structprune.ir.group import Group
-from structprune.ir.samples import Samples
+from structprune.ir.samples import Samples, samples_in
 from structprune.transform.surgery import kept_part, operate
 
 _SHARES = (0.5, 0.75, 0.25)  # of a group's channels
@@ -49,7 +50,7 @@ def measured_losses(
     follows.
     """
     shares = _SHARES[: max(1, _RUNS // len(groups))]
-    batches = _some(samples, groups, len(shares) * len(groups), graph.dynamic_batch)
+    batches = _some(samples, graph, groups, len(shares) * len(groups))
     wanted = _run(graph.module, batches)
     losses = {}
     for number, group in enumerate(groups):
@@ -62,18 +63,15 @@ def measured_losses(
     return losses
 
 
-def _some(samples: Samples, groups: Groups, runs: int, divisible: bool) -> Sequence[list[Any]]:
+def _some(samples: Samples, graph: Graph, groups: Groups, runs: int) -> Sequence[list[Any]]:
     """As many of the first samples as the work allows."""
-    example = max(1, groups.macs() // max(1, next(iter(groups.batch.values()), 1)))
-    return samples.first(int(min(_MOST, max(_LEAST, _WORK / (runs * example)))), divisible).batches
+    example = max(1, groups.macs() // samples_in(graph.given_inputs()))
+    return samples.first(int(min(_MOST, max(_LEAST, _WORK / (runs * example)))), graph.dynamic_batch).batches
 
 
 def _run(module: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> list[Tensor]:
     """The answers to all batches, one after the other along the first axis."""
-    parts = []
-    for batch in batches:
-        copies = [v.clone() if isinstance(v, Tensor) else v for v in batch]
-        parts.append(answers_of(fx.Interpreter(module).run(*copies, enable_io_processing=False)))
+    parts = [answers_of(answer(module, batch)) for batch in batches]
     return [torch.cat(list(same)) if same[0].dim() else torch.stack(list(same)) for same in zip(*parts, strict=True)]
 
 

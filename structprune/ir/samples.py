@@ -9,6 +9,11 @@ from typing import Any
 from torch import Tensor
 
 
+def samples_in(batch: Sequence[Any]) -> int:
+    """How many samples a batch of inputs holds: the first axis of the first tensor that has one."""
+    return next((v.shape[0] for v in batch if isinstance(v, Tensor) and v.dim()), 1)
+
+
 @dataclass(frozen=True)
 class Samples:
     """Batches of inputs. Each is a list in the order of the graph's placeholders, the batch on the first axis of its tensors.
@@ -21,7 +26,7 @@ class Samples:
 
     def __len__(self) -> int:
         """How many samples there are in all batches together."""
-        return sum(next((v.shape[0] for v in batch if isinstance(v, Tensor) and v.dim()), 1) for batch in self.batches)
+        return sum(map(samples_in, self.batches))
 
     def first(self, number: int, divisible: bool = True) -> Samples:
         """The first so many of them, in whole batches or, of the first batch, where that is divisible, a part; one batch at least."""
@@ -29,7 +34,7 @@ class Samples:
             return self
         batches, labels, taken = [], [], 0
         for place, batch in enumerate(self.batches):
-            size = next((v.shape[0] for v in batch if isinstance(v, Tensor) and v.dim()), 1)
+            size = samples_in(batch)
             if taken + size > number and taken:
                 break
             most = min(size, max(1, number - taken)) if divisible else size

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 from structprune.errors import InputError
+from structprune.ir.samples import samples_in
 from structprune.ir.traced import TracedModule
 
 aten = torch.ops.aten
@@ -76,7 +77,7 @@ def share_of(values: Sequence[Any]) -> tuple[list[Any], list[int]]:
 
     Raises InputError for a batch with fewer rows than there are processes.
     """
-    rows = next((v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()), 1)
+    rows = samples_in(values)
     if count() == 1:
         return list(values), [rows]
     if rows < count():
