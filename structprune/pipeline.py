@@ -279,21 +279,37 @@ def realise(
     with freed_at_once(graph.module.state_dict().values()):
         with clock("surgery"):
             surgery = operate(graph, groups.types, keep, plan.tensors)
-        with clock("verify"):
-            verification = compare(graph, groups.types, keep, surgery.module)
-        with clock("rebuild"):
-            own, note = own_class(model, graph, surgery, changed_scales(graph, groups.types, keep), verification.answers)
+        with _buffers_kept(surgery.module):
+            with clock("verify"):
+                verification = compare(graph, groups.types, keep, surgery.module)
+            with clock("rebuild"):
+                own, note = own_class(model, graph, surgery, changed_scales(graph, groups.types, keep), verification.answers)
+        _follow(own, surgery.module)
         small = own if own is not None else surgery.module
         accuracy = _scores_of(ready, "pruned", small, clock)
         fitted: Sequence[Fitted] | None = None
         if ready is not None and ready.samples is not None and options.compensate:
             with clock("compensate"):
                 fitted = compensated(graph, groups.types, keep, surgery, ready.samples, clock.say)
-                if own is not None:  # it shares tensors with the graph, except for buffers that the graph copied
-                    own.load_state_dict(surgery.module.state_dict(), strict=False)
+                _follow(own, surgery.module)
             accuracy |= _scores_of(ready, "after", small, clock)
     report = _report(graph, groups, plan, verification, own is not None, note, clock, ready, found, fitted, accuracy)
     return Result(small, plan, report, graph, surgery.module, clock, options.deployed(), ready.dense if ready is not None else None)
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """A model may count its calls: what the checks make of its buffers is put back."""
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    yield
+    for name, buffer in module.named_buffers():
+        buffer.copy_(before[name])
+
+
+def _follow(own: nn.Module | None, module: nn.Module) -> None:
+    """The user's class shares the graph's tensors, except for buffers that the graph copied: these get its values."""
+    if own is not None:
+        own.load_state_dict(module.state_dict(), strict=False)
 
 
 def _scores_of(ready: _Ready | None, stage: str, model: nn.Module, clock: Clock) -> dict[str, float]:

@@ -125,6 +125,17 @@ def test_the_fit_of_one_layer_is_the_least_squares_solution() -> None:
     assert float(left) <= float(mine) <= 1.01 * float(left)
 
 
+def test_buffers_that_the_model_writes_to_stay_as_they_are() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        m.calls.add_(1)
+        return m.b(F.relu(m.a(x)) + 0 * m.calls)
+
+    torch.manual_seed(0)
+    model, x = models.Of(run, a=nn.Linear(6, 16), b=nn.Linear(16, 3), calls=torch.zeros(1)).eval(), torch.randn(64, 6)
+    result = sp.compress(model, (x[:2],), "channels=0.5", calibration=x)
+    assert float(model.calls) == 0 == float(result.small.calls)
+
+
 def test_too_few_samples_do_no_harm() -> None:
     """Eight rows of noise for a layer of 64 inputs: fitted exactly, they would spoil it."""
     torch.manual_seed(0)
