@@ -84,7 +84,8 @@ def photographs(part: str) -> list[Any]:
 
 @functools.cache
 def crops(part: str, count: int, seed: int) -> Tensor:
-    """Random crops [count, 3, 224, 224] of a part's photographs, 25 to 100 % of the area, mirrored one time of two; ImageNet's mean and scale."""
+    """Random crops [count, 3, 224, 224] of a part's photographs, those of one side by side, 25 to 100 % of the area, mirrored one time of two;
+    ImageNet's mean and scale."""
     from torchvision.transforms import RandomResizedCrop
     from torchvision.transforms import functional as vision
 
@@ -92,7 +93,7 @@ def crops(part: str, count: int, seed: int) -> Tensor:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for number in range(count):
-            picture = pictures[number % len(pictures)]
+            picture = pictures[number * len(pictures) // count]
             top, left, height, width = RandomResizedCrop.get_params(picture, [0.25, 1.0], [3 / 4, 4 / 3])
             crop = vision.to_tensor(vision.resized_crop(picture, top, left, height, width, [SIDE, SIDE]))
             crop = vision.normalize(crop, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])

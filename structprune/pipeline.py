@@ -201,7 +201,7 @@ def _prepare(
 def _in_memory(samples: Samples, graph: Graph, groups: Groups, clock: Clock) -> Samples:
     """As many of the samples as two models, whose answers to all of them are alive at one time, have room for."""
     each = max((cost() for cost in memory(graph, groups)), default=0) / samples_in(graph.given_inputs())
-    kept = samples.first(max(_LEAST_SAMPLES, int(_SAMPLE_MEMORY / max(1.0, 2 * each))), graph.dynamic_batch)
+    kept = samples.spread(max(_LEAST_SAMPLES, int(_SAMPLE_MEMORY / max(1.0, 2 * each))), graph.dynamic_batch)
     if len(kept) < len(samples):
         clock.say(f"{len(kept)} of {len(samples)} samples are used: more take over {_SAMPLE_MEMORY >> 30} GiB")
     return kept

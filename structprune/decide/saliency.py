@@ -21,6 +21,7 @@ from structprune.ir.graph import Graph
 from structprune.ir.samples import Samples
 
 RECONSTRUCTION = "reconstruction"
+_SEEN = 0.75  # of the samples tell which channels go; the others what that loses, for what is fitted to samples answers them too well
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ def saliency(
     if samples is None:
         return Saliency(name, scores)
     say("moments of what layers read")
-    found = moments(graph, samples, seed)
+    seen, held_out = samples.cut(_SEEN, graph.dynamic_batch)
+    found = moments(graph, seen, seed)
     curves = reconstruction(groups, found) if reconstructed else {}
     scores = {g.name: curves[g.name].scores if g.name in curves else scores[g.name] for g in groups}
     shapes = {g.name: curves[g.name].losses if g.name in curves else importance_losses(scores[g.name]) for g in groups}
-    return Saliency(RECONSTRUCTION if reconstructed else name, scores, measured_losses(graph, groups, scores, shapes, found, samples, say))
+    return Saliency(RECONSTRUCTION if reconstructed else name, scores, measured_losses(graph, groups, scores, shapes, found, held_out, say))

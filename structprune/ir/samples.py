@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -28,17 +30,34 @@ class Samples:
         """How many samples there are in all batches together."""
         return sum(map(samples_in, self.batches))
 
-    def first(self, number: int, divisible: bool = True) -> Samples:
-        """The first so many of them, in whole batches or, of the first batch, where that is divisible, a part; one batch at least."""
+    def spread(self, number: int, divisible: bool = True) -> Samples:
+        """So many of them, evenly spread over all, for neighbours may be alike; whole batches where those are not divisible; one at least."""
         if number >= len(self):
             return self
-        batches, labels, taken = [], [], 0
+        count, size = (len(self), 1) if divisible else (len(self.batches), max(1, len(self) // len(self.batches)))
+        places = np.linspace(0, count, max(1, number // size), endpoint=False).astype(int)
+        return self._of(set(places.tolist()), divisible)
+
+    def cut(self, share: float, divisible: bool = True) -> tuple[Samples, Samples]:
+        """The first of them, about that share, and the rest; all of them twice where one batch is all and is not divisible.
+
+        Samples that are alike (frames of a video, parts of a picture) tend to be neighbours: so cut, the rest tells what is new.
+        """
+        count = len(self) if divisible else len(self.batches)
+        if count < 2:
+            return self, self
+        place = min(count - 1, max(1, round(share * count)))
+        return self._of(set(range(place)), divisible), self._of(set(range(place, count)), divisible)
+
+    def _of(self, chosen: Set[int], divisible: bool) -> Samples:
+        """The samples, or batches, of these numbers."""
+        batches, labels, first = [], [], 0
         for place, batch in enumerate(self.batches):
             size = samples_in(batch)
-            if taken + size > number and taken:
-                break
-            most = min(size, max(1, number - taken)) if divisible else size
-            batches.append([v[:most] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v for v in batch])
-            labels += [self.labels[place][:most]] if self.labels is not None else []
-            taken += most
+            own = torch.tensor([n for n in range(size) if (first + n if divisible else place) in chosen], dtype=torch.int64)
+            first += size
+            if not len(own):
+                continue
+            batches.append([v[own.to(v.device)] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v for v in batch])
+            labels += [self.labels[place][own]] if self.labels is not None else []
         return Samples(batches, labels if self.labels is not None else None)

@@ -7,7 +7,8 @@ in which all readers before it have been fitted already:
     ΔW = C (G + λI)⁻¹,   Δb = E[r] − ΔW E[x]      G = E[(x − E[x])(x − E[x])ᵀ],   C = E[(r − E[r])(x − E[x])ᵀ]
 
 which is the regression of the dense answer on x, drawn towards the weights as they are. λ is the share of G's mean diagonal, among `_RIDGES`, that
-fits best on the half of the rows that it was not fitted to, so that too few samples change nothing rather than spoil. (The closed form is
+fits the second half of the samples best when it is fitted to the first; where none does better than no change at all, nothing changes, so that too
+few samples do not spoil. (The closed form is
 that of He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017, and of Frantar and Alistarh, Optimal Brain Compression, 2022.)
 
 Where the answer is added to another branch (a residual stream), what that branch is off by is part of r: the last layer of each block makes up for
@@ -31,12 +32,11 @@ from structprune.calibrate.readers import Reader, from_matrix, places, reader_of
 from structprune.calibrate.stepping import Stepping
 from structprune.ir.axes import Keep
 from structprune.ir.graph import Graph, attribute, operator_name
-from structprune.ir.samples import Samples
+from structprune.ir.samples import Samples, samples_in
 from structprune.transform.surgery import Surgery, kept_part
 
 _ROWS = 60_000  # that a reader is fitted to, of all samples together
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # shares of the mean diagonal
-_PLENTY = 40  # rows for each weight of one answer: there the smallest ridge serves
 _NOTHING = 1e-10  # of the answer's energy: a difference that is rounding
 _FLAT = 1e-2  # of the largest scale of a batch norm: a channel scaled by less does not carry corrections
 
@@ -92,6 +92,7 @@ def _fit(
     branch = _branch_of(node, module)
     moments = _Moments(shift is not None)
     batches = len(dense.values)
+    sizes = [samples_in([wide[original]]) for wide in dense.values]
     for number, (wide, narrow, answer) in enumerate(zip(dense.values, small.values, small.compute(node), strict=True)):
         chosen = places(reader, answer, _ROWS // batches, seed=number)
         wanted = kept_part(wide[original], shape, keep)
@@ -103,6 +104,7 @@ def _fit(
             rows_of_input(reader, narrow[reader.input], weight.shape[2:], space, chosen),
             rows_of_answer(reader, difference, chosen),
             rows_of_answer(reader, wanted, chosen),
+            first=min(1.0, max(0.0, (sum(sizes) / 2 - sum(sizes[:number])) / sizes[number])),
         )
     if not moments.energy > _NOTHING * moments.scale or not math.isfinite(moments.energy):  # nothing is off, or masks of -inf are read
         return None
@@ -161,14 +163,14 @@ class _Moments:
         self.energy = 0.0
         self.scale = 0.0
 
-    def add(self, x: Tensor, r: Tensor, wanted: Tensor) -> None:
-        """x: [groups, rows, n]; r and wanted: [groups, rows, m]."""
+    def add(self, x: Tensor, r: Tensor, wanted: Tensor, first: float) -> None:
+        """x: [groups, rows, n]; r and wanted: [groups, rows, m]; first: the share of the rows that is of the first half."""
         x, r = x.float(), r.float()
         if self._with_shift:
             if self._origin is None:
                 self._origin = x.mean(1, keepdim=True)
             x = torch.cat([x - self._origin, x.new_ones(*x.shape[:2], 1)], 2)
-        middle = (x.shape[1] + 1) // 2
+        middle = round(first * x.shape[1])
         for half, (own, off) in enumerate(((x[:, :middle], r[:, :middle]), (x[:, middle:], r[:, middle:]))):
             found = {
                 "xx": torch.bmm(own.transpose(1, 2), own).double(),
@@ -188,16 +190,12 @@ class _Moments:
         """ΔW [groups, m, n], Δb [groups, m], the ridge, and the energy that is left of the difference."""
         whole = {name: self._halves[0][name] + self._halves[1][name] for name in self._halves[0]}
         number = sum(self._number)
-        inputs = whole["xx"].shape[-1]
-        if number >= _PLENTY * inputs:
-            ridge = _RIDGES[0]
-        else:
-            first, second = self._halves
-            trials = {ridge: self._left(self._fitted(first, self._number[0], ridge), second) for ridge in _RIDGES}
-            ridge = min(trials, key=lambda k: trials[k])
-            if trials[ridge] >= float(second["rr"].sum()):  # fits the noise of its own half
-                ridge = float("inf")
+        first, second = self._halves
+        trials = {ridge: self._left(self._fitted(first, self._number[0], ridge), second) for ridge in (*_RIDGES, math.inf)}
+        ridge = min(trials, key=lambda k: trials[k])
         fitted = self._fitted(whole, number, ridge)
+        if trials[ridge] >= float(second["rr"].sum()):  # it fits the noise of its own half
+            fitted = torch.zeros_like(fitted)
         left = self._left(fitted, whole)
         if self._origin is None:
             return fitted, fitted[..., 0] * 0, ridge, left
@@ -206,11 +204,11 @@ class _Moments:
 
     def _fitted(self, sums: Mapping[str, Tensor], number: int, ridge: float) -> Tensor:
         """[groups, m, n (+ 1)]."""
-        xx, rx = sums["xx"] / number, sums["rx"] / number
+        xx, rx = sums["xx"] / max(1, number), sums["rx"] / max(1, number)
         if not self._with_shift:
-            return torch.zeros_like(rx) if ridge == float("inf") else _solved(xx, rx, ridge)
+            return torch.zeros_like(rx) if ridge == math.inf else _solved(xx, rx, ridge)
         mean, off = xx[..., :-1, -1], rx[..., -1]
-        if ridge == float("inf"):
+        if ridge == math.inf:
             return torch.cat([torch.zeros_like(rx[..., :-1]), off[..., None]], -1)
         covariance = xx[..., :-1, :-1] - mean[..., :, None] * mean[..., None, :]
         change = _solved(covariance, rx[..., :-1] - off[..., :, None] * mean[..., None, :], ridge)
