@@ -489,6 +489,7 @@ def _report(
     accuracy: Mapping[str, float],
 ) -> Report:
     widths = {g.atom: len(p.keep) for g, p in zip(groups, plan.groups, strict=True)}
+    losses = ready.saliency.losses if ready is not None else None
     return Report(
         {
             "format": "structprune-report/1",
@@ -501,6 +502,7 @@ def _report(
             "activation_bytes": _peak(memory(graph, groups), widths),
             "onnx_bytes": None,
             "importance_kept": decide.importance_kept(groups, widths, ready.saliency.scores) if ready is not None else None,
+            "predicted_loss": decide.predicted_loss(groups, widths, losses) if losses is not None else None,
             "latency_ms": {},
             "latency_target": found.to_dict() if found is not None else None,
             "accuracy": dict(accuracy) or None,

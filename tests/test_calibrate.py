@@ -21,6 +21,7 @@ from structprune.decide.reconstruction import reconstruction
 from structprune.decide.saliency import saliency
 from structprune.errors import InputError
 from structprune.frontends.samples import samples_of
+from structprune.ir.samples import Samples
 
 READERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 5), (4, 3, 6)),
@@ -147,6 +148,20 @@ def test_too_few_samples_do_no_harm() -> None:
     assert better < 1.3 * worse
 
 
+@pytest.mark.parametrize(("later", "weight"), [(1.0, 1.5), (-0.2, 1.0)])
+def test_what_the_first_half_of_the_samples_teaches_must_hold_in_the_second(later: float, weight: float) -> None:
+    """Of two channels the one that goes is `later` times the other in the second half, and equal to it in the first."""
+    model = models.Of(lambda m, x: m.b(m.a(x)), a=nn.Linear(2, 2, bias=False), b=nn.Linear(2, 1)).eval()
+    with torch.no_grad():
+        model.a.weight.copy_(torch.diag(torch.tensor([2.0, 1.0])))
+        model.b.weight.fill_(1.0)
+    t = torch.linspace(-1, 1, 256)[:, None]
+    x = torch.cat([torch.cat([t, t], 1), torch.cat([t, later * t], 1)])
+    result = sp.compress(model, (x[:2],), "channels=0.5", calibration=x, criterion="l2")
+    assert result.plan.groups[0].keep == (0,)
+    assert result.model.b.weight.item() == pytest.approx(weight, abs=1e-3)
+
+
 def test_a_convolution_without_a_bias_leaves_the_constant_to_its_batch_norm() -> None:
     model, inputs = models.build("residual")
     torch.manual_seed(1)
@@ -194,6 +209,22 @@ def test_a_channel_that_repeats_another_goes_first() -> None:
     x = torch.randn(64, 3, 9, 9)
     result = sp.compress(model, (x[:2],), "channels=0.875", calibration=x)
     assert not {2, 5} <= set(result.plan.groups[0].keep) and len(result.plan.groups[0].keep) == 7
+
+
+def test_samples_are_spread_over_all_and_cut_between_neighbours() -> None:
+    samples = Samples([[torch.arange(first, first + size), 7] for first, size in ((0, 5), (5, 1), (6, 6))], [torch.zeros(n) for n in (5, 1, 6)])
+
+    def numbers(of: Samples) -> list[int]:
+        assert of.labels is not None and [len(label) for label in of.labels] == [len(batch[0]) for batch in of.batches]
+        return [int(n) for batch in of.batches for n in batch[0]]
+
+    assert numbers(samples.spread(4)) == [0, 3, 6, 9] and numbers(samples.spread(0)) == [0] and samples.spread(12) is samples
+    assert numbers(samples.spread(7, divisible=False)) == numbers(samples)[:5] and samples.spread(3).batches[0][1] == 7
+    seen, held_out = samples.cut(0.75)
+    assert (numbers(seen), numbers(held_out)) == (list(range(9)), [9, 10, 11])
+    assert [len(part.batches) for part in samples.cut(0.75, divisible=False)] == [2, 1]
+    alone = Samples([[torch.zeros(4)]])
+    assert alone.cut(0.75, divisible=False) == (alone, alone)
 
 
 def test_widths_go_where_the_samples_say_that_little_is_lost() -> None:

@@ -51,7 +51,8 @@ def test_a_front_of_models(run, tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "front/front.json").read_text())
     assert [row["target"] for row in rows] == ["macs=0.5", "macs=0.8"]
     assert all(row["macs"] <= asked for row, asked in zip(rows, (0.5, 0.8), strict=True))
-    assert rows[0]["importance_kept"] < rows[1]["importance_kept"] < 1
+    assert rows[0]["predicted_loss"] > rows[1]["predicted_loss"] > 0
+    assert all(0 < row["importance_kept"] < 1 for row in rows)
     assert all(sorted(p.name for p in (tmp_path / "front" / row["directory"]).iterdir()) == sorted(FILES) for row in rows)
     assert "importance kept" in (tmp_path / "front/front.svg").read_text()
 

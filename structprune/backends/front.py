@@ -25,6 +25,7 @@ def rows_of(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
                 "macs": data["macs"]["after"] / data["macs"]["before"],
                 "params": data["params"]["after"] / data["params"]["before"],
                 "importance_kept": data.get("importance_kept"),
+                "predicted_loss": data.get("predicted_loss"),
                 "accuracy": (data.get("accuracy") or {}).get("after"),
             }
         )
@@ -39,7 +40,7 @@ def save(rows: Sequence[Mapping[str, Any]], directory: Path, name: str) -> None:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for each compression."""
-    head = ("target", "latency", "95 %", "MACs", "parameters", "importance kept", "accuracy", "directory")
+    head = ("target", "latency", "95 %", "MACs", "parameters", "importance kept", "predicted loss", "accuracy", "directory")
     cells = [head]
     for row in rows:
         ratio = row["latency"]
@@ -50,6 +51,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['macs']:.3f}",
             f"{row['params']:.3f}",
             _shown(row["importance_kept"]),
+            _shown(row["predicted_loss"]),
             _shown(row["accuracy"]),
             row["directory"],
         ))  # fmt: skip

@@ -128,6 +128,11 @@ def importance_kept(groups: Groups, widths: Widths, scores: Scores) -> float:
     return float(np.mean([_retained(scores[g.name])[widths.get(g.atom, g.size)] for g in groups]))
 
 
+def predicted_loss(groups: Groups, widths: Widths, losses: Mapping[str, np.ndarray]) -> float:
+    """What narrowing every group alone loses, added up; see decide/sensitivity.py."""
+    return float(sum(losses[g.name][widths.get(g.atom, g.size)] for g in groups))
+
+
 def thinned(values: Sequence[int], number: int) -> list[int]:
     """That many of the values, about evenly spread, the first and the last among them."""
     places = np.linspace(0, len(values) - 1, min(number, len(values))).round().astype(int)
