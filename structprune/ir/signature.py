@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ class Signature:
     sizes: tuple[tuple[int | str, ...], ...]
     fixed: tuple[tuple[str, float], ...] = ()
 
-    def free(self, only: frozenset[str] | None = None) -> list[set[int]]:
+    def free(self, only: Set[str] | None = None) -> list[set[int]]:
         """The axes of every input that may have any size; with `only`, those of these names."""
         return [{d for d, size in enumerate(axes) if isinstance(size, str) and (only is None or size in only)} for axes in self.sizes]
 

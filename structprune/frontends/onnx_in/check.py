@@ -18,6 +18,7 @@ from structprune.errors import InputError
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest answer
 CLEAR = 1e-4  # an error up to which nothing needs to be explained
 _NOISE = 30  # times what rounding alone makes of the answer, where that is much
+_LEAST = 1e-3
 _MOST = 2e-2  # beyond this no rounding is an excuse
 
 Answer = Callable[[Sequence[Any]], list[Tensor]]
@@ -42,7 +43,7 @@ def runner(path: Path, *, optimised: bool = True) -> Answer:
     return answer
 
 
-def agreement(path: Path, answer: Answer, module: nn.Module, inputs: Sequence[Any], names: Sequence[str]) -> float:
+def agreement(path: Path, answer: Answer, module: Callable[..., Any], inputs: Sequence[Any], names: Sequence[str]) -> float:
     """Largest difference between ONNX Runtime (`answer`) and the module, as a share of the largest answer of an output.
 
     A model on whose answer rounding shows (a saturated sigmoid, say) is allowed thirty times of what rounding makes: ONNX Runtime's optimised
@@ -60,7 +61,8 @@ def agreement(path: Path, answer: Answer, module: nn.Module, inputs: Sequence[An
             continue
         error = apart(mine, theirs)
         if not error <= TOLERANCE[mine.dtype]:
-            plain, moved = runner(path, optimised=False)(inputs)[i], _run(_moved_by_a_bit(module), inputs)[i]
+            plain = runner(path, optimised=False)(inputs)[i]
+            moved = _run(_moved_by_a_bit(module), inputs)[i] if isinstance(module, nn.Module) else mine
             limit = min(_MOST, TOLERANCE[mine.dtype] + _NOISE * max(apart(plain, theirs), apart(moved, mine)))
             if not error <= limit:
                 raise _wrong(path, name, f"it differs from ONNX Runtime's by {error:.2g} of the largest answer, where rounding explains {limit:.1g}")
@@ -68,17 +70,28 @@ def agreement(path: Path, answer: Answer, module: nn.Module, inputs: Sequence[An
     return worst
 
 
+def runs(path: Path, inputs: Sequence[Any]) -> bool:
+    """Whether the file runs on inputs of these sizes, and answers with something."""
+    try:
+        return all(v.numel() for v in runner(path)(inputs))
+    except Exception:  # ONNX Runtime has an exception type for each status, and no common base
+        return False
+
+
 def apart(mine: Tensor, theirs: Tensor) -> float:
-    """The largest difference as a share of the largest answer; entries that are not finite must be the same."""
+    """The largest difference as a share of the largest answer; entries that are not finite must be the same.
+
+    An answer below a thousandth counts as one: ONNX Runtime's sigmoid is right to 1e-7, not to a share of what it answers.
+    """
     a, b = mine.double(), theirs.double()
     different = ~((a == b) | (a.isnan() & b.isnan()))
     if not different.any():
         return 0.0
     scale = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0
-    return float((a - b)[different].abs().max()) / (scale + 1e-30)
+    return float((a - b)[different].abs().max()) / max(scale, _LEAST)
 
 
-def _run(module: nn.Module, inputs: Sequence[Any]) -> list[Tensor]:
+def _run(module: Callable[..., Any], inputs: Sequence[Any]) -> list[Tensor]:
     with torch.no_grad():
         return [v for v in pytree.tree_leaves(module(*inputs)) if isinstance(v, Tensor)]
 

@@ -101,7 +101,8 @@ def _proposals(free: Mapping[str, str], known: Mapping[str, int]) -> list[dict[s
     names = list(free)
     same = [dict.fromkeys(names, n) for n in _PROBES]
     apart = [dict(zip(names, ns, strict=True)) for ns in itertools.product((32, 48, 224, 320), repeat=len(names))] if 1 < len(names) < 4 else []
-    return [{**known, **sizes} for sizes in same + apart]
+    alone = [dict.fromkeys(names, 1) | {name: n} for n in _PROBES for name in names] if len(names) > 1 else []
+    return [{**known, **sizes} for sizes in same + apart + alone]
 
 
 def _guess(port: Port, number: int) -> dict[str, int]:

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.traceback import annotate
 
 from structprune.errors import InputError
 from structprune.frontends.onnx_in import operators
 from structprune.frontends.onnx_in.reading import Body, Node, Program
 from structprune.frontends.onnx_in.table import OPERATORS, Call, run
 from structprune.frontends.onnx_in.values import Sizes, Unsupported, Value, sizes_of
+from structprune.ir.graph import ORIGIN
 from structprune.ir.signature import Signature
 
 assert operators.__all__  # importing them fills the table
@@ -95,7 +97,8 @@ class OnnxModule(nn.Module):
         if entry is None:
             raise self._unknown(node)
         try:
-            return run(entry, Call(node, self.program.opset), inputs)
+            with annotate({ORIGIN: f"{self.program.path.name}: {node.name or node.op}"}):
+                return run(entry, Call(node, self.program.opset), inputs)
         except Unsupported as why:
             raise InputError(f"{self.program.path}: {node} is not supported {why}") from why
         except (RuntimeError, ValueError, IndexError, TypeError) as error:

@@ -76,8 +76,10 @@ def gather(call: Any, x: Sizes, index: Sizes) -> Sizes:
     return Sizes(_array(np.take(x.array, index.array.astype(np.int64), axis=call.get("axis", 0))), x.dtype)
 
 
-def reshape(_call: Any, x: Sizes, shape: Sizes) -> Sizes:
-    wanted = [x.array.shape[i] if n == 0 else n for i, n in enumerate(shape.list())]
+def reshape(call: Any, x: Sizes, shape: Sizes | None = None) -> Sizes:
+    wanted = call.get("shape") if shape is None else shape.list()
+    if not call.get("allowzero", 0):
+        wanted = [x.array.shape[i] if n == 0 else n for i, n in enumerate(wanted)]
     return Sizes(x.array.reshape(wanted), x.dtype)
 
 
@@ -91,6 +93,8 @@ def reduced(function: Callable[[list[Any]], Any]) -> Callable[..., Sizes]:
     """A reduction of all entries of a vector."""
 
     def apply(call: Any, x: Sizes, axes: Sizes | None = None) -> Sizes:
+        if call.get("noop_with_empty_axes", 0) and not (call.get("axes") or (axes is not None and axes.list())):
+            return x
         if x.array.ndim > 1:
             raise Unsupported("of a table of sizes")
         array = np.empty((1,) * x.array.ndim if call.get("keepdims", 1) else (), dtype=object)

@@ -20,6 +20,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from torch import Tensor
 
 from structprune.errors import InputError
+from structprune.ir.signature import Signature
 
 OPSETS = range(7, 27)
 LARGEST = (2 << 30) - (1 << 20)  # bytes: what one protobuf holds, and so what original.onnx can be
@@ -121,9 +122,15 @@ def digest(path: Path) -> str:
         raise InputError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from error
 
 
-def whole(path: Path) -> bytes:
-    """The file with its external data in it."""
-    return onnx.load(str(path)).SerializeToString()  # type: ignore[no-any-return]
+def read_again(signature: Signature) -> bytes:
+    """The file that a model was read from, with its external data in it. Raises InputError where it is another one by now."""
+    path = signature.file
+    if digest(path) != signature.digest:
+        raise InputError(f"{path} has changed since it was read; run it again")
+    model = onnx.load(str(path), load_external_data=False)
+    if not any(t.data_location == TensorProto.EXTERNAL for t in _tensors(model)):
+        return path.read_bytes()
+    return _loaded(path).SerializeToString()  # type: ignore[no-any-return]
 
 
 def _loaded(path: Path) -> ModelProto:

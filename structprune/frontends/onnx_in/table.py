@@ -11,13 +11,15 @@ Its parameters' names become those of weights that the file gives none.
 sizes: inputs that are sizes, indices or bounds: the function gets `Sizes`, and a model in which they depend on the values of its inputs is refused.
 either: inputs that may be tensors or `Sizes`; True for all.
 numbers: what the operator does with `Sizes` alone, so that the answer is one of `Sizes` too.
+
+An attribute that a function never asks for is one that it does not know: the node is refused, not run without it.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -47,12 +49,15 @@ class Call:
 
     node: Node
     opset: int
+    known: set[str] = field(default_factory=set)  # attributes that were asked for
 
     def get(self, name: str, default: Any = None) -> Any:
+        self.known.add(name)
         return self.node.attributes.get(name, default)
 
     def refuse_unless(self, name: str, *values: Any) -> None:
         """Raise Unsupported where an attribute is there and has none of these values."""
+        self.known.add(name)
         if name in self.node.attributes and self.get(name) not in values:
             raise Unsupported(f"with {name}={self.get(name)!r}")
 
@@ -81,9 +86,17 @@ def run(entry: Operator, call: Call, inputs: Sequence[Value | None]) -> tuple[Va
     """The answers of one node. Raises Unsupported."""
     if entry.numbers is not None and inputs and all(isinstance(v, Sizes) or v is None for v in inputs):
         answer = entry.numbers(call, *inputs)
-    else:
-        answer = entry.function(call, *(_given(entry, i, v) for i, v in enumerate(inputs)))
+        return answer if isinstance(answer, tuple) else (answer,)
+    answer = entry.function(call, *(_given(entry, i, v) for i, v in enumerate(inputs)))
+    unknown = set(call.node.attributes) - call.known - _WITHOUT_EFFECT
+    if unknown:
+        name = sorted(unknown)[0]
+        raise Unsupported(f"with {name}={call.get(name)!r}")
     return answer if isinstance(answer, tuple) else (answer,)
+
+
+# precision of intermediate results, hints to allocators, what training alone reads, and what the shapes of weights say again
+_WITHOUT_EFFECT = frozenset({"stash_type", "softmax_precision", "consumed_inputs", "hidden_size", "seed", "ratio", "saturate", "round_mode"})
 
 
 def _given(entry: Operator, index: int, value: Value | None) -> Value | None:

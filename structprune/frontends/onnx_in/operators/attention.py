@@ -20,8 +20,8 @@ def attention(
     if call.get("softcap", 0.0):
         raise Unsupported("with a softcap")
     flat = query.dim() == 3
+    heads, kv_heads, _ = call.get("q_num_heads"), call.get("kv_num_heads"), call.get("qk_matmul_output_mode")  # of an output that nobody reads
     if flat:
-        heads, kv_heads = call.get("q_num_heads"), call.get("kv_num_heads")
         query = query.reshape(query.shape[0], query.shape[1], heads, query.shape[2] // heads).transpose(1, 2)
         key = key.reshape(key.shape[0], key.shape[1], kv_heads, key.shape[2] // kv_heads).transpose(1, 2)
         value = value.reshape(value.shape[0], value.shape[1], kv_heads, value.shape[2] // kv_heads).transpose(1, 2)

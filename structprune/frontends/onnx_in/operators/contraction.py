@@ -58,13 +58,12 @@ def window_of(call: Call, x: Tensor, window: list[int]) -> tuple[list[int], list
     """Stride, dilation and padding (before every axis, then after) of a window that slides over the axes behind the first two."""
     rank = len(window)
     stride, dilation = list(call.get("strides") or [1] * rank), list(call.get("dilations") or [1] * rank)
-    how = call.get("auto_pad", "NOTSET")
+    how, given = call.get("auto_pad", "NOTSET"), call.get("pads")
     if how in ("SAME_UPPER", "SAME_LOWER"):
         return stride, dilation, same_padding(x.shape[2:], window, stride, dilation, how == "SAME_UPPER")
     if how not in ("NOTSET", "VALID", ""):
         raise Unsupported(f"with auto_pad={how!r}")
-    padding = [0] * 2 * rank if how == "VALID" else list(call.get("pads") or [0] * 2 * rank)
-    return stride, dilation, padding
+    return stride, dilation, [0] * 2 * rank if how == "VALID" else list(given or [0] * 2 * rank)
 
 
 def padded(x: Tensor, padding: list[Any], value: float = 0.0) -> tuple[Tensor, list[int]]:
@@ -86,6 +85,7 @@ def conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     rank = weight.dim() - 2
     if rank not in _CONV:
         raise Unsupported(f"over {rank} axes")
+    call.refuse_unless("kernel_shape", list(weight.shape[2:]))
     stride, dilation, padding = window_of(call, x, list(weight.shape[2:]))
     x, symmetric = padded(x, padding)
     return _CONV[rank](x, weight, bias, stride, symmetric, dilation, call.get("group", 1))  # type: ignore[no-any-return, operator]
@@ -97,9 +97,10 @@ def conv_transpose(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = 
     rank = weight.dim() - 2
     if rank not in _CONV_TRANSPOSE:
         raise Unsupported(f"over {rank} axes")
+    call.refuse_unless("kernel_shape", list(weight.shape[2:]))
     stride, dilation = list(call.get("strides") or [1] * rank), list(call.get("dilations") or [1] * rank)
     more = list(call.get("output_padding") or [0] * rank)
-    how, wanted = call.get("auto_pad", "NOTSET"), call.get("output_shape")
+    how, wanted, given = call.get("auto_pad", "NOTSET"), call.get("output_shape"), call.get("pads")
     whole = [(n - 1) * s + (k - 1) * d + 1 + m for n, s, k, d, m in zip(x.shape[2:], stride, weight.shape[2:], dilation, more, strict=True)]
     if wanted is not None or how in ("SAME_UPPER", "SAME_LOWER"):
         sizes = list(wanted)[-rank:] if wanted is not None else [n * s for n, s in zip(x.shape[2:], stride, strict=True)]
@@ -109,7 +110,7 @@ def conv_transpose(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = 
         less, bigger = [t // 2 for t in total], [t - t // 2 for t in total]
         padding = [*less, *bigger] if how == "SAME_UPPER" else [*bigger, *less]
     else:
-        padding = [0] * 2 * rank if how == "VALID" else list(call.get("pads") or [0] * 2 * rank)
+        padding = [0] * 2 * rank if how == "VALID" else list(given or [0] * 2 * rank)
     before, after = padding[:rank], padding[rank:]
     run = _CONV_TRANSPOSE[rank]
     group = call.get("group", 1)

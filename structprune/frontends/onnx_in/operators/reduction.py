@@ -17,13 +17,11 @@ def _reduce(name: str, function: Callable[[Tensor, list[int], bool], Tensor], on
     @operator(name, sizes=(1,), numbers=on_numbers)
     def reduce(call: Call, x: Tensor, axes: Sizes | None = None) -> Tensor:
         chosen = numbers.ints(axes) if axes is not None else call.get("axes")
-        if not chosen:
-            if call.get("noop_with_empty_axes", 0):
-                return function(x.unsqueeze(0), [0], False)
-            chosen = list(range(x.dim()))
-        if not chosen:  # a scalar has no axes
+        keep, nothing = bool(call.get("keepdims", 1)), bool(call.get("noop_with_empty_axes", 0))
+        chosen = chosen or ([] if nothing else list(range(x.dim())))
+        if not chosen:  # of each entry by itself
             return function(x.unsqueeze(0), [0], False)
-        return function(x, [int(a) for a in chosen], bool(call.get("keepdims", 1)))
+        return function(x, [int(a) for a in chosen], keep)
 
 
 def _prod(x: Tensor, axes: list[int], keep: bool) -> Tensor:

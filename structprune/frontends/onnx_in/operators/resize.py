@@ -33,17 +33,17 @@ def resize(call: Call, x: Tensor, roi: Sizes | None = None, scales: Sizes | None
     if where == "tf_crop_and_resize":
         raise Unsupported("with tf_crop_and_resize")
     axes = [a % x.dim() for a in call.get("axes") or range(x.dim())]
+    policy, rounding = call.get("keep_aspect_ratio_policy", "stretch"), call.get("nearest_mode", "round_prefer_floor")
     factors, wanted = numbers.ints(scales) or None, numbers.ints(sizes) or None
     if wanted is not None:
-        policy = call.get("keep_aspect_ratio_policy", "stretch")
         if policy != "stretch":
             ratio = (min if policy == "not_larger" else max)(w / x.shape[a] for w, a in zip(wanted, axes, strict=True))
             wanted = [math.floor(ratio * x.shape[a] + 0.5) for a in axes]
             factors = _spread([ratio] * len(axes), axes, [1.0] * x.dim())
-        return _resized(call, x, mode, where, call.get("nearest_mode", "round_prefer_floor"), factors, _spread(wanted, axes, list(x.shape)))
+        return _resized(call, x, mode, where, rounding, factors, _spread(wanted, axes, list(x.shape)))
     if factors is None:
         raise Unsupported("with neither scales nor sizes")
-    return _resized(call, x, mode, where, call.get("nearest_mode", "round_prefer_floor"), _spread(factors, axes, [1.0] * x.dim()), None)
+    return _resized(call, x, mode, where, rounding, _spread(factors, axes, [1.0] * x.dim()), None)
 
 
 def _spread(values: list[Any], axes: list[int], rest: list[Any]) -> list[Any]:
@@ -54,9 +54,13 @@ def _spread(values: list[Any], axes: list[int], rest: list[Any]) -> list[Any]:
 
 def _resized(call: Call, x: Tensor, mode: str, where: str, rounding: str, scales: list[Any] | None, sizes: list[Any] | None) -> Tensor:
     """scales or sizes: of all axes."""
+    for name in ("antialias", "exclude_outside", "cubic_coeff_a", "extrapolation_value"):  # the last is of tf_crop_and_resize
+        call.known.add(name)
     changed = [d for d in range(x.dim()) if (scales[d] != 1 if sizes is None else sizes[d] is not x.shape[d] and sizes[d] != x.shape[d])]  # type: ignore[index]
     if not changed:
         return x
+    if where == "align_corners" and scales is not None and any(not float(scales[d]).is_integer() and (x.shape[d] * scales[d]) % 1 for d in changed):
+        raise Unsupported("with align_corners to a length that is no whole number, of which runtimes think differently")
     torchs = _torchs_mode(call, mode, where, rounding, x, changed, scales, sizes)
     if torchs is not None and changed[0] >= 2 and x.dim() in _LINEAR and x.is_floating_point():
         how: dict[str, Any] = {"align_corners": where == "align_corners"} if torchs not in ("nearest", "nearest-exact") else {}
