@@ -47,7 +47,7 @@ def export(
     with _quiet():
         try:
             exported = torch.onnx.export(
-                program, (), dynamo=True, verbose=False, input_names=list(inputs), output_names=list(outputs), external_data=False
+                program, (), dynamo=True, verbose=False, input_names=list(inputs), output_names=list(outputs), external_data=False, optimize=not sizes
             )
         except Exception as error:  # the exporter wraps whatever it meets
             reason = next((line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()), type(error).__name__)

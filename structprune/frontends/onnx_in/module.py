@@ -29,7 +29,7 @@ _WEIGHED = frozenset({
     "Conv", "ConvTranspose", "Gemm", "MatMul", "PRelu", "BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization",
     "RMSNormalization", "LSTM", "GRU", "RNN", "Einsum",
 })  # fmt: skip
-_STATISTICS = {("BatchNormalization", 3), ("BatchNormalization", 4)}
+_STATES = {("BatchNormalization", 3), ("BatchNormalization", 4), ("LSTM", 5), ("LSTM", 6), ("GRU", 5), ("RNN", 5)}  # nothing that is trained
 _NAMELESS = re.compile(r"\d+|onnx::\w+|.*Constant(_\d+)?(_output_\d+)?|.*::.*")  # names that an exporter made up
 
 
@@ -171,8 +171,8 @@ class OnnxModule(nn.Module):
                 numbers[name] = sizes_of(tensor)
                 continue
             names[name] = key = _state_name(name, reading, body, taken)
-            statistic = any((n.op, i) in _STATISTICS for n, i in reading)
-            self._register(key, tensor if statistic or not tensor.is_floating_point() else nn.Parameter(tensor))
+            state = any((n.op, i) in _STATES for n, i in reading)
+            self._register(key, tensor if state or not tensor.is_floating_point() else nn.Parameter(tensor))
         for node in body.nodes:
             for branch in node.bodies():
                 self._hold(branch, taken)

@@ -95,8 +95,8 @@ def tile(call: Call, x: Tensor, repeats: Sizes) -> Tensor:
 
 @operator("Concat", either=True, numbers=numbers.concat)
 def concat(call: Call, *parts: Value) -> Tensor:
-    tensors = [as_tensor(p) for p in parts]
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, call.get("axis", 1))
+    tensors, axis = [as_tensor(p) for p in parts], call.get("axis", 1)
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, axis)
 
 
 def _split_numbers(call: Call, x: Sizes, split: Sizes | None = None) -> tuple[Sizes, ...]:

@@ -21,7 +21,13 @@ def batch_norm(call: Call, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor,
 
 @operator("InstanceNormalization")
 def instance_norm(call: Call, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    return torch.instance_norm(x, scale, bias, None, None, True, 0.1, call.get("epsilon", 1e-5), False)
+    """Over all axes but the first two. Of three axes it is what group norm is exported as, on (batch, groups, inner · space): written as a layer norm
+    over the last axis, of which inner channels may go.
+    """
+    epsilon = call.get("epsilon", 1e-5)
+    if x.dim() == 3:
+        return F.layer_norm(x, [x.shape[2]], eps=epsilon) * scale.unsqueeze(1) + bias.unsqueeze(1)
+    return torch.instance_norm(x, scale, bias, None, None, True, 0.1, epsilon, False)
 
 
 @operator("LayerNormalization")
