@@ -228,7 +228,7 @@ def _state_name(name: str, reading: list[tuple[Node, int]], body: Body, taken: s
     number = 1
     while _clashes(key, taken):
         number += 1
-        key = ".".join([*parts[:-1], f"{parts[-1]}_{number}"])
+        key = "_".join([*parts, str(number)])
     taken.add(key)
     return key
 
