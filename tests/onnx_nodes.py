@@ -1,7 +1,7 @@
 """onnx's own node tests, asked of the importer: does its module answer what the standard says?
 
-Each is a model of one operator (or, 'expanded', of the operators that it is defined by), with inputs and the expected outputs. What the importer takes as
-sizes is made an initializer, since a file in which sizes depend on the values of inputs is refused.
+Each is a model of one operator (or, 'expanded', of the operators that it is defined by), with inputs and the expected outputs. What the importer
+takes as sizes is made an initializer, since a file in which sizes depend on the values of inputs is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError, StructpruneError
-from structprune.frontends.onnx_in.module import OnnxModule, _made_into_sizes
+from structprune.frontends.onnx_in.module import OnnxModule, made_into_sizes
 from structprune.frontends.onnx_in.reading import OPSETS, Program, read
 
 
@@ -29,7 +29,7 @@ from structprune.frontends.onnx_in.reading import OPSETS, Program, read
 class Outcome:
     name: str
     operators: tuple[str, ...]
-    verdict: str  # 'agrees', 'refused', 'random' or 'differs'
+    verdict: str  # 'agrees', 'refused' or 'differs'
     why: str = ""
 
 
@@ -84,7 +84,7 @@ def imported(model: onnx.ModelProto, inputs: list[np.ndarray]) -> tuple[OnnxModu
     """The module, and the inputs that are left to it."""
     given = dict(zip((i.name for i in model.graph.input), inputs, strict=False))
     program = _program(model)
-    sizes = _made_into_sizes(program.body)
+    sizes = made_into_sizes(program.body)
     fixed = {name: value for name, value in given.items() if name in sizes}
     if fixed:
         program = _program(_with_constants(model, fixed))

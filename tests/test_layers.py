@@ -20,10 +20,7 @@ DOORS = {
     "networkx": {"analysis/explain.py"},
     "onnx": {"backends/onnx.py", "backends/benchmark.py", "backends/kernels.py", "frontends/onnx_in/reading.py"},
     "onnxslim": {"backends/onnx.py"},
-    "onnxruntime": {
-        "backends/onnx.py", "backends/benchmark.py", "backends/candidates.py", "backends/kernels.py", "backends/tables.py",
-        "frontends/onnx_in/check.py",
-    },  # fmt: skip
+    "onnxruntime": {f"backends/{n}.py" for n in ("onnx", "benchmark", "candidates", "kernels", "tables")} | {"frontends/onnx_in/check.py"},
     "torch_pruning": {"decide/torch_pruning.py"},
     "matplotlib": {"backends/charts.py"},
     "sqlite3": {"backends/tables.py"},

@@ -220,6 +220,7 @@ def test_every_opset_says_the_same_in_its_own_way(opset: int) -> None:
 
     if opset >= 11:
         weights.update(low=scales["low"], high=scales["high"])
+    roi = "roi" if opset < 13 else ""
     weights.update(scales=scales["scales"], roi=np.zeros(0, np.float32))
     net = model_of(
         [
@@ -229,9 +230,9 @@ def test_every_opset_says_the_same_in_its_own_way(opset: int) -> None:
             sized("Split", ["b"], ["c", "d"], 13, {"split": "split"}, axis=1),
             node("Mul", ["c", "d"], ["e"]),
             node("Conv", ["e", "v"], ["f"]),
-            node("Upsample", ["f", "scales"], ["g"], mode="nearest")
+            node("Upsample", ["f", "scales"], ["g"])
             if opset == 9
-            else node("Resize", ["f", "roi" if opset < 13 else "", "scales"], ["g"], mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"),
+            else node("Resize", ["f", roi, "scales"], ["g"], coordinate_transformation_mode="asymmetric", nearest_mode="floor"),
             sized("Slice", ["g"], ["h"], 10, {"starts": "one", "ends": "end", "axes": "last"}),
             sized("ReduceMean", ["h"], ["i"], 18, {"axes": "axes"}, keepdims=1),
             sized("Squeeze", ["i"], ["j"], 13, {"axes": "axes"}),
@@ -464,7 +465,10 @@ def switched() -> onnx.ModelProto:
         ]
         return helper.make_graph(nodes, name, [], [helper.make_tensor_value_info(f"{name}_out", FLOAT, None)])
 
-    nodes = [node("Equal", ["rate", "wide"], ["is_wide"]), node("If", ["is_wide"], ["y"], name="rates", then_branch=network("wide16"), else_branch=network("narrow"))]
+    nodes = [
+        node("Equal", ["rate", "wide"], ["is_wide"]),
+        node("If", ["is_wide"], ["y"], name="rates", then_branch=network("wide16"), else_branch=network("narrow")),
+    ]
     kinds = {"rate": TensorProto.INT64}
     return model_of(nodes, {"x": ["n", 6], "rate": []}, ["y"], {"wide": np.array(16000), "v": weight(8, 3)}, kinds=kinds)
 
@@ -619,7 +623,11 @@ def test_absurd_sizes_are_refused_before_they_are_allocated() -> None:
     assert "claims 1099511627776x4 numbers, more than the file holds" in refusal(net)
     net.graph.initializer[0].dims[0] = 5  # fewer than there are
     assert "w" in refusal(net)
-    nodes = [helper.make_node("ConstantOfShape", ["s"], ["c"]), helper.make_node("ReduceMax", ["c"], ["m"], keepdims=0), helper.make_node("Add", ["x", "m"], ["y"])]
+    nodes = [
+        helper.make_node("ConstantOfShape", ["s"], ["c"]),
+        helper.make_node("ReduceMax", ["c"], ["m"], keepdims=0),
+        helper.make_node("Add", ["x", "m"], ["y"]),
+    ]
     big = model_of(nodes, {"x": [2]}, ["y"], {"s": np.array([1 << 20, 1 << 20])})
     assert "net.onnx" in refusal(big)
 
@@ -633,7 +641,12 @@ def test_nothing_is_executed_from_a_file(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_names_that_clash_or_that_torch_keeps_for_itself_are_told_apart() -> None:
     node = helper.make_node
-    nodes = [node("MatMul", ["x", "forward"], ["a"]), node("MatMul", ["a", "w"], ["b"]), node("MatMul", ["b", "w.v"], ["c"]), node("MatMul", ["c", ".."], ["y"])]
+    nodes = [
+        node("MatMul", ["x", "forward"], ["a"]),
+        node("MatMul", ["a", "w"], ["b"]),
+        node("MatMul", ["b", "w.v"], ["c"]),
+        node("MatMul", ["c", ".."], ["y"]),
+    ]
     weights = {"forward": weight(4, 4), "w": weight(4, 4, seed=1), "w.v": weight(4, 4, seed=2), "..": weight(4, 4, seed=3)}
     imported = load_onnx(saved(model_of(nodes, {"x": [2, 4]}, ["y"], weights)))
     assert imported.error < 1e-6 and len(dict(imported.model.named_parameters())) == 4

@@ -61,3 +61,14 @@ def test_the_page_of_latencies_is_what_its_rows_say() -> None:
     results = json.loads(module.RESULTS.read_text())
     assert (ROOT / "docs/latency.md").read_text() == module.page(results)
     assert [key for key, row in results["rows"].items() if "failed" not in row and not row.get("verified", True)] == []
+
+
+def test_the_page_of_onnx_files_is_what_its_rows_say() -> None:
+    sys.path.insert(0, str(ROOT / "bench"))
+    import onnx_in as bench
+
+    results = json.loads(bench.RESULTS.read_text())
+    text = bench.PAGE.read_text()
+    assert bench.with_tables(text, results) == text
+    assert set(results["files"]) == set(bench.FILES)
+    assert [name for name, row in results["files"].items() if "failed" in row or not row["same names"]] == []

@@ -245,7 +245,7 @@ def benchmark_afresh(
     seconds: float = 6.0,
     compiled: bool = False,
 ) -> Comparison:
-    """`benchmark` of two files in a Python process of its own, on noise of the inputs' shapes; single numbers as they are, for they may choose a branch.
+    """`benchmark` of two files in a Python process of its own, on noise of the inputs' shapes, and on single numbers as they are.
 
     A process that has traced, trained or pruned runs a model up to a third slower than one that only serves it: its memory is in pieces,
     and threads of other libraries wait in it. Raises InputError as `benchmark` does.

@@ -165,7 +165,7 @@ def _masked(directory: Path, plan: Plan, flat: list[Any]) -> float | str:
     for want, got in zip(onnx.run(model, flat), onnx.run(directory / "model.onnx", flat), strict=True):
         if want.shape != got.shape:
             raise VerificationError(f"model.onnx answers with shape {got.shape}, original.onnx with {want.shape}")
-        worst = max(worst, float(np.abs(want - got).max(initial=0) / (np.abs(want).max(initial=0) + 1e-6)))
+        worst = max(worst, float(np.abs(want - got).max(initial=0) / max(np.abs(want).max(initial=0), onnx.LEAST)))
     if not worst <= onnx.TOLERANCE:
         raise VerificationError(f"model.onnx differs from original.onnx without the removed channels by {worst:.2g} of the largest answer")
     return worst
