@@ -33,7 +33,7 @@ from structprune.frontends.trace import Dynamic, fold_parametrizations, retrace,
 from structprune.ir.axes import Atom
 from structprune.ir.graph import Graph, resized
 from structprune.ir.plan import Plan
-from structprune.ir.samples import Samples, samples_in
+from structprune.ir.samples import Samples
 from structprune.ir.traced import TracedModule
 from structprune.recovery.compensate import Fitted
 from structprune.recovery.compensate import compensate as compensated
@@ -47,8 +47,7 @@ from structprune.transform.verify import verify as compare
 Progress = Callable[[str], None]
 Evaluate = Callable[[nn.Module], float]
 
-_SAMPLE_MEMORY = 4 << 30  # bytes of activations
-_LEAST_SAMPLES = 16
+_MOST_SAMPLES = 2048
 
 
 def compress(
@@ -81,7 +80,8 @@ def compress(
         dense one until the target is hit.
     calibration: a few hundred samples of the model's inputs, unlabelled: one tensor, or an iterable of batches; of (inputs, labels) for a
         criterion that needs a loss. They tell which channels the others can stand in for, what narrowing each group loses, and the weights that
-        are left are fitted to them.
+        are left are fitted to them. Those that are alike (frames of one video, crops of one picture) belong side by side: what the first of them
+        teach is held against the last.
     compensate: False leaves the weights as they are sliced from the original's.
     evaluate: model -> a score, higher is better; taken of the original, of the pruned and of the compensated model, for the report.
     criterion: which channels matter: 'auto' ('reconstruction' with calibration, else 'l2'), another name of docs/criteria.md, a torch_pruning
@@ -184,7 +184,7 @@ def _prepare(
         graph = trace(folded, example_inputs, example_kwargs, dynamic=dynamic)
     with clock("infer"):
         groups = find_groups(graph, options.ignore)
-    samples = _in_memory(samples_of(calibration, graph), graph, groups, clock) if calibration is not None else None
+    samples = _enough(samples_of(calibration, graph), graph, clock) if calibration is not None else None
     with clock("score"):
         saliency = decide.saliency(graph, groups, options.criterion, model=folded, samples=samples, seed=options.seed, say=clock.say)
     dense = None
@@ -198,12 +198,11 @@ def _prepare(
     return _Ready(folded, graph, groups, samples, saliency, dense, evaluate, accuracy, options, clock)
 
 
-def _in_memory(samples: Samples, graph: Graph, groups: Groups, clock: Clock) -> Samples:
-    """As many of the samples as two models, whose answers to all of them are alive at one time, have room for."""
-    each = max((cost() for cost in memory(graph, groups)), default=0) / samples_in(graph.given_inputs())
-    kept = samples.spread(max(_LEAST_SAMPLES, int(_SAMPLE_MEMORY / max(1.0, 2 * each))), graph.dynamic_batch)
+def _enough(samples: Samples, graph: Graph, clock: Clock) -> Samples:
+    """Not more samples than tell something new, evenly spread over all."""
+    kept = samples.spread(_MOST_SAMPLES, graph.dynamic_batch)
     if len(kept) < len(samples):
-        clock.say(f"{len(kept)} of {len(samples)} samples are used: more take over {_SAMPLE_MEMORY >> 30} GiB")
+        clock.say(f"{len(kept)} of {len(samples)} samples are used: more take time, and tell little")
     return kept
 
 
