@@ -71,7 +71,11 @@ def compress(
     ] = "macs=0.5",
     calibration: Annotated[
         str | None,
-        typer.Option("--calibration", metavar="DATA", help="unlabelled samples: a folder of pictures, .npy, .npz, .safetensors, or module:function"),
+        typer.Option(
+            "--calibration",
+            metavar="DATA",
+            help="unlabelled samples: a folder of pictures, .npy, .npz, .safetensors, module:function, or `synthetic`: made from batch norms",
+        ),
     ] = None,
     compensate: Annotated[bool, typer.Option(help="fit the weights that are left to the calibration samples")] = True,
     evaluate: Annotated[
@@ -343,11 +347,14 @@ def _loaded(say: Callable[[str], None], model: str, **options: Any) -> Loaded:
 
 
 def _calibration(say: Callable[[str], None], spec: str | None, loaded: Loaded, seed: int) -> Any:
-    """The samples that the user named, or that come with the demo."""
+    """The samples that the user named, or that come with the demo; `synthetic` ones are made when the model is traced."""
     if spec is None:
         return loaded.calibration
+    from structprune.calibrate.synthetic import SYNTHETIC
     from structprune.frontends.calibration import calibration
 
+    if spec == SYNTHETIC:
+        return spec
     data, notes = calibration(spec, loaded.model, loaded.args, seed=seed)
     for note in notes:
         say(note)

@@ -23,10 +23,11 @@ from structprune.backends import onnx, runtimes
 from structprune.backends.benchmark import Comparison, environment
 from structprune.backends.report import Report
 from structprune.backends.runtimes import Runtime
+from structprune.calibrate.synthetic import SYNTHETIC, synthetic
 from structprune.closed_loop import Dense, Found, measure_dense, plan_for_latency
 from structprune.decide.cost import Cost, memory
 from structprune.decide.saliency import Saliency
-from structprune.errors import TargetError, VerificationError
+from structprune.errors import InputError, TargetError, VerificationError
 from structprune.frontends.program import save_program
 from structprune.frontends.samples import samples_of
 from structprune.frontends.trace import Dynamic, fold_parametrizations, retrace, trace
@@ -56,7 +57,7 @@ def compress(
     target: str = "macs=0.5",
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    calibration: Iterable[Any] | Tensor | None = None,
+    calibration: Iterable[Any] | Tensor | str | None = None,
     compensate: bool = True,
     evaluate: Evaluate | None = None,
     criterion: Any = "auto",
@@ -81,7 +82,7 @@ def compress(
     calibration: a few hundred samples of the model's inputs, unlabelled: one tensor, or an iterable of batches; of (inputs, labels) for a
         criterion that needs a loss. They tell which channels the others can stand in for, what narrowing each group loses, and the weights that
         are left are fitted to them. Those that are alike (frames of one video, crops of one picture) belong side by side: what the first of them
-        teach is held against the last.
+        teach is held against the last. 'synthetic' where there are no data: samples are made from what the model's batch norms remember of theirs.
     compensate: False leaves the weights as they are sliced from the original's.
     evaluate: model -> a score, higher is better; taken of the original, of the pruned and of the compensated model, for the report.
     criterion: which channels matter: 'auto' ('reconstruction' with calibration, else 'l2'), another name of docs/criteria.md, a torch_pruning
@@ -106,7 +107,7 @@ def front(
     target: str = "latency=0.3:0.9:7",
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    calibration: Iterable[Any] | Tensor | None = None,
+    calibration: Iterable[Any] | Tensor | str | None = None,
     evaluate: Evaluate | None = None,
     dynamic: Dynamic = (),
     progress: Progress | None = None,
@@ -170,7 +171,7 @@ def _prepare(
     example_inputs: tuple[Any, ...] | Tensor,
     example_kwargs: Mapping[str, Any] | None,
     dynamic: Dynamic,
-    calibration: Iterable[Any] | Tensor | None,
+    calibration: Iterable[Any] | Tensor | str | None,
     evaluate: Evaluate | None,
     targets: Sequence[str],
     options: Options,
@@ -184,7 +185,7 @@ def _prepare(
         graph = trace(folded, example_inputs, example_kwargs, dynamic=dynamic)
     with clock("infer"):
         groups = find_groups(graph, options.ignore)
-    samples = _enough(samples_of(calibration, graph), graph, clock) if calibration is not None else None
+    samples = _samples(calibration, graph, groups, options.seed, clock)
     with clock("score"):
         saliency = decide.saliency(graph, groups, options.criterion, model=folded, samples=samples, seed=options.seed, say=clock.say)
     dense = None
@@ -198,11 +199,19 @@ def _prepare(
     return _Ready(folded, graph, groups, samples, saliency, dense, evaluate, accuracy, options, clock)
 
 
-def _enough(samples: Samples, graph: Graph, clock: Clock) -> Samples:
-    """Not more samples than tell something new, evenly spread over all."""
-    kept = samples.spread(_MOST_SAMPLES, graph.dynamic_batch)
-    if len(kept) < len(samples):
-        clock.say(f"{len(kept)} of {len(samples)} samples are used: more take time, and tell little")
+def _samples(calibration: Iterable[Any] | Tensor | str | None, graph: Graph, groups: Groups, seed: int, clock: Clock) -> Samples | None:
+    """Not more samples than tell something new, evenly spread over all that were given."""
+    if calibration is None:
+        return None
+    if isinstance(calibration, str):
+        if calibration != SYNTHETIC:
+            raise InputError(f"calibration {calibration!r}: give samples of the model's inputs, or {SYNTHETIC!r}, which makes some")
+        with clock("make samples"):
+            return synthetic(graph, groups.macs(), seed, clock.say)
+    given = samples_of(calibration, graph)
+    kept = given.spread(_MOST_SAMPLES, graph.dynamic_batch)
+    if len(kept) < len(given):
+        clock.say(f"{len(kept)} of {len(given)} samples are used: more take time, and tell little")
     return kept
 
 
@@ -505,7 +514,7 @@ def _report(
             "latency_ms": {},
             "latency_target": found.to_dict() if found is not None else None,
             "accuracy": dict(accuracy) or None,
-            "calibration": {"samples": len(ready.samples), "labels": ready.samples.labels is not None}
+            "calibration": {"samples": len(ready.samples), "labels": ready.samples.labels is not None, "synthetic": ready.samples.made}
             if ready is not None and ready.samples
             else None,
             "compensation": [asdict(f) for f in fitted] if fitted is not None else None,

@@ -200,7 +200,8 @@ def _fitted(data: Mapping[str, Any]) -> str:
     calibration, layers, recovery = data.get("calibration"), data.get("compensation"), data.get("recovery")
     fitted = trained = ""
     if calibration and layers is not None:
-        fitted = f" Then the weights of {len(layers)} layers were fitted to the original's answers on {calibration['samples']} samples."
+        source = "made from the statistics in its batch norms" if calibration.get("synthetic") else "given"
+        fitted = f" Then the weights of {len(layers)} layers were fitted to the original's answers on {calibration['samples']} samples {source}."
     if recovery:
         source = "labels and the original's answers" if recovery["labels"] else "the original's answers"
         trained = f" Then it was trained for {recovery['steps']} steps, {len(recovery['epochs'])} epoch(s), on {source}."

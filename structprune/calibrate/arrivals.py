@@ -70,12 +70,13 @@ def _bytes_ahead(graph: Graph) -> list[tuple[fx.Node, float]]:
     found: list[tuple[fx.Node, float]] = []
     example = samples_in(graph.given_inputs())
     for node, values in alive(graph.nodes):
-        size[node] = _bytes(node) / example
+        size[node] = bytes_of(node) / example
         found.append((node, sum(size[n] for n in values)))
     most = np.maximum.accumulate([taken for _, taken in reversed(found)])[::-1]
     return [(node, float(taken)) for (node, _), taken in zip(found, most, strict=True)]
 
 
-def _bytes(node: fx.Node) -> int:
+def bytes_of(node: fx.Node) -> int:
+    """Of what a node computes on the example."""
     value = node.meta.get("val")
     return sum(v.element_size() * math.prod(shape_of(v)) for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Tensor))

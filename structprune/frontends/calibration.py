@@ -3,6 +3,7 @@
 FOLDER             pictures, in the size of the model's input; scaled to [0, 1] and normalised as the model's own configuration or ImageNet says
 FILE               .npy (one input), .npz or .safetensors: arrays by the names of inputs, or one of any name; `labels` beside them
 module:function    called without arguments: one tensor of many samples, or an iterable of batches
+synthetic          made from the model's batch norms: calibrate/synthetic.py
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _ARRAYS = (".npy", ".npz", ".safetensors")
 _LABELS = ("labels", "label", "targets", "target", "y")
 _BATCH = 32
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_EXPECTED = f"give a folder of pictures, a file ({', '.join(_ARRAYS)}), or module:function"
+_EXPECTED = f"give a folder of pictures, a file ({', '.join(_ARRAYS)}), module:function, or `synthetic`"
 
 
 def calibration(

@@ -20,11 +20,12 @@ def samples_in(batch: Sequence[Any]) -> int:
 class Samples:
     """Batches of inputs. Each is a list in the order of the graph's placeholders, the batch on the first axis of its tensors.
 
-    `labels`: of every batch, where they were given.
+    `labels`: of every batch, where they were given. `made`: from the model itself, not by the user.
     """
 
     batches: Sequence[list[Any]]
     labels: Sequence[Tensor] | None = None
+    made: bool = False
 
     def __len__(self) -> int:
         """How many samples there are in all batches together."""
@@ -64,4 +65,4 @@ class Samples:
                 continue
             batches.append([v[own.to(v.device)] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v for v in batch])
             labels += [self.labels[place][own]] if self.labels is not None else []
-        return Samples(batches, labels if self.labels is not None else None)
+        return Samples(batches, labels if self.labels is not None else None, self.made)
