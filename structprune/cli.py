@@ -38,12 +38,16 @@ ModelSpec = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="a file (.pt .pth .pt2 .safetensors), `demo`, or a constructor: timm:NAME, torchvision:NAME, package.module:function",
+        help="a file (.pt .pth .pt2 .safetensors .onnx), `demo`, or a constructor: timm:NAME, torchvision:NAME, package.module:function",
     ),
 ]
 Arch = Annotated[str | None, typer.Option("--arch", help="constructor for a state_dict or safetensors file")]
 Inputs = Annotated[
-    list[str] | None, typer.Option("--input", help="shape of an example input, such as 1x3x224x224 or 2x16:int64; once for each input")
+    list[str] | None,
+    typer.Option(
+        "--input",
+        help="shape of an example input, such as 1x3x224x224 or 2x16:int64; once for each input; of .onnx by name, x=1x3x64x64, or a fixed value, sr:=16000",
+    ),
 ]
 Trust = Annotated[bool, typer.Option("--trust-pickle", help="load a pickled module: this runs code of whoever wrote the file")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of the summary")]
@@ -397,7 +401,7 @@ class _progress:
 
 def _file_name(spec: str) -> str:
     """A model's name as part of a file name."""
-    stem = Path(spec).stem if Path(spec).suffix in (".pt", ".pth", ".pt2", ".safetensors", ".bin", ".ckpt") else spec
+    stem = Path(spec).stem if Path(spec).suffix in (".pt", ".pth", ".pt2", ".safetensors", ".bin", ".ckpt", ".onnx") else spec
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in stem).strip("-.")
 
 

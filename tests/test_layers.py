@@ -18,9 +18,12 @@ LAYERS = [
 # foreign libraries behind one door
 DOORS = {
     "networkx": {"analysis/explain.py"},
-    "onnx": {"backends/onnx.py", "backends/benchmark.py", "backends/kernels.py"},
+    "onnx": {"backends/onnx.py", "backends/benchmark.py", "backends/kernels.py", "frontends/onnx_in/reading.py"},
     "onnxslim": {"backends/onnx.py"},
-    "onnxruntime": {"backends/onnx.py", "backends/benchmark.py", "backends/candidates.py", "backends/kernels.py", "backends/tables.py"},
+    "onnxruntime": {
+        "backends/onnx.py", "backends/benchmark.py", "backends/candidates.py", "backends/kernels.py", "backends/tables.py",
+        "frontends/onnx_in/check.py",
+    },  # fmt: skip
     "torch_pruning": {"decide/torch_pruning.py"},
     "matplotlib": {"backends/charts.py"},
     "sqlite3": {"backends/tables.py"},

@@ -4,7 +4,7 @@
     timm:NAME                  timm.create_model
     torchvision:NAME           torchvision.models.get_model
     package.module:function    the user's own constructor
-    FILE                       .pt .pth .bin .ckpt .safetensors .pt2
+    FILE                       .pt .pth .bin .ckpt .safetensors .pt2 .onnx
 
 Every refusal is an InputError: one line that names the file or argument and the next step.
 """
@@ -38,7 +38,7 @@ from structprune.errors import InputError, StructpruneError
 
 _CONSTRUCTORS = "demo, timm:NAME, torchvision:NAME or package.module:function"
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-_SUFFIXES = (*_PICKLES, ".safetensors", ".pt2")
+_SUFFIXES = (*_PICKLES, ".safetensors", ".pt2", ".onnx")
 _CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "module")
 _WRAPPER_PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")  # torch.compile and DataParallel, nested either way round
 
@@ -84,6 +84,8 @@ def load(spec: str, *, arch: str | None = None, inputs: Sequence[str] = (), trus
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs as well
         if _is_file(spec):
+            if Path(spec).suffix.lower() == ".onnx":
+                return _onnx(Path(spec), spec, arch, inputs, seed)
             made = _from_file(Path(spec), arch, trust_pickle)
         elif _is_constructor(spec):
             if arch is not None:
@@ -97,7 +99,7 @@ def load(spec: str, *, arch: str | None = None, inputs: Sequence[str] = (), trus
 
 
 def _is_file(spec: str) -> bool:
-    return spec != "demo" and (os.path.exists(spec) or (":" not in spec and Path(spec).suffix.lower() in (*_SUFFIXES, ".onnx")))
+    return spec != "demo" and (os.path.exists(spec) or (":" not in spec and Path(spec).suffix.lower() in _SUFFIXES))
 
 
 def _is_constructor(spec: str) -> bool:
@@ -233,8 +235,6 @@ def _positional(value: Any) -> tuple[Any, ...] | None:
 def _from_file(path: Path, arch: str | None, trust_pickle: bool) -> Loaded:
     suffix = path.suffix.lower()
     head = _head(path)
-    if suffix == ".onnx":
-        raise InputError(f"compressing ONNX files is not supported yet; export {path} from PyTorch with torch.export.save and pass the .pt2")
     if suffix not in _SUFFIXES:
         raise InputError(f"{path} is not a model file that structprune reads; give {', '.join(_SUFFIXES)}, or a constructor ({_CONSTRUCTORS})")
     if not head:
@@ -247,6 +247,17 @@ def _from_file(path: Path, arch: str | None, trust_pickle: bool) -> Loaded:
     if arch is not None:
         raise InputError(f"--arch goes with a state_dict or .safetensors file, and {path} holds a whole module: leave out --arch {arch}")
     return Loaded(str(path), content, notes=notes)
+
+
+def _onnx(path: Path, spec: str, arch: str | None, inputs: Sequence[str], seed: int) -> Loaded:
+    from structprune.frontends.onnx_in import load_onnx
+
+    if arch is not None:
+        raise InputError(f"--arch goes with a state_dict or .safetensors file, and {path} holds a whole model: leave out --arch {arch}")
+    if not _head(path):
+        raise InputError(f"{path} is empty; export or copy it again")
+    imported = load_onnx(path, inputs, seed)
+    return Loaded(spec, imported.model, imported.args, notes=(*imported.notes, f"input {_described(imported.args)}"))
 
 
 def _head(path: Path) -> bytes:

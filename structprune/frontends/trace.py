@@ -8,18 +8,20 @@ import io
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.fx.traceback import preserve_node_meta
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError, TraceError
-from structprune.ir.graph import Graph, attribute, has_effect, is_dynamic
+from structprune.ir.graph import Graph, attribute, has_effect, is_dynamic, repeated
+from structprune.ir.signature import Signature, signature_of
 
 _log = logging.getLogger(__name__)
 _GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -35,7 +37,8 @@ def trace(
     """Trace `model` in evaluation mode on example inputs. The model is left as it was.
 
     The first axis of every tensor input is dynamic where the model allows it (unless `batch` is False), and so are the axes in `dynamic`: of
-    every input that has them, or of those that it names. Parametrizations (weight norm, spectral norm, ...) are folded into the weights that they
+    every input that has them, or of those that it names. Of a model that was read from a file with a signature, the file says which axes are free, and
+    what is traced must answer as the file does. Parametrizations (weight norm, spectral norm, ...) are folded into the weights that they
     compute. Raises TraceError, with the user's source line, for a model that torch.export cannot trace.
     """
     args = (args,) if isinstance(args, Tensor) else tuple(args)
@@ -43,21 +46,26 @@ def trace(
     model = fold_parametrizations(model)
     notes: list[str] = []
     given = pytree.tree_leaves((args, kwargs))
+    promised = signature_of(model)
     wanted = _wanted_axes(model, args, kwargs, dynamic)
-    sizes = [wanted, [()] * len(wanted)] if any(wanted) else [wanted]
-    attempts = [(free, axes) for free in ([True, False] if batch else [False]) for axes in sizes]  # from the most freedom to none
+    if promised is not None:
+        wanted = [tuple(sorted(free.union(asked))) for free, asked in zip(promised.free(), wanted, strict=True)]
     with _evaluation(model):
-        for free, axes in attempts:
-            example = pytree.tree_map_only(Tensor, _two_samples, (args, kwargs)) if free else (args, kwargs)
+        for free, axes in _attempts(wanted, batch, promised):
+            example = (args, kwargs)
+            if free:
+                example = (promised.doubled(args), kwargs) if promised else pytree.tree_map_only(Tensor, _two_samples, (args, kwargs))
             try:
-                exported = _export(model, example[0], example[1], [{0, *a} if free else set(a) for a in axes])
+                exported = _export(model, example[0], example[1], axes)
+                if promised is not None:
+                    _check_against_file(promised, exported, example[0], doubled=any(a is not b for a, b in zip(example[0], args, strict=True)))
                 args, kwargs = example
                 break
             except Exception as error:  # torch.export raises whatever the model's code meets
                 _log.debug("traced with less freedom", exc_info=True)
-                if not free and not any(axes):
-                    raise _explained(error) from error
-                notes.append(f"{'static sizes' if any(axes) else 'static batch'}: {_first_line(error)}")
+                if not any(axes):
+                    raise error if isinstance(error, InputError) else _explained(error) from error
+                notes.append(f"{'static sizes' if any(axes - {0} for axes in axes) else 'static batch'}: {_first_line(error)}")
     two = any(a is not b for a, b in zip(pytree.tree_leaves((args, kwargs)), given, strict=True))
     graph = from_exported(exported, args, kwargs, model=model, notes=tuple(notes), doubled=two)
     fixed = [
@@ -67,6 +75,56 @@ def trace(
         if d not in g
     ]
     return replace(graph, notes=(*graph.notes, *fixed))
+
+
+def _attempts(wanted: Sequence[Sequence[int]], batch: bool, promised: Signature | None) -> list[tuple[bool, list[set[int]]]]:
+    """From the most freedom to none: whether the batch is free, and the axes of every input that are."""
+    none: list[set[int]] = [set() for _ in wanted]
+    if promised is not None:
+        lengths = sorted({s for axes in promised.sizes for s in axes if isinstance(s, str)} - promised.batch())
+        fewer = [promised.free(promised.batch() | (set(lengths) - {name})) for name in lengths]
+        found = [(True, [set(axes) for axes in wanted]), *((True, axes) for axes in fewer), (True, promised.free(promised.batch())), (False, none)]
+    else:
+        asked = [set(axes) for axes in wanted]
+        found = [(True, [{0, *axes} for axes in asked]), (True, [{0} for _ in asked])] if batch else []
+        found += [(False, asked), (False, none)]
+    return [attempt for i, attempt in enumerate(found) if attempt[1] not in [axes for _, axes in found[:i]]]
+
+
+def _check_against_file(promised: Signature, exported: ExportedProgram, args: tuple[Any, ...], doubled: bool) -> None:
+    """Raise InputError where the program answers otherwise than the file that it stands for: on the example, and at other sizes of free axes.
+
+    doubled: the batch is not that of the user's example, and so must be free.
+    """
+    from structprune.frontends.onnx_in.check import agreement, runner
+
+    module = _unlifted(exported)
+    axes: dict[str, list[tuple[int, int]]] = {}
+    for i, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder"):
+        for d, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
+            if is_dynamic(size):
+                axes.setdefault(str(size), []).append((i, d))
+    if doubled and not any(d == 0 for places in axes.values() for _, d in places):
+        raise InputError("the model's code fixes the first axis of an input")
+    answer = runner(promised.file)
+
+    def run(*inputs: Any) -> Any:  # no hook of the program's looks at the sizes
+        return fx.Interpreter(module).run(*inputs)
+
+    agreement(promised.file, answer, run, args, promised.outputs)
+    for places in axes.values():
+        for size in (1, 3) if any(d == 0 for _, d in places) else (args[places[0][0]].shape[places[0][1]] * n // 2 for n in (1, 4)):
+            resized = list(args)
+            for i, d in places:
+                resized[i] = repeated(resized[i], d, max(1, size))
+            try:
+                nothing = not all(v.numel() for v in answer(resized))
+            except Exception:  # a size at which the file itself does not run
+                _log.debug("the file does not run at another size", exc_info=True)
+                continue
+            if nothing:
+                continue
+            agreement(promised.file, answer, run, resized, promised.outputs)
 
 
 def retrace(module: nn.Module, graph: Graph) -> Graph:
@@ -94,7 +152,8 @@ def parse_dynamic(options: Sequence[str]) -> Dynamic:
 
 def _wanted_axes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Dynamic) -> list[tuple[int, ...]]:
     """For each leaf of the arguments, the axes beside the batch that are asked to be dynamic. Raises InputError for a name that is no input."""
-    parameters = list(inspect.signature(model.forward).parameters) or ["input"]
+    promised = signature_of(model)
+    parameters = list(promised.inputs if promised else inspect.signature(model.forward).parameters) or ["input"]
     named = [*((parameters[min(i, len(parameters) - 1)], value) for i, value in enumerate(args)), *kwargs.items()]
     names = list(dict.fromkeys(name for name, _ in named))
     if isinstance(dynamic, Mapping) and (unknown := set(dynamic) - set(names)):
@@ -129,10 +188,11 @@ def from_exported(
     aliases = {
         target: tuple(names[id(tensor)]) for target in attributes if isinstance(tensor := attribute(module, target), Tensor) and id(tensor) in names
     }
+    promised = signature_of(model) if model is not None else None
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     values = [n.meta.get("val") for n in placeholders]
     dynamic = tuple(tuple(d for d, size in enumerate(v.shape) if is_dynamic(size)) if isinstance(v, Tensor) else () for v in values)
-    if not any(0 in axes for axes in dynamic) and not notes:
+    if not any(0 in axes for axes in dynamic) and not notes and promised is None:
         notes = ("static batch: the model's code fixes the first axis of an input",)
     return Graph(
         module=module,
@@ -140,10 +200,11 @@ def from_exported(
         kwargs=kwargs,
         exported=exported,
         aliases=aliases,
-        input_names=tuple(n.name for n in placeholders),
-        output_names=_output_names(exported),
+        input_names=promised.inputs if promised else tuple(n.name for n in placeholders),
+        output_names=promised.outputs if promised else _output_names(exported),
         dynamic=dynamic,
         doubled=doubled,
+        signature=promised,
         notes=notes,
     )
 
@@ -188,7 +249,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
             if isinstance(leaf, Tensor) and leaf.dim() and dims:
                 collection[leaf] = dict.fromkeys(sorted(dims), Dim.AUTO)
         shapes = collection.dynamic_shapes(model, args, kwargs)
-    with _quiet(), _masks_as_they_are():
+    origins = preserve_node_meta() if signature_of(model) is not None else nullcontext()
+    with _quiet(), _masks_as_they_are(), origins:
         return torch.export.export(model, args, dict(kwargs) or None, dynamic_shapes=shapes, strict=False)
 
 

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from structprune.ir.signature import Signature
+
+ORIGIN = "structprune_origin"  # in the notes that torch keeps of a node: what of the user's own file it was made of
 _TORCH = f"{Path(torch.__file__).parent}/"
 
 
@@ -32,6 +35,7 @@ class Graph:
     output_names: tuple[str, ...]
     dynamic: tuple[tuple[int, ...], ...]  # of every input, the axes whose size may be another
     doubled: bool = False  # the example was a batch of one, which tracing would take for a constant: args hold it twice
+    signature: Signature | None = None  # of the file that the model was read from
     notes: tuple[str, ...] = ()  # what a user should know about how the model was traced
 
     @property
@@ -43,6 +47,13 @@ class Graph:
     @property
     def nodes(self) -> list[fx.Node]:
         return list(self.module.graph.nodes)
+
+    @property
+    def lengths(self) -> tuple[tuple[int, ...], ...]:
+        """Of every input, the axes that may have any size and are no batch: neither first, nor of one size with a first axis."""
+        shapes = [getattr(n.meta.get("val"), "shape", ()) for n in self.nodes if n.op == "placeholder"]
+        batches = {str(shape[0]) for shape, axes in zip(shapes, self.dynamic, strict=True) if 0 in axes}
+        return tuple(tuple(d for d in axes if d and str(shape[d]) not in batches) for shape, axes in zip(shapes, self.dynamic, strict=True))
 
     def tensor(self, node: fx.Node) -> Tensor:
         """The parameter, buffer or constant behind a `get_attr` node."""
@@ -67,7 +78,10 @@ class Graph:
 
     def given_inputs(self) -> list[Any]:
         """`flat_inputs` in the batch of the user's example."""
-        return [v[:1] if self.doubled and isinstance(v, Tensor) and v.dim() and len(v) == 2 else v for v in self.flat_inputs()]
+        return [
+            v[:1] if self.doubled and isinstance(v, Tensor) and v.dim() and len(v) == 2 and (0 in axes or self.signature is None) else v
+            for v, axes in zip(self.flat_inputs(), self.dynamic, strict=True)
+        ]
 
 
 def resized(values: Sequence[Any], dynamic: Sequence[Sequence[int]], factor: float) -> list[Any]:
@@ -135,7 +149,9 @@ def shape_of(value: Tensor) -> tuple[int, ...]:
 
 
 def source_of(node: fx.Node) -> str:
-    """`file.py:line` of the user's code that made a node, or the operator's name where torch does not know."""
+    """`file.py:line` of the user's code that made a node, or the node of an ONNX file; empty where torch does not know."""
+    if ORIGIN in (node.meta.get("custom") or {}):
+        return str(node.meta["custom"][ORIGIN])
     best = ""
     frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
     for frame in frames:

@@ -167,13 +167,13 @@ def _sizes(new: Resize, node: fx.Node, name: str, first: int = 0) -> None:
         if kept == whole or (size == -1 and not isinstance(size, fx.Node)):
             sizes.append(size)
         elif isinstance(size, fx.Node):
-            sizes.append(_scaled(new, node, size, kept, whole))
+            sizes.append(scaled(new, node, size, kept, whole))
         else:
             sizes.append(kept)
     new.set(node, name, sizes)
 
 
-def _scaled(new: Resize, before: fx.Node, size: fx.Node, kept: int, whole: int) -> fx.Node:
+def scaled(new: Resize, before: fx.Node, size: fx.Node, kept: int, whole: int) -> fx.Node:
     """A node for size · kept / whole; batch · 12 heads becomes batch · 6."""
     graph = before.graph
     with graph.inserting_before(before):

@@ -11,6 +11,8 @@ from typing import Any
 from torch import fx
 
 from structprune.ir.axes import Shape, product
+from structprune.ir.graph import size_of
+from structprune.ops.layout import scaled
 from structprune.ops.rules import Equations, Resize, axis_index, resizer, rule
 
 _STATISTICS = "a norm takes statistics along this axis"
@@ -68,8 +70,11 @@ def rms_norm(eq: Equations, x: Shape, normalized_shape: list[int], weight: Any =
 @resizer("layer_norm", "rms_norm", "_fused_rms_norm")
 def normalized_shape(new: Resize, node: fx.Node) -> None:
     x, old = new.argument(node, "input"), new.argument(node, "normalized_shape")
-    rank = new.rank(x)
-    new.set(node, "normalized_shape", [new.size(x, rank - len(old) + i) for i in range(len(old))])
+    sizes = []
+    for dim, size in enumerate(old, new.rank(x) - len(old)):
+        kept, whole = new.size(x, dim), size_of(x.meta["val"].shape[dim])
+        sizes.append(size if kept == whole else scaled(new, node, size, kept, whole) if isinstance(size, fx.Node) else kept)
+    new.set(node, "normalized_shape", sizes)
 
 
 @rule("group_norm")

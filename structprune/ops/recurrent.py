@@ -45,7 +45,7 @@ def _recurrent(
                 eq.equate(rest[-1][1], hidden)
                 eq.macs(*x[:-1], out, hidden)
         feature = concat([out] * directions)
-    eq.freeze("time runs along this axis", *x[:-1])
+    eq.freeze("time runs along this axis", *x[:-1], *(axis for state in states for axis in state[1:-1]))
     return (*x[:-1], feature), hidden
 
 

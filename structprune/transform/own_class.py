@@ -50,7 +50,7 @@ def own_class(
 
     scales: those that the attention of some modules had before it lost width. answers: the small graph's to the example, where they are known.
     """
-    if isinstance(model, fx.GraphModule):
+    if isinstance(model, fx.GraphModule) or graph.signature is not None:
         return None, "the model came as a graph"
 
     @cache
