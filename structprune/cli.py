@@ -69,6 +69,7 @@ def compress(
             help="what must hold: latency=0.5 or 4ms, channels=, macs=2G, params=, memory=, size=10MB, joined by commas; a front: latency=0.3:0.9:7",
         ),
     ] = "macs=0.5",
+    dead: Annotated[bool, typer.Option("--dead", help="remove only channels that contribute nothing; the answer stays the same to rounding")] = False,
     calibration: Annotated[
         str | None,
         typer.Option("--calibration", metavar="DATA", help="unlabelled samples: a folder of pictures, .npy, .npz, .safetensors, or module:function"),
@@ -103,6 +104,7 @@ def compress(
         from structprune.backends.directory import check_writable
         from structprune.frontends.trace import parse_dynamic
 
+        target = "dead" if dead else target
         directory = out if out is not None else Path("structprune-" + _file_name(model))
         check_writable(directory)
         loaded = _loaded(say, model, arch=arch, inputs=input or (), trust_pickle=trust_pickle, seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 import time
@@ -41,7 +42,7 @@ from structprune.transform.memory import freed_at_once
 from structprune.transform.own_class import own_class
 from structprune.transform.scale import changed_scales
 from structprune.transform.surgery import operate
-from structprune.transform.verify import Verification
+from structprune.transform.verify import Verification, verify_unchanged
 from structprune.transform.verify import verify as compare
 
 Progress = Callable[[str], None]
@@ -97,6 +98,8 @@ def compress(
     Raises TraceError, InputError, TargetError or VerificationError; see structprune.errors.
     """
     options = Options(criterion, tuple(ignore), allocation, align, runtime, device, threads, seed, compensate)
+    if target.strip() == decide.TARGET:
+        return _without_dead(model, example_inputs, example_kwargs, dynamic, evaluate, options, Clock(progress))
     return _decide(_prepare(model, example_inputs, example_kwargs, dynamic, calibration, evaluate, [target], options, Clock(progress)), target)
 
 
@@ -221,6 +224,40 @@ def _decide(ready: _Ready, target: str) -> Result:
     return realise(ready.model, graph, groups, plan, clock, ready=ready, found=found)
 
 
+def _without_dead(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Tensor,
+    example_kwargs: Mapping[str, Any] | None,
+    dynamic: Dynamic,
+    evaluate: Evaluate | None,
+    options: Options,
+    clock: Clock,
+    plan: Plan | None = None,
+) -> Result:
+    """The model without the channels that contribute nothing, proved to answer as the original; or without those of them that a plan removes."""
+    options.deployed()  # an unknown runtime is told before any work is done
+    with clock("trace"):
+        folded = fold_parametrizations(model)
+        original = trace(folded, example_inputs, example_kwargs, dynamic=dynamic)
+        silent, module = copy.deepcopy((folded, original.module))  # together, so that they go on to share their tensors
+        graph = replace(original, module=module)
+    with clock("infer"):
+        groups = find_groups(graph, options.ignore)
+    with clock("dead channels"):
+        dead = decide.silence(graph, groups)
+        plan = plan if plan is not None else dead.plan(graph, groups, options.ignore)
+    accuracy = evaluate(model) if evaluate is not None else None
+    scores = decide.Saliency(decide.TARGET, {name: (~gone).astype(float) for name, gone in dead.channels.items()})
+    ready = _Ready(silent, graph, groups, None, scores, None, evaluate, accuracy, replace(options, criterion=decide.TARGET), clock)
+    result = realise(silent, graph, groups, plan, clock, ready=ready)
+    with clock("verify"):
+        own = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
+        error = verify_unchanged(graph, groups.types, original.module, result.small, dead.tolerance(own))
+    found = dead.to_dict() | {"error": error, "tolerance": dead.tolerance(own)}
+    data = {**result.report.data, "dead": found, "notes": [*result.report.data["notes"], *dead.notes()]}
+    return replace(result, report=Report(data))
+
+
 def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> nn.Module:
     """Replay a plan on a fresh instance of the model that it was made for, with every check of `compress`.
 
@@ -228,6 +265,8 @@ def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> 
     """
     args, kwargs = decide.example_inputs(plan.inputs)
     clock = Clock(progress)
+    if plan.target == decide.TARGET:
+        return _without_dead(model, args, kwargs, (), None, Options(ignore=plan.ignore), clock, plan).model
     with clock("trace"):
         folded = fold_parametrizations(model)
         graph = trace(folded, args, kwargs)

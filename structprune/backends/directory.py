@@ -99,6 +99,17 @@ def verify_directory(directory: str | Path) -> dict[str, Any]:
     error = onnx.check(directory / "model.onnx", module, args, kwargs)
     report = _json(directory / "report.json")
     changed = next((words for key, words in _CHANGED.items() if report.get(key)), None)
+    dead = report.get("dead") or {}
+    if changed is None and plan.target == "dead":
+        moved = "not comparable: constants or twins were added to other weights" if dead.get("constants") or dead.get("twins") else None
+        flat = pytree.tree_leaves((args, kwargs))
+        return {
+            **report.get("verification", {}),
+            "onnx_error": error,
+            "tensors": len(plan.tensors),
+            "tensors_matched_in_original_onnx": moved or _same_slices(directory, plan),
+            "original_onnx": _apart(directory, directory / "original.onnx", flat, "original.onnx"),
+        }
     return {
         **report.get("verification", {}),
         "onnx_error": error,
@@ -161,13 +172,18 @@ def _masked(directory: Path, plan: Plan, flat: list[Any]) -> float | str:
     model = onnx.masked(directory / "original.onnx", removed)
     if isinstance(model, str):
         return model
+    return _apart(directory, model, flat, "original.onnx without the removed channels")
+
+
+def _apart(directory: Path, original: Path | bytes, flat: list[Any], what: str) -> float:
+    """Largest relative difference between the answers of model.onnx and of `original`, which messages call `what`."""
     worst = 0.0
-    for want, got in zip(onnx.run(model, flat), onnx.run(directory / "model.onnx", flat), strict=True):
+    for want, got in zip(onnx.run(original, flat), onnx.run(directory / "model.onnx", flat), strict=True):
         if want.shape != got.shape:
             raise VerificationError(f"model.onnx answers with shape {got.shape}, original.onnx with {want.shape}")
         worst = max(worst, float(np.abs(want - got).max(initial=0) / (np.abs(want).max(initial=0) + 1e-6)))
     if not worst <= onnx.TOLERANCE:
-        raise VerificationError(f"model.onnx differs from original.onnx without the removed channels by {worst:.2g} of the largest answer")
+        raise VerificationError(f"model.onnx differs from {what} by {worst:.2g} of the largest answer")
     return worst
 
 
