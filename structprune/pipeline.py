@@ -246,6 +246,7 @@ def _without_dead(
     with clock("dead channels"):
         dead = decide.silence(graph, groups)
         plan = plan if plan is not None else dead.plan(graph, groups, options.ignore)
+        dead.must_hold(plan)
     accuracy = evaluate(model) if evaluate is not None else None
     scores = decide.Saliency(decide.TARGET, {name: (~gone).astype(float) for name, gone in dead.channels.items()})
     ready = _Ready(silent, graph, groups, None, scores, None, evaluate, accuracy, replace(options, criterion=decide.TARGET), clock)

@@ -27,6 +27,7 @@ from structprune.analysis.groups import Groups
 from structprune.calibrate.readers import Reader, readers, shift_of, takes_a_shift
 from structprune.decide.influence import Influence, Known, influence
 from structprune.decide.plan import described_inputs, planned
+from structprune.errors import PlanError
 from structprune.ir.axes import Atom, Axis, Shape, positions
 from structprune.ir.graph import Graph, attribute, operator_name
 from structprune.ir.plan import Plan
@@ -66,6 +67,16 @@ class Dead:
         keep = {g.atom: np.flatnonzero(~self.channels[g.name]) for g in groups}
         kept = {atom: entries if len(entries) else np.zeros(1, dtype=np.int64) for atom, entries in keep.items()}
         return planned(groups, kept, inputs=described_inputs(graph.args, graph.kwargs), target=TARGET, criterion=TARGET, ignore=tuple(ignore))
+
+    def must_hold(self, plan: Plan) -> None:
+        """Raise PlanError where a plan removes a channel that is alive."""
+        for group in plan.groups:
+            alive = np.flatnonzero(~self.channels[group.name]) if group.name in self.channels else []
+            lost = sorted(set(alive) - set(group.keep))
+            if lost:
+                raise PlanError(
+                    f"{group.name}: channel {lost[0]} is not dead in this model; it has other weights than the one that the plan was made for"
+                )
 
     def tolerance(self, eps: float) -> float:
         """How far the answer may be from the original's, as a share of it. eps: of the type in which changed weights were rounded."""

@@ -1,8 +1,8 @@
 """Which values depend on the model's inputs, and which values its answer depends on: entry by entry, proved from the weights.
 
 Every operator has an *influence*: a function, linear with coefficients of zero or more, from marks on its operands' entries to marks on its
-answer's; an entry of the answer is marked if it can depend on a marked entry of an operand. Forward, from the inputs, it finds what is *unknown*; what
-is left is a constant, whose value is worked out on the way. Backward, as a vector-Jacobian product from the answer, it finds what is *needed*.
+answer's; an entry of the answer is marked if it can depend on a marked entry of an operand. Forward, from the inputs, it finds what is *unknown*;
+what is left is a constant, whose value is worked out on the way. Backward, as a vector-Jacobian product from the answer, it finds what is *needed*.
 
 A coefficient is zero only where the arithmetic says so: a weight that is zero, a factor that is known to be zero. An operator without a
 rule lets everything influence everything. Inputs and activations are taken to be finite.
@@ -357,9 +357,12 @@ _COPYING = frozenset({"cat", "concat", "concatenate", "stack", "pad", "constant_
 
 
 def _random(node: fx.Node) -> bool:
-    return (
-        isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags and "dropout" not in str(node.target)
-    )
+    """Whether the answer is drawn. Dropout answers its input, for this is evaluation; attention draws where it is told to drop."""
+    tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
+    name = operator_name(node)
+    if RULES.get(name) is contraction.attention:
+        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p"))
+    return torch.Tag.nondeterministic_seeded in tags and "dropout" not in name
 
 
 def _input(value: Tensor) -> Known:
