@@ -28,6 +28,7 @@ from structprune.closed_loop import Dense, Found, measure_dense, plan_for_latenc
 from structprune.decide.cost import Cost, memory
 from structprune.decide.saliency import Saliency
 from structprune.errors import TargetError, VerificationError
+from structprune.frontends.finite import must_be_finite
 from structprune.frontends.program import save_program
 from structprune.frontends.samples import samples_of
 from structprune.frontends.trace import Dynamic, fold_parametrizations, retrace, trace
@@ -184,6 +185,7 @@ def _prepare(
     measured = any(t.key == "latency" for target in targets for t in decide.parse_target(target))
     with clock("trace"):
         folded = fold_parametrizations(model)
+        must_be_finite(folded, example_inputs, example_kwargs)
         graph = trace(folded, example_inputs, example_kwargs, dynamic=dynamic)
     with clock("infer"):
         groups = find_groups(graph, options.ignore)
@@ -238,6 +240,7 @@ def _without_dead(
     options.deployed()  # an unknown runtime is told before any work is done
     with clock("trace"):
         folded = fold_parametrizations(model)
+        must_be_finite(folded, example_inputs, example_kwargs)
         original = trace(folded, example_inputs, example_kwargs, dynamic=dynamic)
         silent, module = copy.deepcopy((folded, original.module))  # together, so that they go on to share their tensors
         graph = replace(original, module=module)

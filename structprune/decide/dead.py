@@ -71,8 +71,8 @@ class Dead:
     def must_hold(self, plan: Plan) -> None:
         """Raise PlanError where a plan removes a channel that is alive."""
         for group in plan.groups:
-            alive = np.flatnonzero(~self.channels[group.name]) if group.name in self.channels else []
-            lost = sorted(set(alive) - set(group.keep))
+            alive = np.flatnonzero(~self.channels[group.name]).tolist() if group.name in self.channels else []
+            lost = sorted(set(alive).difference(group.keep))
             if lost:
                 raise PlanError(
                     f"{group.name}: channel {lost[0]} is not dead in this model; it has other weights than the one that the plan was made for"
