@@ -93,6 +93,9 @@ def compress(
     threads: Threads = None,
     seed: Seed = 0,
     trust_pickle: Trust = False,
+    half: Annotated[bool, typer.Option("--half", help="the small model computes in float16, in all its files")] = False,
+    quantize: Annotated[str | None, typer.Option("--quantize", metavar="int8", help="also write model.int8.onnx; needs --calibration")] = None,
+    opset: Annotated[int | None, typer.Option("--opset", help="version of ONNX's operators; by default that of torch's exporter")] = None,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="measure both models")] = True,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -124,8 +127,12 @@ def compress(
             "seed": seed,
             "progress": say,
         }
+        pipeline.check_form(half, quantize, options["calibration"] is not None)
         saving: dict[str, Any] = {
             "latency": latency,
+            "half": half,
+            "quantize": quantize,
+            "opset": opset,
             "model_name": loaded.name,
             "notes": loaded.notes,
         }

@@ -22,7 +22,9 @@ from structprune.errors import InputError, VerificationError
 from structprune.frontends.program import load_program
 from structprune.ir.plan import Plan
 from structprune.ir.traced import TracedModule
+from structprune.transform.precision import call_in_float32, in_float32, type_of
 
+_HALF = 2.0**-10  # float16's epsilon
 FILES = ("original.onnx", "model.onnx", "model.pt2", "model.safetensors", "plan.json", "report.json", "report.html")
 
 _CHANGED = {
@@ -65,9 +67,10 @@ def all_or_none(directory: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def save_weights(module: torch.nn.Module, path: Path) -> None:
+def save_weights(module: torch.nn.Module, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """The state_dict as safetensors; a tensor under two names is written twice."""
-    path.write_bytes(save({name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()}))
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()}
+    path.write_bytes(save(tensors, metadata=dict(metadata or {})))
 
 
 def load(directory: str | Path) -> TracedModule:
@@ -96,7 +99,15 @@ def verify_directory(directory: str | Path) -> dict[str, Any]:
     _same_weights(module, directory / "model.safetensors")
     _planned_sizes(module, plan)
     args, kwargs = _inputs(module, plan)
-    error = onnx.check(directory / "model.onnx", module, args, kwargs)
+    made_by = onnx.metadata(directory / "model.onnx").get("structprune.plan", plan.digest)
+    if made_by != plan.digest:
+        raise VerificationError(f"model.onnx was made by another plan than plan.json: {made_by[:12]}, not {plan.digest[:12]}")
+    if type_of(module) == torch.bfloat16:
+        reference, (args, kwargs) = in_float32(module), call_in_float32(args, kwargs)
+    else:
+        reference = module
+    half = type_of(module) == torch.float16
+    error = onnx.check(directory / "model.onnx", reference, args, kwargs, onnx.TOLERANCE_HALF if half else None)
     report = _json(directory / "report.json")
     changed = next((words for key, words in _CHANGED.items() if report.get(key)), None)
     dead = report.get("dead") or {}
@@ -108,14 +119,14 @@ def verify_directory(directory: str | Path) -> dict[str, Any]:
             "onnx_error": error,
             "tensors": len(plan.tensors),
             "tensors_matched_in_original_onnx": moved or _same_slices(directory, plan),
-            "original_onnx": _apart(directory, directory / "original.onnx", flat, "original.onnx"),
+            "original_onnx": _apart(directory, directory / "original.onnx", flat, "original.onnx", half),
         }
     return {
         **report.get("verification", {}),
         "onnx_error": error,
         "tensors": len(plan.tensors),
         "tensors_matched_in_original_onnx": changed or _same_slices(directory, plan),
-        "original_onnx_masked": changed or _masked(directory, plan, pytree.tree_leaves((args, kwargs))),
+        "original_onnx_masked": changed or _masked(directory, plan, pytree.tree_leaves((args, kwargs)), half),
     }
 
 
@@ -153,13 +164,21 @@ def _same_slices(directory: Path, plan: Plan) -> int:
             sliced = before[name]
             for dim, keep in cut.keep.items():
                 sliced = np.take(sliced, keep, axis=dim)
-            if sliced.shape != after[name].shape or not np.array_equal(sliced, after[name], equal_nan=True):
+            if sliced.shape != after[name].shape or not _same(sliced, after[name]):
                 raise VerificationError(f"{name} in model.onnx is not the plan's slice of {name} in original.onnx")
             matched += 1
     return matched
 
 
-def _masked(directory: Path, plan: Plan, flat: list[Any]) -> float | str:
+def _same(wanted: np.ndarray, got: np.ndarray) -> bool:
+    """Equal; in another type, to the rounding of norms that the exporter took into weights."""
+    if wanted.dtype == got.dtype:
+        return np.array_equal(wanted, got, equal_nan=True)
+    largest = float(np.abs(wanted).max(initial=0))
+    return np.allclose(got.astype(wanted.dtype), wanted, rtol=4 * _HALF, atol=_HALF * largest, equal_nan=True)
+
+
+def _masked(directory: Path, plan: Plan, flat: list[Any], half: bool) -> float | str:
     """Largest relative difference between the masked original.onnx and model.onnx; or in words why zeros cannot tell."""
     inexact = [g for g in plan.groups if not g.exact and len(g.keep) < g.channels]
     if inexact:
@@ -172,17 +191,20 @@ def _masked(directory: Path, plan: Plan, flat: list[Any]) -> float | str:
     model = onnx.masked(directory / "original.onnx", removed)
     if isinstance(model, str):
         return model
-    return _apart(directory, model, flat, "original.onnx without the removed channels")
+    return _apart(directory, model, flat, "original.onnx without the removed channels", half)
 
 
-def _apart(directory: Path, original: Path | bytes, flat: list[Any], what: str) -> float:
+def _apart(directory: Path, original: Path | bytes, flat: list[Any], what: str, half: bool) -> float:
     """Largest relative difference between the answers of model.onnx and of `original`, which messages call `what`."""
     worst = 0.0
     for want, got in zip(onnx.run(original, flat), onnx.run(directory / "model.onnx", flat), strict=True):
         if want.shape != got.shape:
             raise VerificationError(f"model.onnx answers with shape {got.shape}, original.onnx with {want.shape}")
-        worst = max(worst, float(np.abs(want - got).max(initial=0) / (np.abs(want).max(initial=0) + 1e-6)))
-    if not worst <= onnx.TOLERANCE:
+        if not np.array_equal(np.isfinite(want), np.isfinite(got)):
+            raise VerificationError(f"model.onnx answers with NaN or infinities where {what} does not, or the other way round")
+        finite = np.isfinite(want)
+        worst = max(worst, float(np.abs(want - got)[finite].max(initial=0) / (np.abs(want[finite]).max(initial=0) + 1e-6)))
+    if not worst <= (onnx.TOLERANCE_HALF if half else onnx.TOLERANCE):
         raise VerificationError(f"model.onnx differs from {what} by {worst:.2g} of the largest answer")
     return worst
 

@@ -13,7 +13,7 @@ from structprune.errors import InputError
 
 
 def must_be_finite(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> None:
-    """Raise InputError that names the first weight or input that holds NaN or an infinity. Infinities in other buffers and -inf in inputs are masks."""
+    """Raise InputError that names the first weight or input with NaN or an infinity. Infinities in other buffers and -inf in inputs are masks."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         statistics = name.rpartition(".")[2] in ("running_mean", "running_var")
         bad = _odd(tensor, infinite=isinstance(tensor, nn.Parameter) or statistics)
@@ -22,8 +22,8 @@ def must_be_finite(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None
     for path, value in pytree.tree_flatten_with_path((args, dict(kwargs or {})))[0]:
         bad = _odd(value.masked_fill(value == -torch.inf, 0), infinite=True) if isinstance(value, Tensor) and value.is_floating_point() else ""
         if bad:
-            place = [k.key if hasattr(k, "key") else k.idx for k in path[1:]] or [0]
-            raise InputError(f"example input {place[0]!r} holds {bad}; give one that the model was made for")
+            place = "".join(map(str, path[1:])) or "[0]"
+            raise InputError(f"example input {place} holds {bad}; give one that the model was made for")
 
 
 def _odd(tensor: Tensor, infinite: bool) -> str:

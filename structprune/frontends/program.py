@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from structprune.ir.traced import TracedModule
 _EVERYWHERE = (None, tuple, list, dict, collections.OrderedDict, collections.defaultdict, collections.deque, torch.Size)
 
 
-def save_program(program: ExportedProgram, path: str | Path) -> None:
+def save_program(program: ExportedProgram, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a .pt2 file that loads where the classes of the model's answers are not known: they become dicts, or tuples.
 
     torch.export keeps the name of such a class (the outputs of transformers, dataclasses) and refuses to load a file without it.
@@ -30,7 +31,7 @@ def save_program(program: ExportedProgram, path: str | Path) -> None:
     ]
     plain = copy.copy(program)
     plain._module_call_graph = entries
-    torch.export.save(plain, str(path))
+    torch.export.save(plain, str(path), extra_files=dict(metadata or {}))
 
 
 def _plain(spec: pytree.TreeSpec) -> pytree.TreeSpec:
