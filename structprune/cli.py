@@ -54,9 +54,12 @@ Dynamic = Annotated[
     typer.Option("--dynamic", help="axes that may change size beside the batch: 2,3 of every input, or NAME=1 of one; repeatable"),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="threads of the runtime; as torch is set by default")]
+TimeLimit = Annotated[float | None, typer.Option("--time-limit", metavar="SECONDS", help="end with an error, and nothing written, after so long")]
+MemoryLimit = Annotated[str | None, typer.Option("--memory-limit", metavar="SIZE", help="end with an error where more is needed, such as 8GB")]
 Seed = Annotated[int, typer.Option("--seed", help="seed of everything random")]
 
 _state = {"debug": False}
+_NO_MEMORY = "there is not enough memory for this model; raise --memory-limit if you set one, or give smaller inputs or fewer samples"
 
 
 @app.command()
@@ -97,11 +100,14 @@ def compress(
     quantize: Annotated[str | None, typer.Option("--quantize", metavar="int8", help="also write model.int8.onnx; needs --calibration")] = None,
     opset: Annotated[int | None, typer.Option("--opset", help="version of ONNX's operators; by default that of torch's exporter")] = None,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="measure both models")] = True,
+    time_limit: TimeLimit = None,
+    memory_limit: MemoryLimit = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Compress MODEL, verify the result, and write original.onnx, model.onnx, model.pt2, weights, plan and report."""
     _state["debug"] = debug
+    _limit(time_limit, memory_limit)
     with _progress() as say:
         from structprune import pipeline
         from structprune.backends.directory import check_writable
@@ -260,6 +266,15 @@ def bench(
         print("\n\n".join(texts))
 
 
+def _limit(seconds: float | None, memory: str | None) -> None:
+    from structprune import limits
+
+    if seconds is not None:
+        limits.limit_time(seconds)
+    if memory is not None:
+        limits.limit_memory(memory)
+
+
 def _numbers(option: str, text: str) -> list[int | None]:
     """The numbers of a list with commas; of an empty one, None."""
     try:
@@ -405,15 +420,23 @@ def _file_name(spec: str) -> str:
 
 def main() -> None:
     """Run the command line; every error that we raise on purpose is one line and an exit status."""
+    from structprune.limits import TimeIsUp, is_out_of_memory
+
     try:
         app()
     except StructpruneError as error:
+        if is_out_of_memory(error):
+            _fail(error, InputError.exit_status, _NO_MEMORY)
         _fail(error, error.exit_status)
+    except TimeIsUp as error:
+        _fail(error, InputError.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)
     except (MemoryError, OSError) as error:
         _fail(InputError(f"{type(error).__name__}: {error}"), InputError.exit_status)
     except Exception as error:
+        if is_out_of_memory(error):
+            _fail(error, InputError.exit_status, _NO_MEMORY)
         first = (str(error).splitlines() or [""])[0]
         _fail(error, 1, f"internal error: {type(error).__name__}: {first}; run again with --debug and report it with the traceback")
 

@@ -11,8 +11,8 @@ ROOT = Path(structprune.__file__).parent
 
 # from the bottom up: a layer may import itself and what stands before it
 LAYERS = [
-    "errors", "demo", "ir", "ops", "analysis", "frontends", "transform", "calibrate", "decide", "recovery", "backends", "closed_loop", "pipeline",
-    "teaching", "cli",
+    "errors", "limits", "demo", "ir", "ops", "analysis", "frontends", "transform", "calibrate", "decide", "recovery", "backends", "closed_loop",
+    "pipeline", "teaching", "cli",
 ]  # fmt: skip
 
 # foreign libraries behind one door

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import glob
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,6 +28,8 @@ from structprune.ir.plan import Plan
 from structprune.ir.traced import TracedModule
 from structprune.transform.precision import call_in_float32, in_float32, type_of
 
+_ATTEMPTS = 100
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _HALF = 2.0**-10  # float16's epsilon
 FILES = ("original.onnx", "model.onnx", "model.pt2", "model.safetensors", "plan.json", "report.json", "report.html")
 
@@ -46,25 +52,76 @@ def check_writable(directory: Path) -> None:
 
 @contextmanager
 def all_or_none(directory: Path) -> Iterator[Path]:
-    """A folder beside `directory` to write into; it takes its place when the block ends well, and goes when it does not."""
+    """A folder beside `directory` to write into; it takes its place when the block ends well, and goes when it does not.
+
+    At no moment, were the process killed, is there a `directory` with some of the files, or with files of two runs; of two runs the later one
+    stays. What a killed run left beside goes with the next one. Raises InputError where nothing can be written, or not enough.
+    """
     check_writable(directory)
+    mine = f".{directory.name}-{platform.node() or 'here'}-"
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        _sweep(directory.parent, mine)
+        work = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=directory.parent))
     except OSError as error:
         raise InputError(f"{directory} cannot be written: {error.strerror}") from error
     try:
         yield work
         work.chmod(0o755)
-        if directory.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
-            directory.rename(old / directory.name)
-            work.rename(directory)
-            shutil.rmtree(old)
-        else:
-            work.rename(directory)
+        _put_in_place(work, directory)
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError where its writer fails
+        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "write" in str(error):
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise InputError(f"{directory} cannot be written ({reason}): make room, or choose another directory; nothing was left") from error
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _put_in_place(work: Path, directory: Path) -> None:
+    """Rename, or exchange with what stands there, which then is in `work`."""
+    for _ in range(_ATTEMPTS):
+        try:
+            work.rename(directory)
+            return
+        except OSError as error:  # a folder with files in it stands there
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        try:
+            _exchange(work, directory)
+            return
+        except FileNotFoundError:  # another run has just taken it away
+            continue
+    raise InputError(f"{directory} cannot be written: other runs write to it all the time; choose another directory")
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders: at one moment, where the system can (Linux's renameat2); else in two."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        if renameat2(_HERE, os.fsencode(one.absolute()), _HERE, os.fsencode(other.absolute()), _EXCHANGE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(code, os.strerror(code))
+    aside = Path(tempfile.mkdtemp(prefix=f"{one.name}-", dir=one.parent))
+    other.rename(aside / "old")
+    one.rename(other)
+    shutil.rmtree(aside)
+
+
+def _sweep(parent: Path, mine: str) -> None:
+    """Remove what killed runs on this machine left."""
+    for left in parent.glob(f"{glob.escape(mine)}*"):
+        number = left.name.removeprefix(mine).partition("-")[0]
+        if not number.isdigit():
+            continue
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+        except (OverflowError, PermissionError):
+            continue
 
 
 def save_weights(module: torch.nn.Module, path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -211,6 +268,9 @@ def _apart(directory: Path, original: Path | bytes, flat: list[Any], what: str, 
 
 def _json(path: Path) -> Mapping[str, Any]:
     try:
-        return json.loads(path.read_text())  # type: ignore[no-any-return]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} is no report: it holds a {type(data).__name__}")
+    return data

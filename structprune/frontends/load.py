@@ -22,7 +22,6 @@ import re
 import sys
 import traceback
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from structprune.errors import InputError, StructpruneError
+from structprune.frontends.archives import check_archive
 from structprune.frontends.torchscript import is_torchscript, load_torchscript
 from structprune.frontends.weights import adapted, difference, unwrapped
 
@@ -244,7 +244,7 @@ def _from_file(path: Path, arch: str | None, trust_pickle: bool, inputs: Sequenc
         raise InputError(f"{path} is not a model file that structprune reads; give {', '.join(_SUFFIXES)}, or a constructor ({_CONSTRUCTORS})")
     if not head:
         raise InputError(f"{path} is empty; save or copy it again")
-    if suffix in _PICKLES and is_torchscript(_archive_entries(path)):
+    if suffix in _PICKLES and is_torchscript(check_archive(path)):
         return _torchscript(path, arch, inputs)
     if suffix == ".safetensors":
         return _with_weights(path, _safetensors(path), arch)
@@ -303,7 +303,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 def _unpickled(path: Path, head: bytes, trust_pickle: bool) -> Any:
     """The object in a file of torch.save, read without running any code of the file unless `trust_pickle`."""
-    entries = _archive_entries(path)
+    entries = check_archive(path)
     if any(e.endswith("/archive_format") for e in entries):
         raise InputError(f"{path} holds a torch.export program; rename it to {path.with_suffix('.pt2').name}")
     try:
@@ -342,15 +342,6 @@ class _NamingUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         except (ImportError, AttributeError) as error:
             raise _MissingClass(f"{module}.{name}") from error
-
-
-def _archive_entries(path: Path) -> list[str]:
-    """Names in a zip archive, which is what torch.save writes; none for any other file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except zipfile.BadZipFile:
-        return []
 
 
 def _with_weights(path: Path, state: dict[str, Tensor], arch: str | None) -> Loaded:

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError
+from structprune.frontends.archives import check_program
 from structprune.frontends.trace import from_exported
 from structprune.ir.graph import Graph
 from structprune.ir.traced import TracedModule
@@ -55,7 +56,9 @@ def load_program(path: str | Path) -> TracedModule:
 
 
 def load_graph(path: str | Path) -> Graph:
-    """The graph of a program that torch.export wrote to `path`. Raises InputError for a file that is none."""
+    """The graph of a program that torch.export wrote to `path`. Raises InputError for a file that is none, or whose loading would run code."""
+    if Path(path).is_file():
+        check_program(Path(path))
     try:
         program = torch.export.load(str(path))
     except Exception as error:  # torch raises anything from a KeyError to a zip error for a damaged archive
