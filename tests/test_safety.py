@@ -77,6 +77,7 @@ def same(name: str, content: bytes) -> bytes:
 
 MARK = "mark"
 RUN = f"__import__('pathlib').Path('{MARK}').touch()"
+FACTORY = 'collections.defaultdict\\\\\\", \\\\\\"default_factory_module\\\\\\": \\\\\\"antigravity'
 PROGRAMS: dict[str, Callable[[], tuple[Callable[[str, bytes], bytes | None], dict[str, bytes]]]] = {
     "example inputs": lambda: (lambda n, c: evil_pickle(Path(MARK)) if "sample_inputs" in n else c, {}),
     "old weights": lambda: (same, {"{}/data/weights/model.pt": evil_pickle(Path(MARK))}),
@@ -88,7 +89,7 @@ PROGRAMS: dict[str, Callable[[], tuple[Callable[[str, bytes], bytes | None], dic
     "file": lambda: (in_model("torch.ops.aten.relu.default", "torch.ops.aten.from_file.default"), {}),
     "call": lambda: (in_model("torch.ops.aten.relu.default", "_operator.call"), {}),
     "name": lambda: (in_model('"name": "x"', f'"name": "x={RUN}"'), {}),
-    "structure": lambda: (in_model("builtins.tuple", 'collections.defaultdict\\\\\\", \\\\\\"default_factory_module\\\\\\": \\\\\\"antigravity'), {}),
+    "structure": lambda: (in_model("builtins.tuple", FACTORY), {}),
     "compiled code": lambda: (same, {"{}/data/aotinductor/model/model.so": b"\x7fELF"}),
     "path": lambda: (same, {"../../outside": b"x"}),
     "absolute path": lambda: (same, {"/tmp/outside": b"x"}),
@@ -134,7 +135,7 @@ def test_no_door_unpickles(door: str, program: Path) -> None:
         rewritten(str(program), "out/model.pt2", *PROGRAMS["example inputs"]())
     else:
         torch.save({"task": {}, "state": Evil(mark), "state_dict": Evil(mark)}, "c.pt")
-    with pytest.raises(StructpruneError):
+    with pytest.raises(StructpruneError):  # noqa: PT012
         if door.startswith("calibration"):
             calibration(f"c.{door[-3:]}", Small(), (torch.zeros(1, 3, 8, 8),))
         elif door == "checkpoint":
@@ -171,7 +172,7 @@ def test_zip_bombs(suffix: str) -> None:
 
 @pytest.mark.parametrize("what", ["npy", "safetensors", "expanded", "plan", "option"])
 def test_absurd_shapes(what: str) -> None:
-    with pytest.raises(StructpruneError):
+    with pytest.raises(StructpruneError):  # noqa: PT012
         if what == "npy":
             header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999, 99999999)}"
             Path("a.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
@@ -273,7 +274,7 @@ def test_an_error_leaves_what_was_there() -> None:
     with all_or_none(Path("out")) as work:
         for name in FILES:
             (work / name).write_text("first")
-    with pytest.raises(KeyboardInterrupt), all_or_none(Path("out")) as work:
+    with pytest.raises(KeyboardInterrupt), all_or_none(Path("out")) as work:  # noqa: PT012
         (work / FILES[0]).write_text("second")
         raise KeyboardInterrupt
     assert contents() == {"first"} and left() == {"out"}
@@ -291,22 +292,9 @@ cli.main()
 
 @pytest.mark.parametrize("size", [1_000, 60_000])
 def test_a_full_disk(size: int) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        FULL,
-        str(size),
-        "compress",
-        "demo",
-        "--target",
-        "channels=0.5",
-        "--no-latency",
-        "--no-compensate",
-        "--out",
-        "out",
-    ]
+    given = ("compress", "demo", "--target", "channels=0.5", "--no-latency", "--no-compensate", "--out", "out")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run([sys.executable, "-c", FULL, str(size), *given], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "out cannot be written" in done.stderr.splitlines()[-1]
     assert left() == set()

@@ -69,11 +69,9 @@ def all_or_none(directory: Path) -> Iterator[Path]:
         yield work
         work.chmod(0o755)
         _put_in_place(work, directory)
-    except (OSError, RuntimeError) as error:  # torch says RuntimeError where its writer fails
-        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "write" in str(error):
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise InputError(f"{directory} cannot be written ({reason}): make room, or choose another directory; nothing was left") from error
-        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{directory} cannot be written ({reason}): make room, or choose another directory; nothing was left") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import io
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,9 @@ def save_program(program: ExportedProgram, path: str | Path, metadata: Mapping[s
     ]
     plain = copy.copy(program)
     plain._module_call_graph = entries
-    torch.export.save(plain, str(path), extra_files=dict(metadata or {}))
+    buffer = io.BytesIO()  # torch's own writer ends the process where the disk is full
+    torch.export.save(plain, buffer, extra_files=dict(metadata or {}))
+    Path(path).write_bytes(buffer.getbuffer())
 
 
 def _plain(spec: pytree.TreeSpec) -> pytree.TreeSpec:

@@ -14,6 +14,7 @@ _KEYS = (
     "state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params", "ema", "model_ema", "ema_state_dict",
     "state_dict_ema", "params_ema", "teacher", "student",
 )  # fmt: skip
+_LARGE = 1 << 30  # bytes that a tensor may be expanded to
 _DEPTH = 3  # checkpoints within checkpoints
 _PREFIXES = ("_orig_mod.", "module.", "model.", "net.", "network.", "ema_model.")  # of torch.compile, DataParallel, Lightning and own wrappers
 _COUNTERS = ("n_averaged",)  # that torch.optim.swa_utils keeps beside the weights
@@ -53,6 +54,9 @@ def _is_model(value: Any) -> bool:
 def adapted(state: Mapping[str, Tensor], expected: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The same weights in the names of `expected`, where that takes no more than a prefix or the masks of torch.nn.utils.prune; and notes."""
     state, notes = dict(state), []
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.numel() * value.element_size() > max(_LARGE, value.untyped_storage().nbytes()):
+            raise InputError(f"{path}: {name} claims the shape {_shape(value)}, and holds {value.untyped_storage().nbytes():,} bytes; do not use it")
     for counter in _COUNTERS:
         if counter in state and counter not in expected and len(state) > 1:
             del state[counter]
