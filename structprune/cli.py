@@ -38,10 +38,10 @@ ModelSpec = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="a file (.pt .pth .pt2 .safetensors), `demo`, or a constructor: timm:NAME, torchvision:NAME, package.module:function",
+        help="a file (.pt .pth .pt2 .safetensors), a folder of transformers, `demo`, or a constructor: timm:NAME, torchvision:NAME, package.module:function",
     ),
 ]
-Arch = Annotated[str | None, typer.Option("--arch", help="constructor for a state_dict or safetensors file")]
+Arch = Annotated[str | None, typer.Option("--arch", help="constructor for a state_dict or safetensors file; transformers:CLASS for a folder")]
 Inputs = Annotated[
     list[str] | None, typer.Option("--input", help="shape of an example input, such as 1x3x224x224 or 2x16:int64; once for each input")
 ]
