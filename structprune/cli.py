@@ -38,10 +38,11 @@ ModelSpec = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="a file (.pt .pth .pt2 .safetensors .onnx), `demo`, or a constructor: timm:NAME, torchvision:NAME, package.module:function",
+        help="a file (.pt .pth .pt2 .safetensors .onnx), a folder of transformers, `demo`, or a constructor: timm:NAME, torchvision:NAME, "
+        "package.module:function",
     ),
 ]
-Arch = Annotated[str | None, typer.Option("--arch", help="constructor for a state_dict or safetensors file")]
+Arch = Annotated[str | None, typer.Option("--arch", help="constructor for a state_dict or safetensors file; transformers:CLASS for a folder")]
 Inputs = Annotated[
     list[str] | None,
     typer.Option(
@@ -58,9 +59,12 @@ Dynamic = Annotated[
     typer.Option("--dynamic", help="axes that may change size beside the batch: 2,3 of every input, or NAME=1 of one; repeatable"),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="threads of the runtime; as torch is set by default")]
+TimeLimit = Annotated[float | None, typer.Option("--time-limit", metavar="SECONDS", help="end with an error, and nothing written, after so long")]
+MemoryLimit = Annotated[str | None, typer.Option("--memory-limit", metavar="SIZE", help="end with an error where more is needed, such as 8GB")]
 Seed = Annotated[int, typer.Option("--seed", help="seed of everything random")]
 
 _state = {"debug": False}
+_NO_MEMORY = "there is not enough memory for this model; raise --memory-limit if you set one, or give smaller inputs or fewer samples"
 
 
 @app.command()
@@ -73,6 +77,7 @@ def compress(
             help="what must hold: latency=0.5 or 4ms, channels=, macs=2G, params=, memory=, size=10MB, joined by commas; a front: latency=0.3:0.9:7",
         ),
     ] = "macs=0.5",
+    dead: Annotated[bool, typer.Option("--dead", help="remove only channels that contribute nothing; the answer stays the same to rounding")] = False,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -100,17 +105,24 @@ def compress(
     threads: Threads = None,
     seed: Seed = 0,
     trust_pickle: Trust = False,
+    half: Annotated[bool, typer.Option("--half", help="the small model computes in float16, in all its files")] = False,
+    quantize: Annotated[str | None, typer.Option("--quantize", metavar="int8", help="also write model.int8.onnx; needs --calibration")] = None,
+    opset: Annotated[int | None, typer.Option("--opset", help="version of ONNX's operators; by default that of torch's exporter")] = None,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="measure both models")] = True,
+    time_limit: TimeLimit = None,
+    memory_limit: MemoryLimit = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Compress MODEL, verify the result, and write original.onnx, model.onnx, model.pt2, weights, plan and report."""
     _state["debug"] = debug
+    _limit(time_limit, memory_limit)
     with _progress() as say:
         from structprune import pipeline
         from structprune.backends.directory import check_writable
         from structprune.frontends.trace import parse_dynamic
 
+        target = "dead" if dead else target
         directory = out if out is not None else Path("structprune-" + _file_name(model))
         check_writable(directory)
         loaded = _loaded(say, model, arch=arch, inputs=input or (), trust_pickle=trust_pickle, seed=seed)
@@ -130,8 +142,12 @@ def compress(
             "seed": seed,
             "progress": say,
         }
+        pipeline.check_form(half, quantize, options["calibration"] is not None)
         saving: dict[str, Any] = {
             "latency": latency,
+            "half": half,
+            "quantize": quantize,
+            "opset": opset,
             "model_name": loaded.name,
             "notes": loaded.notes,
         }
@@ -257,6 +273,15 @@ def bench(
         print(json.dumps(answers[0] if len(answers) == 1 else answers, indent=1))
     else:
         print("\n\n".join(texts))
+
+
+def _limit(seconds: float | None, memory: str | None) -> None:
+    from structprune import limits
+
+    if seconds is not None:
+        limits.limit_time(seconds)
+    if memory is not None:
+        limits.limit_memory(memory)
 
 
 def _numbers(option: str, text: str) -> list[int | None]:
@@ -407,15 +432,23 @@ def _file_name(spec: str) -> str:
 
 def main() -> None:
     """Run the command line; every error that we raise on purpose is one line and an exit status."""
+    from structprune.limits import TimeIsUp, is_out_of_memory
+
     try:
         app()
     except StructpruneError as error:
+        if is_out_of_memory(error):
+            _fail(error, InputError.exit_status, _NO_MEMORY)
         _fail(error, error.exit_status)
+    except TimeIsUp as error:
+        _fail(error, InputError.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)
     except (MemoryError, OSError) as error:
         _fail(InputError(f"{type(error).__name__}: {error}"), InputError.exit_status)
     except Exception as error:
+        if is_out_of_memory(error):
+            _fail(error, InputError.exit_status, _NO_MEMORY)
         first = (str(error).splitlines() or [""])[0]
         _fail(error, 1, f"internal error: {type(error).__name__}: {first}; run again with --debug and report it with the traceback")
 

@@ -11,8 +11,8 @@ ROOT = Path(structprune.__file__).parent
 
 # from the bottom up: a layer may import itself and what stands before it
 LAYERS = [
-    "errors", "demo", "ir", "ops", "analysis", "frontends", "transform", "calibrate", "decide", "recovery", "backends", "closed_loop", "pipeline",
-    "teaching", "cli",
+    "errors", "limits", "demo", "ir", "ops", "analysis", "frontends", "transform", "calibrate", "decide", "recovery", "backends", "closed_loop",
+    "pipeline", "teaching", "cli",
 ]  # fmt: skip
 
 # foreign libraries behind one door
@@ -21,9 +21,14 @@ DOORS = {
     "onnx": {"backends/onnx.py", "backends/benchmark.py", "backends/kernels.py", "frontends/onnx_in/reading.py"},
     "onnxslim": {"backends/onnx.py"},
     "onnxruntime": {
-        "backends/onnx.py", "backends/benchmark.py", "backends/candidates.py", "backends/kernels.py", "backends/tables.py",
+        "backends/onnx.py",
+        "backends/benchmark.py",
+        "backends/candidates.py",
+        "backends/kernels.py",
+        "backends/quantize.py",
+        "backends/tables.py",
         "frontends/onnx_in/check.py",
-    },  # fmt: skip
+    },
     "torch_pruning": {"decide/torch_pruning.py"},
     "matplotlib": {"backends/charts.py"},
     "sqlite3": {"backends/tables.py"},

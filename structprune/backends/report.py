@@ -208,6 +208,17 @@ def _fitted(data: Mapping[str, Any]) -> str:
     return fitted + trained
 
 
+def _int8(found: Mapping[str, Any]) -> str:
+    """How the quantised file answers, and how fast."""
+    agreement = f"it agrees with model.onnx on {100 * found['agreement']:.1f} %, and" if found.get("agreement") is not None else "it"
+    accuracy = f" Accuracy {100 * found['accuracy']:.2f} %." if found.get("accuracy") is not None else ""
+    speed = " ".join(filter(None, _speed(found["latency_ms"]))) + " beside original.onnx." if found.get("latency_ms") else ""
+    return (
+        f"model.int8.onnx, {_bytes(found['bytes'])}: on {found['compared_on']} samples {agreement} is off by {100 * found['error']:.1f} % of the "
+        f"answer's deviation.{accuracy} {speed}"
+    ).strip()
+
+
 def _passed(verification: Mapping[str, Any]) -> bool:
     error, tolerance = verification.get("masked_error"), verification.get("tolerance")
     return error is not None and tolerance is not None and error <= tolerance
@@ -284,6 +295,7 @@ def _summary(data: Mapping[str, Any]) -> str:
     remarks = [
         ("frozen", "; ".join(reason if n == 1 else f"{reason} ×{n}" for reason, n in reasons.items()) or "nothing"),
         ("checked", _verified(data.get("verification") or {}) + _fitted(data)),
+        *([("int8", _int8(data["int8"]))] if data.get("int8") else ()),
         *(("note", note) for note in _notes(data)),
     ]
     wrapped = (fill(text, 110, initial_indent=f"{what:<9}", subsequent_indent=" " * 9) for what, text in remarks)

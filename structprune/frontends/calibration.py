@@ -8,6 +8,8 @@ synthetic          made from the model's batch norms: calibrate/synthetic.py
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from structprune.errors import InputError
+from structprune.frontends.archives import check_archive
 from structprune.frontends.load import called, named_object
 
 SAMPLES = 512  # that are taken where there are more
@@ -78,7 +81,7 @@ def _picture(file: Path, channels: int, height: int, width: int) -> Tensor:
     try:
         with Image.open(file) as opened:
             picture = opened.convert("RGB" if channels == 3 else "L")
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"--calibration {file} cannot be read as a picture ({error}); remove it from the folder") from error
     scale = max(width / picture.width, height / picture.height)
     scaled = picture.resize((max(width, round(picture.width * scale)), max(height, round(picture.height * scale))))
@@ -89,6 +92,7 @@ def _picture(file: Path, channels: int, height: int, width: int) -> Tensor:
 
 def _arrays(path: Path, samples: int, seed: int) -> list[Any]:
     """Batches of the inputs by name (or of the one input), with labels where the file has them."""
+    check_archive(path)
     try:
         if path.suffix.lower() == ".safetensors":
             arrays: dict[str, Any] = dict(load_file(path))
@@ -98,7 +102,7 @@ def _arrays(path: Path, samples: int, seed: int) -> list[Any]:
             with np.load(path, allow_pickle=False) as opened:
                 arrays = {name: opened[name] for name in opened.files}
         tensors = {name: torch.as_tensor(value) for name, value in arrays.items()}
-    except (OSError, ValueError, TypeError, EOFError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"--calibration {path} cannot be read ({reason}); {_EXPECTED}") from error
     labels = next((tensors.pop(name) for name in _LABELS if name in tensors and len(tensors) > 1), None)
