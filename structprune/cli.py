@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -126,6 +127,7 @@ def compress(
             "latency": latency,
             "model_name": loaded.name,
             "notes": loaded.notes,
+            "command": shlex.join(["structprune", *sys.argv[1:]]),
         }
         if ":" in target:
             from structprune.backends import front
@@ -244,7 +246,7 @@ def bench(
             texts.append(f"inputs {shapes}\n{compared}" + (profiles.to_text(found) if found else ""))
             drawn[f"{shapes}\n{compared.threads} thread{'' if compared.threads == 1 else 's'}"] = compared
         if chart is not None:
-            charts.latencies(drawn, chart)
+            charts.save(charts.latencies(drawn), chart)
     if as_json:
         print(json.dumps(answers[0] if len(answers) == 1 else answers, indent=1))
     else:

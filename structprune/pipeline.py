@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 from structprune import decide
 from structprune.analysis.explain import why
 from structprune.analysis.groups import Groups, find_groups
+from structprune.analysis.outline import outline
 from structprune.backends import directory as out
-from structprune.backends import onnx, runtimes
+from structprune.backends import onnx, profiles, runtimes
 from structprune.backends.benchmark import Comparison, environment
 from structprune.backends.report import Report
 from structprune.backends.runtimes import Runtime
@@ -345,13 +346,14 @@ class Result:
         latency: bool = True,
         model_name: str = "",
         notes: Sequence[str] = (),
+        command: str = "",
     ) -> Report:
         """Write the output directory (all files or none) and return the full report.
 
-        latency: measure both models, in the runtime of deployment and as ONNX files in ONNX Runtime.
+        command: what the user typed, for the report. latency: measure both models, in the runtime of deployment and as ONNX files in ONNX Runtime.
         Raises InputError for a directory that cannot be written, and VerificationError where ONNX Runtime disagrees with torch.
         """
-        data = self.report.to_dict() | {"model": model_name, "notes": [*notes, *self.report.data["notes"]]}
+        data = self.report.to_dict() | {"model": model_name, "command": command, "notes": [*notes, *self.report.data["notes"]]}
         with out.all_or_none(Path(directory)) as work:
             data["verification"]["onnx_error"] = self.write_model(work)
             self.plan.save(work / "plan.json")
@@ -364,6 +366,8 @@ class Result:
             if latency:
                 with self.clock("benchmark"):
                     data["latency_ms"] = self._latencies(work)
+                with self.clock("profile"):
+                    data["operators"] = self._operators(work)
             data["seconds"] = dict(self.clock.seconds)
             report = Report(data)
             report.save_json(work / "report.json")
@@ -394,6 +398,11 @@ class Result:
                 compared = runtimes.compare(where, original, where.file(work, "model"), inputs)
                 found[compared.latencies[0].runtime] = _latency(compared)
         return found
+
+    def _operators(self, work: Path) -> dict[str, Any]:
+        """Where the time of both files goes in ONNX Runtime on the CPU, by operator."""
+        inputs = tuple(v for v in self.graph.given_inputs() if isinstance(v, Tensor))
+        return profiles.to_dict(profiles.profiles({name: work / f"{name}.onnx" for name in ("original", "model")}, inputs, self.runtime.threads))
 
     def _program(self) -> torch.export.ExportedProgram:
         if self.small is not self.model:  # the user may have trained the model since
@@ -470,6 +479,14 @@ def _latency(compared: Comparison) -> dict[str, Any]:
     }
 
 
+def _options(ready: _Ready | None) -> dict[str, Any] | None:
+    """What the user chose, for the report; a criterion of the user's own by its name."""
+    if ready is None:
+        return None
+    chosen = asdict(replace(ready.options, criterion=str(ready.saliency.criterion)))
+    return {name: value for name, value in chosen.items() if value not in (None, ())}
+
+
 def _peak(alive: Sequence[Cost], widths: Mapping[Atom, int]) -> dict[str, float]:
     """The largest of what is alive at one time, before and after."""
     return {"before": max((c() for c in alive), default=0), "after": max((c(widths) for c in alive), default=0)}
@@ -533,6 +550,8 @@ def _report(
                 for g in plan.groups
             ],
             "frozen": [{"name": f.name, "channels": f.channels, "reason": f.reason, "at": f.at} for f in plan.frozen],
+            "outline": outline(graph, groups),
+            "options": _options(ready),
             "notes": list(graph.notes),
             "seconds": dict(clock.seconds),
             "environment": environment(),

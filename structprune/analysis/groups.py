@@ -105,7 +105,7 @@ def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> Groups:
         if reason is None:
             groups.append(Group(names.of(where), atom, tuple(where), atom not in inexact, inexact.get(atom, "")))
         elif any(m.dim < 2 for m in where):  # kernel windows are no channels
-            frozen.append(Frozen(_owner(where), atom.size, reason.why, reason.at, tuple(where)))
+            frozen.append(Frozen(_owner(where), atom.size, reason.why, reason.at, tuple(where), atom))
     return Groups(
         groups=tuple(groups),
         frozen=tuple(frozen),

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from structprune.backends import charts
+from structprune.backends import charts, page
 from structprune.backends.report import Report
+from structprune.backends.wording import passed
 
 
 def rows_of(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
@@ -20,6 +21,7 @@ def rows_of(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "directory": directory,
+                "model": data.get("model", ""),
                 "target": data["target"],
                 "latency": measured["ratio"] if measured else None,
                 "macs": data["macs"]["after"] / data["macs"]["before"],
@@ -27,15 +29,20 @@ def rows_of(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
                 "importance_kept": data.get("importance_kept"),
                 "predicted_loss": data.get("predicted_loss"),
                 "accuracy": (data.get("accuracy") or {}).get("after"),
+                "verified": passed(data.get("verification") or {}),
             }
         )
     return rows
 
 
 def save(rows: Sequence[Mapping[str, Any]], directory: Path, name: str) -> None:
-    """Write front.json and front.svg."""
+    """Write front.json, front.svg and front.html, which links to the reports."""
+    name = name.encode("utf-8", "replace").decode()  # of a file: whatever bytes the system allows
     (directory / "front.json").write_text(json.dumps(list(rows), indent=1) + "\n")
-    charts.front(rows, directory / "front.svg", name)
+    charts.save(charts.front(rows, name, 560), directory / "front.svg")
+    page.write(
+        page.of_runs([{**row, "page": f"{row['directory']}/report.html"} for row in rows], f"{name}: {len(rows)} targets"), directory / "front.html"
+    )
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
