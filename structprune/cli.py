@@ -285,6 +285,23 @@ def verify(
 
 
 @app.command()
+def compare(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR [DIR ...]", help="output directories of `structprune compress`, of fronts too")],
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write a page that links to the reports")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compressions side by side: what each kept of latency, work, parameters and accuracy."""
+    _state["debug"] = debug
+    from structprune.backends import front
+
+    rows = front.rows_of(front.read(directories))
+    if html is not None:
+        front.save_page(rows, html, f"{len(rows)} compressions")
+    print(json.dumps(rows, indent=1) if as_json else front.table(rows))
+
+
+@app.command()
 def recover(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="an output directory of `structprune compress`")],
     train: Annotated[

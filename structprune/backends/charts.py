@@ -123,7 +123,10 @@ def operators(rows: Sequence[Mapping[str, Any]], width: int) -> Spec:
 
 
 def front(rows: Sequence[Mapping[str, Any]], title: str, width: int) -> Spec:
-    """rows: as of `front.rows_of`. Latency (or multiply-accumulates, where it was not measured) against the best measure of quality that all have."""
+    """Latency (or multiply-accumulates, where it was not measured) against the best measure of quality that all have.
+
+    rows: as of `front.rows_of`. A line joins those that no other beats in both.
+    """
     measured = all(row["latency"] for row in rows)
     quality, label = quality_of(rows)
     values = []
@@ -133,6 +136,7 @@ def front(rows: Sequence[Mapping[str, Any]], title: str, width: int) -> Spec:
         values.append(
             {"cost": ratio["median"], "low": ratio["low"], "high": ratio["high"], "quality": row[quality], "name": row["target"], "is": words}
         )
+    _mark_best(values, up=quality != "predicted_loss")
     cost = f"{'latency' if measured else 'multiply-accumulates'}, share of the original's"
     x = {
         "field": "cost",
@@ -150,7 +154,11 @@ def front(rows: Sequence[Mapping[str, Any]], title: str, width: int) -> Spec:
         "data": {"values": values},
         "height": 260,
         "layer": [
-            {"mark": {"type": "line", "color": "@before", "strokeWidth": 2, "aria": False}, "encoding": {"x": x, "y": y}},
+            {
+                "transform": [{"filter": "datum.best"}],
+                "mark": {"type": "line", "color": "@before", "strokeWidth": 2, "aria": False},
+                "encoding": {"x": x, "y": y},
+            },
             *(spread if measured else []),
             {"mark": {"type": "circle", "size": 80, "opacity": 1, "color": "@after"}, "encoding": {"x": x, "y": y, "description": {"field": "is"}}},
             {
@@ -159,6 +167,15 @@ def front(rows: Sequence[Mapping[str, Any]], title: str, width: int) -> Spec:
             },
         ],
     }
+
+
+def _mark_best(values: list[dict[str, Any]], up: bool) -> None:
+    """Say "best" of each that is better than all that cost no more. up: more quality is better."""
+    reached = float("-inf")
+    for value in sorted(values, key=lambda v: (v["cost"], -v["quality"] if up else v["quality"])):
+        good = value["quality"] if up else -value["quality"]
+        value["best"] = good > reached
+        reached = max(reached, good)
 
 
 def quality_of(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -225,7 +242,7 @@ def _styled(spec: Spec, width: int, colours: Mapping[str, str]) -> Spec:
             "gridColor": "@rule", "domainColor": "@quiet", "tickColor": "@rule",
         },
         "axisX": {"grid": False},
-        "axisY": {"domain": False, "ticks": False},
+        "axisY": {"domain": False, "ticks": False, "labelPadding": 4, "titlePadding": 12},
         "legend": {"labelColor": "@ink"},
         "title": {"color": "@ink", "anchor": "start", "fontWeight": 600},
     }  # fmt: skip

@@ -24,6 +24,10 @@ from structprune.backends import charts, lanes
 from structprune.backends import wording as words
 
 _FOLDED = 250  # rows of a table or of the map: more are folded away at first, and packed
+_COLUMNS = {
+    "latency": "latency", "macs": "work", "params": "parameters", "accuracy": "accuracy", "predicted_loss": "predicted loss",
+    "importance_kept": "importance kept",
+}  # fmt: skip
 _NAMED = 6  # members that a tip names
 _OPERATORS = 8  # bars in the chart of operators, beside one for the rest
 _MATTERS = 0.01  # of the time: an operator that takes less gets no bar of its own
@@ -66,9 +70,21 @@ def of_report(data: Mapping[str, Any]) -> str:
 
 def of_runs(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     """The page of several compressions side by side. rows: as of `front.rows_of`; "page" of one is the address of its report."""
-    label = charts.quality_of(rows)[1]
-    chart = _drawn(lambda width: charts.front(rows, "", width)) if len(rows) > 1 and _comparable(rows) else None
-    return _page("runs.html", title=f"structprune: {title}", heading=title, rows=rows, chart=chart, quality=label)
+    quality = charts.quality_of(rows)
+    several = len({row["model"] for row in rows}) > 1
+    columns = {key: head for key, head in _COLUMNS.items() if any(row[key] is not None for row in rows)}
+    if all(row["predicted_loss"] is not None for row in rows):  # which says more
+        columns.pop("importance_kept", None)
+    return _page(
+        "runs.html",
+        title=f"structprune: {title}",
+        heading=title,
+        rows=rows,
+        columns=columns,
+        several=several,  # of different models only the accuracy compares
+        chart=_drawn(lambda width: charts.front(rows, "", width)) if len(rows) > 1 and (not several or quality[0] == "accuracy") else None,
+        quality=quality[1],
+    )
 
 
 def summary(data: Mapping[str, Any]) -> str:
@@ -287,7 +303,3 @@ def _stages(names: Sequence[str]) -> list[tuple[str, int]]:
         if len(runs) > 2:
             break
     return runs
-
-
-def _comparable(rows: Sequence[Mapping[str, Any]]) -> bool:
-    return all(row["latency"] or row["macs"] is not None for row in rows)
