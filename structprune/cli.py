@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import shlex
 import sys
-import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from structprune import settings, terminal
 from structprune.errors import InputError, StructpruneError
 
 if TYPE_CHECKING:  # torch is imported when a command runs, not for --help
@@ -48,6 +45,13 @@ Inputs = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust-pickle", help="load a pickled module: this runs code of whoever wrote the file")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of the summary")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="say nothing on the way to the result")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE.toml", help="options under the names of their flags; those typed win", callback=settings.use, is_eager=True
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 Ignore = Annotated[list[str] | None, typer.Option("--ignore", help="name or pattern of modules or tensors that keep their channels; repeatable")]
 Dynamic = Annotated[
@@ -62,6 +66,7 @@ _state = {"debug": False}
 
 @app.command()
 def compress(
+    context: typer.Context,
     model: ModelSpec,
     target: Annotated[
         str,
@@ -94,12 +99,14 @@ def compress(
     seed: Seed = 0,
     trust_pickle: Trust = False,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="measure both models")] = True,
+    config: Config = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Compress MODEL, verify the result, and write original.onnx, model.onnx, model.pt2, weights, plan and report."""
     _state["debug"] = debug
-    with _progress() as say:
+    with terminal.progress(quiet) as say:
         from structprune import pipeline
         from structprune.backends.directory import check_writable
         from structprune.frontends.trace import parse_dynamic
@@ -127,8 +134,10 @@ def compress(
             "latency": latency,
             "model_name": loaded.name,
             "notes": loaded.notes,
-            "command": shlex.join(["structprune", *sys.argv[1:]]),
+            "typed": {"command": shlex.join(["structprune", *sys.argv[1:]]), "config": context.obj},
         }
+        answer: Any
+        show: Callable[[], None]
         if ":" in target:
             from structprune.backends import front
 
@@ -136,11 +145,11 @@ def compress(
             reports = {r.plan.target.replace("=", "-"): r for r in results}
             rows = front.rows_of({name: r.save(directory / name, **saving) for name, r in reports.items()})
             front.save(rows, directory, loaded.name)
-            summary = json.dumps(rows, indent=1) if as_json else front.table(rows)
+            answer, show = rows, partial(print, front.table(rows))
         else:
             report = pipeline.compress(loaded.model, loaded.args, target, **options).save(directory, **saving)
-            summary = json.dumps(report.to_dict(), indent=1) if as_json else str(report)
-    print(summary if as_json else f"{summary}\n\nwritten to {directory}/")
+            answer, show = report.to_dict(), partial(terminal.show_report, report)
+    _answer(answer, show, directory, as_json)
 
 
 @app.command()
@@ -155,7 +164,9 @@ def inspect(
     ] = None,
     seed: Seed = 0,
     trust_pickle: Trust = False,
+    config: Config = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """What can be pruned in MODEL, what cannot, and why."""
@@ -163,7 +174,7 @@ def inspect(
     layers = [*(why or ()), *([other] if other else ())]
     if len(layers) > 2 or (other and not why):
         raise InputError("inspect takes one MODEL, and --why one or two layers")
-    with _progress() as say:
+    with terminal.progress(quiet) as say:
         from structprune import pipeline
 
         loaded = _loaded(say, model, arch=arch, inputs=input or (), trust_pickle=trust_pickle, seed=seed)
@@ -178,19 +189,7 @@ def inspect(
     if as_json:
         print(json.dumps(groups.to_dict(), indent=1))
         return
-    console = Console()
-    table = Table(
-        "group", "channels", "stands in", title=f"{len(groups)} groups of coupled channels; {groups.params():,} parameters, {groups.macs():,} MACs"
-    )
-    for group in groups:
-        weights = [f"{m.tensor}[{m.dim}]" for m in group.members if len(groups.axes[m.tensor]) > 1]
-        others = len(group.members) - len(weights)
-        table.add_row(group.name, str(group.size), ", ".join(weights) + (f" and {others} vectors" if others else ""))
-    console.print(table)
-    table = Table("frozen", "channels", "reason", "source", title="what stays, and why")
-    for frozen in groups.frozen:
-        table.add_row(frozen.name, str(frozen.channels), frozen.reason, frozen.at)
-    console.print(table)
+    terminal.show_groups(groups)
 
 
 @app.command()
@@ -210,7 +209,9 @@ def bench(
     chart: Annotated[Path | None, typer.Option("--chart", metavar="FILE", help="draw it: FILE.svg, .png or .pdf")] = None,
     resources: Annotated[bool, typer.Option(help="peak memory and energy too, where the machine tells")] = True,
     seed: Seed = 0,
+    config: Config = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Latency side by side: interleaved rounds, ratios with intervals. An output directory alone compares its two ONNX files."""
@@ -227,7 +228,7 @@ def bench(
     answers: list[dict[str, Any]] = []
     texts: list[str] = []
     drawn: dict[str, Comparison] = {}
-    with _progress() as say:
+    with terminal.progress(quiet) as say:
         from structprune.backends import charts, profiles
         from structprune.backends.benchmark import benchmark
         from structprune.backends.candidates import example_inputs, named, resized
@@ -267,12 +268,14 @@ def _numbers(option: str, text: str) -> list[int | None]:
 @app.command()
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="an output directory of `structprune compress`")],
+    config: Config = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Every check again, from the saved files alone."""
     _state["debug"] = debug
-    with _progress() as say:
+    with terminal.progress(quiet) as say:
         from structprune.backends.directory import verify_directory
 
         say(f"verify {directory}")
@@ -322,12 +325,14 @@ def recover(
     device: Annotated[str, typer.Option("--device", help="where it trains: cpu, cuda or cuda:N")] = "cpu",
     seed: Seed = 0,
     trust_pickle: Trust = False,
+    config: Config = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Train the small model of DIR for a short while, with the original as its teacher; torchrun shares the work among processes."""
     _state["debug"] = debug
-    with _progress() as say:
+    with terminal.progress(quiet) as say:
         from structprune import teaching
         from structprune.frontends.load import load
         from structprune.recovery import distributed
@@ -347,7 +352,16 @@ def recover(
         }
         report = teaching.recover_directory(directory, train, target, progress=say, **options)
     if distributed.rank() == 0:
-        print(json.dumps(report.to_dict(), indent=1) if as_json else f"{report}\n\nwritten to {target}/")
+        _answer(report.to_dict(), partial(terminal.show_report, report), target, as_json)
+
+
+def _answer(answer: Any, show: Callable[[], None], directory: Path, as_json: bool) -> None:
+    """What was made, as JSON or for people, and where it lies."""
+    if as_json:
+        print(json.dumps(answer, indent=1))
+    else:
+        show()
+        print(f"\nwritten to {directory}/")
 
 
 def _loaded(say: Callable[[str], None], model: str, **options: Any) -> Loaded:
@@ -379,32 +393,6 @@ def _evaluation(spec: str) -> Callable[[Any], float]:
     form = "package.module:function; --evaluate names a function of the model"
     function = named_object(spec, form, "a function of the model that returns a number")
     return lambda model: float(called(spec, function, model))
-
-
-class _progress:
-    """Says on stderr what is being done; libraries' chatter stays out of it."""
-
-    def __enter__(self) -> Callable[[str], None]:
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        self._console = Console(stderr=True)
-        self._status = self._console.status("start") if self._console.is_terminal else None
-        if self._status is not None:
-            self._status.start()
-        self._stdout = redirect_stdout(sys.stderr)  # whatever the user's code prints is no part of the answer
-        self._stdout.__enter__()
-        return self._say
-
-    def _say(self, text: str) -> None:
-        if self._status is not None:
-            self._status.update(text)
-        else:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def __exit__(self, *_: Any) -> None:
-        self._stdout.__exit__(None, None, None)
-        if self._status is not None:
-            self._status.stop()
 
 
 def _file_name(spec: str) -> str:

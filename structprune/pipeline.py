@@ -335,6 +335,9 @@ class Result:
     runtime: Runtime  # that it is deployed in
     dense: Dense | None = field(default=None, repr=False)  # the model before pruning, where it was exported to be timed
 
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_() + self.plan._repr_html_()
+
     def export_onnx(self, path: str | Path) -> float:
         """Write the small model, with its present weights, as ONNX; returns ONNX Runtime's largest relative difference from it."""
         return self._export(self._program(), Path(path))
@@ -346,14 +349,15 @@ class Result:
         latency: bool = True,
         model_name: str = "",
         notes: Sequence[str] = (),
-        command: str = "",
+        typed: Mapping[str, Any] | None = None,
     ) -> Report:
         """Write the output directory (all files or none) and return the full report.
 
-        command: what the user typed, for the report. latency: measure both models, in the runtime of deployment and as ONNX files in ONNX Runtime.
+        latency: measure both models, in the runtime of deployment and as ONNX files in ONNX Runtime.
+        typed: for the report, the "command" and the "config" file that the user gave.
         Raises InputError for a directory that cannot be written, and VerificationError where ONNX Runtime disagrees with torch.
         """
-        data = self.report.to_dict() | {"model": model_name, "command": command, "notes": [*notes, *self.report.data["notes"]]}
+        data = self.report.to_dict() | {"model": model_name, **(typed or {}), "notes": [*notes, *self.report.data["notes"]]}
         with out.all_or_none(Path(directory)) as work:
             data["verification"]["onnx_error"] = self.write_model(work)
             self.plan.save(work / "plan.json")

@@ -11,8 +11,8 @@ ROOT = Path(structprune.__file__).parent
 
 # from the bottom up: a layer may import itself and what stands before it
 LAYERS = [
-    "errors", "demo", "ir", "ops", "analysis", "frontends", "transform", "calibrate", "decide", "recovery", "backends", "closed_loop", "pipeline",
-    "teaching", "cli",
+    "errors", "notebook", "demo", "ir", "ops", "analysis", "frontends", "transform", "calibrate", "decide", "recovery", "backends", "closed_loop",
+    "pipeline", "teaching", "settings", "terminal", "cli",
 ]  # fmt: skip
 
 # foreign libraries behind one door
@@ -26,8 +26,8 @@ DOORS = {
     "jinja2": {"backends/page.py"},
     "markupsafe": {"backends/page.py"},
     "sqlite3": {"backends/tables.py"},
-    "typer": {"cli.py"},
-    "rich": {"cli.py"},
+    "typer": {"cli.py", "settings.py"},
+    "rich": {"terminal.py"},
 }
 
 

@@ -64,6 +64,7 @@ def of_report(data: Mapping[str, Any]) -> str:
         environment=_listed(data.get("environment") or {}),
         options=_listed(data.get("options") or {}),
         command=data.get("command") or "",
+        config=_listed(data.get("config") or {}),
         folded=_FOLDED,
     )
 
@@ -85,16 +86,6 @@ def of_runs(rows: Sequence[Mapping[str, Any]], title: str) -> str:
         chart=_drawn(lambda width: charts.front(rows, "", width)) if len(rows) > 1 and (not several or quality[0] == "accuracy") else None,
         quality=quality[1],
     )
-
-
-def summary(data: Mapping[str, Any]) -> str:
-    """A notebook's view of a report: the verdict and the comparison, without scripts or styles of the page."""
-    return _templates.get_template("notebook.html").module.report(words.settings_of(data), words.headline(data), words.rows(data))  # type: ignore[attr-defined, no-any-return]
-
-
-def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A notebook's view of a list: a table that unfolds where it is long."""
-    return _templates.get_template("notebook.html").module.table(title, heads, rows)  # type: ignore[attr-defined, no-any-return]
 
 
 def write(text: str, path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from structprune import notebook
 from structprune.backends import page
 from structprune.backends.wording import fitted, headline, notes_of, rows, settings_of, verified
 from structprune.errors import InputError
@@ -40,7 +41,8 @@ class Report:
         page.write(page.of_report(self.data), Path(path))
 
     def _repr_html_(self) -> str:
-        return page.summary(self.data)
+        lines = [row[:5] for row in rows(self.data)]
+        return notebook.table(f"{headline(self.data)}. {settings_of(self.data)}", ("", "before", "after", "kept", ""), lines)
 
     @staticmethod
     def load(path: str | Path) -> Report:
