@@ -42,6 +42,7 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._send(f"{domain}.enable")
         self._send("Emulation.setFocusEmulationEnabled", enabled=True)
+        self._send("Emulation.setScrollbarsHidden", hidden=True)
 
     def open(self, path: Path, size: tuple[int, int] = DESK, scheme: str = "light") -> None:
         """Load a file; returns when it has loaded. scheme: light or dark, as the user's system prefers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import sys
@@ -50,7 +51,11 @@ def test_tutorial(path: Path, run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *TUTORIALS], ids=lambda p: p.stem)
-def test_commands_have_the_options_that_they_are_given(path: Path) -> None:
+def test_commands_have_the_options_that_they_are_given(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for language, _, block in _BLOCK.findall(path.read_text()):
+        if language == "toml":
+            (tmp_path / "small.toml").write_text(block)
     group = typer.main.get_command(cli.app)
     for words in commands(path.read_text()):
         command = group.commands[words[0]]  # type: ignore[attr-defined]
@@ -61,6 +66,16 @@ def test_links_lead_somewhere() -> None:
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()) + re.findall(r'src="([^":]+)"', path.read_text())
         assert [link for link in links if not (path.parent / link).exists()] == [], path
+
+
+def test_the_table_of_the_readme_is_what_the_benchmarks_say() -> None:
+    spec = importlib.util.spec_from_file_location("bench_readme", ROOT / "bench/readme.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "README.md").read_text()
+    assert text.count(module.BEGIN) == text.count(module.END) == 1
+    assert module.with_table(text) == text, "python bench/readme.py --write"
 
 
 def test_every_tutorial_is_listed() -> None:
