@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
+import shlex
 import sys
-import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from structprune import settings, terminal
 from structprune.errors import InputError, StructpruneError
 
 if TYPE_CHECKING:  # torch is imported when a command runs, not for --help
@@ -52,6 +50,13 @@ Inputs = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust-pickle", help="load a pickled module: this runs code of whoever wrote the file")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of the summary")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="say nothing on the way to the result")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE.toml", help="options under the names of their flags; those typed win", callback=settings.use, is_eager=True
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 Ignore = Annotated[list[str] | None, typer.Option("--ignore", help="name or pattern of modules or tensors that keep their channels; repeatable")]
 Dynamic = Annotated[
@@ -69,6 +74,7 @@ _NO_MEMORY = "there is not enough memory for this model; raise --memory-limit if
 
 @app.command()
 def compress(
+    context: typer.Context,
     model: ModelSpec,
     target: Annotated[
         str,
@@ -111,13 +117,15 @@ def compress(
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="measure both models")] = True,
     time_limit: TimeLimit = None,
     memory_limit: MemoryLimit = None,
+    config: Config = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Compress MODEL, verify the result, and write original.onnx, model.onnx, model.pt2, weights, plan and report."""
     _state["debug"] = debug
     _limit(time_limit, memory_limit)
-    with _progress() as say:
+    with terminal.progress(quiet) as say:
         from structprune import pipeline
         from structprune.backends.directory import check_writable
         from structprune.frontends.trace import parse_dynamic
@@ -150,7 +158,10 @@ def compress(
             "opset": opset,
             "model_name": loaded.name,
             "notes": loaded.notes,
+            "typed": {"command": shlex.join(["structprune", *sys.argv[1:]]), "config": context.obj},
         }
+        answer: Any
+        show: Callable[[], None]
         if ":" in target:
             from structprune.backends import front
 
@@ -158,11 +169,11 @@ def compress(
             reports = {r.plan.target.replace("=", "-"): r for r in results}
             rows = front.rows_of({name: r.save(directory / name, **saving) for name, r in reports.items()})
             front.save(rows, directory, loaded.name)
-            summary = json.dumps(rows, indent=1) if as_json else front.table(rows)
+            answer, show = rows, partial(print, front.table(rows))
         else:
             report = pipeline.compress(loaded.model, loaded.args, target, **options).save(directory, **saving)
-            summary = json.dumps(report.to_dict(), indent=1) if as_json else str(report)
-    print(summary if as_json else f"{summary}\n\nwritten to {directory}/")
+            answer, show = report.to_dict(), partial(terminal.show_report, report)
+    _answer(answer, show, directory, as_json)
 
 
 @app.command()
@@ -177,7 +188,9 @@ def inspect(
     ] = None,
     seed: Seed = 0,
     trust_pickle: Trust = False,
+    config: Config = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """What can be pruned in MODEL, what cannot, and why."""
@@ -185,7 +198,7 @@ def inspect(
     layers = [*(why or ()), *([other] if other else ())]
     if len(layers) > 2 or (other and not why):
         raise InputError("inspect takes one MODEL, and --why one or two layers")
-    with _progress() as say:
+    with terminal.progress(quiet) as say:
         from structprune import pipeline
 
         loaded = _loaded(say, model, arch=arch, inputs=input or (), trust_pickle=trust_pickle, seed=seed)
@@ -200,19 +213,7 @@ def inspect(
     if as_json:
         print(json.dumps(groups.to_dict(), indent=1))
         return
-    console = Console()
-    table = Table(
-        "group", "channels", "stands in", title=f"{len(groups)} groups of coupled channels; {groups.params():,} parameters, {groups.macs():,} MACs"
-    )
-    for group in groups:
-        weights = [f"{m.tensor}[{m.dim}]" for m in group.members if len(groups.axes[m.tensor]) > 1]
-        others = len(group.members) - len(weights)
-        table.add_row(group.name, str(group.size), ", ".join(weights) + (f" and {others} vectors" if others else ""))
-    console.print(table)
-    table = Table("frozen", "channels", "reason", "source", title="what stays, and why")
-    for frozen in groups.frozen:
-        table.add_row(frozen.name, str(frozen.channels), frozen.reason, frozen.at)
-    console.print(table)
+    terminal.show_groups(groups)
 
 
 @app.command()
@@ -232,7 +233,9 @@ def bench(
     chart: Annotated[Path | None, typer.Option("--chart", metavar="FILE", help="draw it: FILE.svg, .png or .pdf")] = None,
     resources: Annotated[bool, typer.Option(help="peak memory and energy too, where the machine tells")] = True,
     seed: Seed = 0,
+    config: Config = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Latency side by side: interleaved rounds, ratios with intervals. An output directory alone compares its two ONNX files."""
@@ -249,7 +252,7 @@ def bench(
     answers: list[dict[str, Any]] = []
     texts: list[str] = []
     drawn: dict[str, Comparison] = {}
-    with _progress() as say:
+    with terminal.progress(quiet) as say:
         from structprune.backends import charts, profiles
         from structprune.backends.benchmark import benchmark
         from structprune.backends.candidates import example_inputs, named, resized
@@ -268,7 +271,7 @@ def bench(
             texts.append(f"inputs {shapes}\n{compared}" + (profiles.to_text(found) if found else ""))
             drawn[f"{shapes}\n{compared.threads} thread{'' if compared.threads == 1 else 's'}"] = compared
         if chart is not None:
-            charts.latencies(drawn, chart)
+            charts.save(charts.latencies(drawn), chart)
     if as_json:
         print(json.dumps(answers[0] if len(answers) == 1 else answers, indent=1))
     else:
@@ -298,12 +301,14 @@ def _numbers(option: str, text: str) -> list[int | None]:
 @app.command()
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="an output directory of `structprune compress`")],
+    config: Config = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Every check again, from the saved files alone."""
     _state["debug"] = debug
-    with _progress() as say:
+    with terminal.progress(quiet) as say:
         from structprune.backends.directory import verify_directory
 
         say(f"verify {directory}")
@@ -313,6 +318,23 @@ def verify(
     else:
         print("\n".join(f"{name:<36} {value}" for name, value in found.items() if not isinstance(value, (list, dict))))
         print(f"{directory}: verified")
+
+
+@app.command()
+def compare(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR [DIR ...]", help="output directories of `structprune compress`, of fronts too")],
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write a page that links to the reports")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compressions side by side: what each kept of latency, work, parameters and accuracy."""
+    _state["debug"] = debug
+    from structprune.backends import front
+
+    rows = front.rows_of(front.read(directories))
+    if html is not None:
+        front.save_page(rows, html, f"{len(rows)} compressions")
+    print(json.dumps(rows, indent=1) if as_json else front.table(rows))
 
 
 @app.command()
@@ -336,12 +358,14 @@ def recover(
     device: Annotated[str, typer.Option("--device", help="where it trains: cpu, cuda or cuda:N")] = "cpu",
     seed: Seed = 0,
     trust_pickle: Trust = False,
+    config: Config = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Train the small model of DIR for a short while, with the original as its teacher; torchrun shares the work among processes."""
     _state["debug"] = debug
-    with _progress() as say:
+    with terminal.progress(quiet) as say:
         from structprune import teaching
         from structprune.frontends.load import load
         from structprune.recovery import distributed
@@ -361,7 +385,16 @@ def recover(
         }
         report = teaching.recover_directory(directory, train, target, progress=say, **options)
     if distributed.rank() == 0:
-        print(json.dumps(report.to_dict(), indent=1) if as_json else f"{report}\n\nwritten to {target}/")
+        _answer(report.to_dict(), partial(terminal.show_report, report), target, as_json)
+
+
+def _answer(answer: Any, show: Callable[[], None], directory: Path, as_json: bool) -> None:
+    """What was made, as JSON or for people, and where it lies."""
+    if as_json:
+        print(json.dumps(answer, indent=1))
+    else:
+        show()
+        print(f"\nwritten to {directory}/")
 
 
 def _loaded(say: Callable[[str], None], model: str, **options: Any) -> Loaded:
@@ -396,32 +429,6 @@ def _evaluation(spec: str) -> Callable[[Any], float]:
     form = "package.module:function; --evaluate names a function of the model"
     function = named_object(spec, form, "a function of the model that returns a number")
     return lambda model: float(called(spec, function, model))
-
-
-class _progress:
-    """Says on stderr what is being done; libraries' chatter stays out of it."""
-
-    def __enter__(self) -> Callable[[str], None]:
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        self._console = Console(stderr=True)
-        self._status = self._console.status("start") if self._console.is_terminal else None
-        if self._status is not None:
-            self._status.start()
-        self._stdout = redirect_stdout(sys.stderr)  # whatever the user's code prints is no part of the answer
-        self._stdout.__enter__()
-        return self._say
-
-    def _say(self, text: str) -> None:
-        if self._status is not None:
-            self._status.update(text)
-        else:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def __exit__(self, *_: Any) -> None:
-        self._stdout.__exit__(None, None, None)
-        if self._status is not None:
-            self._status.stop()
 
 
 def _file_name(spec: str) -> str:

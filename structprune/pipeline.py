@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 from structprune import decide
 from structprune.analysis.explain import why
 from structprune.analysis.groups import Groups, find_groups
+from structprune.analysis.outline import outline
 from structprune.backends import directory as out
-from structprune.backends import onnx, runtimes
+from structprune.backends import onnx, profiles, runtimes
 from structprune.backends.benchmark import Comparison, environment
 from structprune.backends.quantize import OnnxModule
 from structprune.backends.quantize import quantize as quantized
@@ -397,6 +398,9 @@ class Result:
     samples: Samples | None = field(default=None, repr=False)  # of the model's inputs, where some were given
     evaluate: Evaluate | None = field(default=None, repr=False)
 
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_() + self.plan._repr_html_()
+
     def export_onnx(self, path: str | Path, *, opset: int | None = None) -> float:
         """Write the small model, with its present weights, as ONNX; returns ONNX Runtime's largest relative difference from it."""
         return self._export(*self._form(half=False), Path(path), opset)
@@ -411,6 +415,7 @@ class Result:
         half: bool = False,
         quantize: str | None = None,
         opset: int | None = None,
+        typed: Mapping[str, Any] | None = None,
     ) -> Report:
         """Write the output directory (all files or none) and return the full report.
 
@@ -418,10 +423,11 @@ class Result:
         half: the small model computes in float16, in all its files; inputs and answers keep their type.
         quantize: 'int8' writes model.int8.onnx beside the others, calibrated and judged on the samples that `compress` was given.
         opset: the version of ONNX's operators; by default that of torch's exporter.
+        typed: for the report, the "command" and the "config" file that the user gave.
         Raises InputError for a directory that cannot be written, and VerificationError where ONNX Runtime disagrees with torch.
         """
         check_form(half, quantize, self.samples is not None)
-        data = self.report.to_dict() | {"model": model_name, "notes": [*notes, *self.report.data["notes"]]}
+        data = self.report.to_dict() | {"model": model_name, **(typed or {}), "notes": [*notes, *self.report.data["notes"]]}
         with out.all_or_none(Path(directory)) as work:
             data["verification"]["onnx_error"] = self.write_model(work, half=half, opset=opset)
             data["precision"] = "float16" if half else str(type_of(self.small)).removeprefix("torch.")
@@ -437,6 +443,8 @@ class Result:
             if latency:
                 with self.clock("benchmark"):
                     data["latency_ms"] = self._latencies(work)
+                with self.clock("profile"):
+                    data["operators"] = self._operators(work)
             if quantize is not None:
                 with self.clock("quantize"):
                     data["int8"] = self._quantized(work, latency)
@@ -504,6 +512,11 @@ class Result:
             graph = _in_float32(graph)
             program = retrace(in_float32(from_exported(program, self.graph.args, self.graph.kwargs).module), graph).exported
         onnx.export(program, path, graph.input_names, graph.output_names, opset=opset)
+
+    def _operators(self, work: Path) -> dict[str, Any]:
+        """Where the time of both files goes in ONNX Runtime on the CPU, by operator."""
+        inputs = tuple(v for v in self.graph.given_inputs() if isinstance(v, Tensor))
+        return profiles.to_dict(profiles.profiles({name: work / f"{name}.onnx" for name in ("original", "model")}, inputs, self.runtime.threads))
 
     def _export(self, module: TracedModule, graph: Graph, path: Path, opset: int | None) -> float:
         """Of a model in bfloat16, of which ONNX Runtime knows little, the file computes in float32; of one in float16 the answers are compared with
@@ -601,6 +614,14 @@ def _latency(compared: Comparison) -> dict[str, Any]:
     }
 
 
+def _options(ready: _Ready | None) -> dict[str, Any] | None:
+    """What the user chose, for the report; a criterion of the user's own by its name."""
+    if ready is None:
+        return None
+    chosen = asdict(replace(ready.options, criterion=str(ready.saliency.criterion)))
+    return {name: value for name, value in chosen.items() if value not in (None, ())}
+
+
 def _peak(alive: Sequence[Cost], widths: Mapping[Atom, int]) -> dict[str, float]:
     """The largest of what is alive at one time, before and after."""
     return {"before": max((c() for c in alive), default=0), "after": max((c(widths) for c in alive), default=0)}
@@ -664,6 +685,8 @@ def _report(
                 for g in plan.groups
             ],
             "frozen": [{"name": f.name, "channels": f.channels, "reason": f.reason, "at": f.at} for f in plan.frozen],
+            "outline": outline(graph, groups),
+            "options": _options(ready),
             "notes": list(graph.notes),
             "seconds": dict(clock.seconds),
             "environment": environment(),

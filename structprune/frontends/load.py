@@ -12,7 +12,6 @@ Every refusal is an InputError: one line that names the file or argument and the
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import operator
@@ -33,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from structprune.errors import InputError, StructpruneError
+from structprune.errors import InputError, StructpruneError, did_you_mean
 from structprune.frontends.archives import check_archive
 from structprune.frontends.torchscript import is_torchscript, load_torchscript
 from structprune.frontends.weights import adapted, difference, unwrapped
@@ -130,7 +129,7 @@ def _construct(spec: str) -> Loaded:
 def _timm(spec: str, name: str) -> nn.Module:
     timm = _library("timm", spec)
     if not timm.is_model(name):  # also keeps out `hf-hub:...`, which would ask the network
-        raise InputError(f"timm has no model {name!r}{_did_you_mean(name, timm.list_models())}; timm.list_models() names them all")
+        raise InputError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}; timm.list_models() names them all")
     return called(spec, timm.create_model, name, pretrained=False)
 
 
@@ -138,7 +137,7 @@ def _torchvision(spec: str, name: str) -> nn.Module:
     models = _library("torchvision.models", spec)
     known = models.list_models()
     if name not in known:
-        raise InputError(f"torchvision has no model {name!r}{_did_you_mean(name, known)}; torchvision.models.list_models() names them all")
+        raise InputError(f"torchvision has no model {name!r}{did_you_mean(name, known)}; torchvision.models.list_models() names them all")
     options: dict[str, Any] = {"weights": None}
     if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
         options["weights_backbone"] = None  # would be downloaded
@@ -176,7 +175,7 @@ def named_object(spec: str, form: str, wanted: str) -> Any:
     try:
         return operator.attrgetter(attribute)(module)
     except AttributeError as error:
-        close = _did_you_mean(attribute, dir(module))
+        close = did_you_mean(attribute, dir(module))
         raise InputError(f"{module_name} has no {attribute!r}{close}; name {wanted}") from error
 
 
@@ -283,7 +282,7 @@ def _head(path: Path) -> bytes:
             return file.read(4)
     except FileNotFoundError as error:
         siblings = [p.name for p in path.parent.iterdir() if p.suffix.lower() in _SUFFIXES] if path.parent.is_dir() else []
-        raise InputError(f"there is no file {path}{_did_you_mean(path.name, siblings)}; check the path") from error
+        raise InputError(f"there is no file {path}{did_you_mean(path.name, siblings)}; check the path") from error
     except IsADirectoryError as error:
         inside = path / "model.pt2"
         raise InputError(f"{path} is a directory; pass a file in it{f', such as {inside}' if inside.exists() else ''}") from error
@@ -531,9 +530,6 @@ def _written(value: Any) -> str:
     return ("x".join(map(str, value.shape)) or "scalar") + dtype
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def _reason(error: BaseException) -> str:

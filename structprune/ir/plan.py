@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from structprune import notebook
 from structprune.errors import PlanError
 from structprune.ir.group import Frozen, Member
 
@@ -127,6 +128,11 @@ class Plan:
             return Plan.from_dict(json.loads(Path(path).read_text()))
         except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"{path}: cannot be read as a plan: {error}") from error
+
+    def _repr_html_(self) -> str:
+        lines = [(g.name, g.channels, f"{len(g.keep)}{'' if g.exact else ' *'}", notebook.standing(g.members), g.reason) for g in self.groups]
+        title = f"plan for {self.target or 'no target'}: {len(self.groups)} groups, {len(self.tensors)} tensors shrink"
+        return notebook.table(title, ("group", "channels", "kept", "in", "not exact"), lines)
 
     def __str__(self) -> str:
         """A table: one line a group, its channels before and after, and the tensors that shrink with it."""

@@ -81,7 +81,7 @@ def compensate(
             found = _fit(reader, mine[original], graph, types, keep, surgery, dense, small, firsts)
             if found is not None:
                 fitted.append(found)
-                progress(f"compensate {found.name}")
+                progress(f"compensate {len(fitted)} of {len(mine)} layers: {found.name}")
         small.step()
         small.forget(node)
         if original is not None:
