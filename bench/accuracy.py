@@ -9,13 +9,13 @@ measured again unless --again. The networks for Fashion-MNIST are trained first,
 
 Every method prunes the same trained network to the same share of its multiply-accumulates, which torch's FlopCounterMode counts afterwards.
 *structprune* sees a few hundred samples without labels, trains nothing, and may narrow every axis; *pruned* is its answer before weights are
-fitted. *torch-pruning* 1.6.1 prunes in five steps, locally or globally, by L2 magnitude, by batch-norm scale, by Taylor's criterion on 1,024
-labelled images, or by the Hessian's diagonal on 256 of them (the squares of its gradients are averaged here: its own sum keeps the last image
-alone). *FastNAS* is that of NVIDIA's ModelOpt, with widths in multiples of 4 and accuracy on 1,024 labelled training images as its score. *bn*
-has the statistics of the batch norms taken anew from the samples that structprune sees. *Recovered* is one epoch of training: by
-`structprune.recover` with the dense network as teacher, or by plain cross-entropy for torch-pruning (its best pruner by accuracy after *bn*),
-for FastNAS and for the dense network itself; optimiser, rate and images are the same for all. The seed chooses calibration samples and the
-order of images.
+fitted; *without data* it makes its own samples from the statistics in batch norms. *torch-pruning* 1.6.1 prunes in five steps, locally or
+globally, by L2 magnitude, by batch-norm scale, by Taylor's criterion on 1,024 labelled images, or by the Hessian's diagonal on 256 of them (the
+squares of its gradients are averaged here: its own sum keeps the last image alone). *FastNAS* is that of NVIDIA's ModelOpt, with widths in
+multiples of 4 and accuracy on 1,024 labelled training images as its score. *bn* has the statistics of the batch norms taken anew from the samples
+that structprune sees. *Recovered* is one epoch of training: by `structprune.recover` with the dense network as teacher, or by plain cross-entropy
+for torch-pruning (its best pruner by accuracy after *bn*), for FastNAS and for the dense network itself; optimiser, rate and images are the same
+for all. The seed chooses calibration samples and the order of images.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ MODULES = {"torch": "torch", "torch-pruning": "torch_pruning", "nvidia-modelopt"
 NEED_LABELS = ("taylor", "hessian")
 HESSIAN_IMAGES = 256
 METHODS = (
-    "dense", "structprune", "structprune recovered", "torch-pruning", "torch-pruning recovered", "fastnas", "fastnas recovered", "dense recovered",
+    "dense", "structprune", "structprune without data", "structprune recovered", "torch-pruning", "torch-pruning recovered", "fastnas",
+    "fastnas recovered", "dense recovered",
 )  # fmt: skip
 
 
@@ -81,13 +82,14 @@ def described(network: nn.Module, dense: nn.Module, task: Task, started: float, 
 # --- structprune ---------------------------------------------------------------------------------------------------------------
 
 
-def compressed(task: Task, target: float, seed: int, **options: Any) -> sp.Result:
-    return sp.compress(task.build(), task.example(), f"macs={target}", calibration=task.calibration(seed), seed=seed, **options)
+def compressed(task: Task, target: float, seed: int, data: bool = True, **options: Any) -> sp.Result:
+    samples = task.calibration(seed) if data else "synthetic"
+    return sp.compress(task.build(), task.example(), f"macs={target}", calibration=samples, seed=seed, **options)
 
 
-def one_shot(task: Task, target: float, seed: int) -> dict[str, Any]:
+def one_shot(task: Task, target: float, seed: int, data: bool = True) -> dict[str, Any]:
     started = time.perf_counter()
-    result = compressed(task, target, seed, evaluate=lambda network: task.score(network)[0])
+    result = compressed(task, target, seed, data, evaluate=lambda network: task.score(network)[0])
     return described(result.model, task.build(), task, started, pruned=result.report.data["accuracy"]["pruned"])
 
 
@@ -285,6 +287,8 @@ def measured(name: str, target: float, method: str, seed: int, rows: dict[str, A
     task = TASKS[name]
     if method == "structprune":
         return one_shot(task, target, seed)
+    if method == "structprune without data":
+        return one_shot(task, target, seed, data=False)
     if method == "structprune recovered":
         return recovered(task, target, seed)
     if method == "torch-pruning":
@@ -316,9 +320,9 @@ def table(rows: dict[str, Any]) -> str:
         return shown([field(row) for k, row in rows.items() if k.startswith(start) and "failed" not in row])
 
     lines = [
-        "| network | MACs | dense | pruned | **structprune** | recovered | torch-pruning's best | with bn | recovered | FastNAS | with bn "
-        "| recovered | dense, one epoch more |",
-        "|" + "---|" * 13,
+        "| network | MACs | dense | pruned | without data | **structprune** | recovered | torch-pruning's best | with bn | recovered | FastNAS "
+        "| with bn | recovered | dense, one epoch more |",
+        "|" + "---|" * 14,
     ]
     for name, task in TASKS.items():
         if not any(k.startswith(f"{name} · ") for k in rows):
@@ -328,6 +332,7 @@ def table(rows: dict[str, Any]) -> str:
             cells = [
                 of(name, 1.0, "dense", lambda row: row["score"][0]),
                 of(name, target, "structprune", lambda row: row["pruned"]),
+                of(name, target, "structprune without data", lambda row: row["score"][0]),
                 f"**{of(name, target, 'structprune', lambda row: row['score'][0])}**",
                 of(name, target, "structprune recovered", lambda row: row["score"][0]) if trains else "",
                 of(name, target, "torch-pruning", lambda row: best(row, lambda one: one["score"][0])),

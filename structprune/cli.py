@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
+import shlex
 import sys
-import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from structprune import settings, terminal
 from structprune.errors import InputError, StructpruneError
 
 if TYPE_CHECKING:  # torch is imported when a command runs, not for --help
@@ -38,10 +36,11 @@ ModelSpec = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="a file (.pt .pth .pt2 .safetensors .onnx), `demo`, or a constructor: timm:NAME, torchvision:NAME, package.module:function",
+        help="a file (.pt .pth .pt2 .safetensors .onnx), a folder of transformers, `demo`, or a constructor: timm:NAME, torchvision:NAME, "
+        "package.module:function",
     ),
 ]
-Arch = Annotated[str | None, typer.Option("--arch", help="constructor for a state_dict or safetensors file")]
+Arch = Annotated[str | None, typer.Option("--arch", help="constructor for a state_dict or safetensors file; transformers:CLASS for a folder")]
 Inputs = Annotated[
     list[str] | None,
     typer.Option(
@@ -52,6 +51,13 @@ Inputs = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust-pickle", help="load a pickled module: this runs code of whoever wrote the file")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of the summary")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="say nothing on the way to the result")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE.toml", help="options under the names of their flags; those typed win", callback=settings.use, is_eager=True
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 Ignore = Annotated[list[str] | None, typer.Option("--ignore", help="name or pattern of modules or tensors that keep their channels; repeatable")]
 Dynamic = Annotated[
@@ -59,13 +65,17 @@ Dynamic = Annotated[
     typer.Option("--dynamic", help="axes that may change size beside the batch: 2,3 of every input, or NAME=1 of one; repeatable"),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="threads of the runtime; as torch is set by default")]
+TimeLimit = Annotated[float | None, typer.Option("--time-limit", metavar="SECONDS", help="end with an error, and nothing written, after so long")]
+MemoryLimit = Annotated[str | None, typer.Option("--memory-limit", metavar="SIZE", help="end with an error where more is needed, such as 8GB")]
 Seed = Annotated[int, typer.Option("--seed", help="seed of everything random")]
 
 _state = {"debug": False}
+_NO_MEMORY = "there is not enough memory for this model; raise --memory-limit if you set one, or give smaller inputs or fewer samples"
 
 
 @app.command()
 def compress(
+    context: typer.Context,
     model: ModelSpec,
     target: Annotated[
         str,
@@ -74,9 +84,14 @@ def compress(
             help="what must hold: latency=0.5 or 4ms, channels=, macs=2G, params=, memory=, size=10MB, joined by commas; a front: latency=0.3:0.9:7",
         ),
     ] = "macs=0.5",
+    dead: Annotated[bool, typer.Option("--dead", help="remove only channels that contribute nothing; the answer stays the same to rounding")] = False,
     calibration: Annotated[
         str | None,
-        typer.Option("--calibration", metavar="DATA", help="unlabelled samples: a folder of pictures, .npy, .npz, .safetensors, or module:function"),
+        typer.Option(
+            "--calibration",
+            metavar="DATA",
+            help="unlabelled samples: a folder of pictures, .npy, .npz, .safetensors, module:function, or `synthetic`: made from batch norms",
+        ),
     ] = None,
     compensate: Annotated[bool, typer.Option(help="fit the weights that are left to the calibration samples")] = True,
     evaluate: Annotated[
@@ -97,17 +112,26 @@ def compress(
     threads: Threads = None,
     seed: Seed = 0,
     trust_pickle: Trust = False,
+    half: Annotated[bool, typer.Option("--half", help="the small model computes in float16, in all its files")] = False,
+    quantize: Annotated[str | None, typer.Option("--quantize", metavar="int8", help="also write model.int8.onnx; needs --calibration")] = None,
+    opset: Annotated[int | None, typer.Option("--opset", help="version of ONNX's operators; by default that of torch's exporter")] = None,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="measure both models")] = True,
+    time_limit: TimeLimit = None,
+    memory_limit: MemoryLimit = None,
+    config: Config = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Compress MODEL, verify the result, and write original.onnx, model.onnx, model.pt2, weights, plan and report."""
     _state["debug"] = debug
-    with _progress() as say:
+    _limit(time_limit, memory_limit)
+    with terminal.progress(quiet) as say:
         from structprune import pipeline
         from structprune.backends.directory import check_writable
         from structprune.frontends.trace import parse_dynamic
 
+        target = "dead" if dead else target
         directory = out if out is not None else Path("structprune-" + _file_name(model))
         check_writable(directory)
         loaded = _loaded(say, model, arch=arch, inputs=input or (), trust_pickle=trust_pickle, seed=seed)
@@ -127,11 +151,18 @@ def compress(
             "seed": seed,
             "progress": say,
         }
+        pipeline.check_form(half, quantize, options["calibration"] is not None)
         saving: dict[str, Any] = {
             "latency": latency,
+            "half": half,
+            "quantize": quantize,
+            "opset": opset,
             "model_name": loaded.name,
             "notes": loaded.notes,
+            "typed": {"command": shlex.join(["structprune", *sys.argv[1:]]), "config": context.obj},
         }
+        answer: Any
+        show: Callable[[], None]
         if ":" in target:
             from structprune.backends import front
 
@@ -139,11 +170,11 @@ def compress(
             reports = {r.plan.target.replace("=", "-"): r for r in results}
             rows = front.rows_of({name: r.save(directory / name, **saving) for name, r in reports.items()})
             front.save(rows, directory, loaded.name)
-            summary = json.dumps(rows, indent=1) if as_json else front.table(rows)
+            answer, show = rows, partial(print, front.table(rows))
         else:
             report = pipeline.compress(loaded.model, loaded.args, target, **options).save(directory, **saving)
-            summary = json.dumps(report.to_dict(), indent=1) if as_json else str(report)
-    print(summary if as_json else f"{summary}\n\nwritten to {directory}/")
+            answer, show = report.to_dict(), partial(terminal.show_report, report)
+    _answer(answer, show, directory, as_json)
 
 
 @app.command()
@@ -158,7 +189,9 @@ def inspect(
     ] = None,
     seed: Seed = 0,
     trust_pickle: Trust = False,
+    config: Config = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """What can be pruned in MODEL, what cannot, and why."""
@@ -166,7 +199,7 @@ def inspect(
     layers = [*(why or ()), *([other] if other else ())]
     if len(layers) > 2 or (other and not why):
         raise InputError("inspect takes one MODEL, and --why one or two layers")
-    with _progress() as say:
+    with terminal.progress(quiet) as say:
         from structprune import pipeline
 
         loaded = _loaded(say, model, arch=arch, inputs=input or (), trust_pickle=trust_pickle, seed=seed)
@@ -181,19 +214,7 @@ def inspect(
     if as_json:
         print(json.dumps(groups.to_dict(), indent=1))
         return
-    console = Console()
-    table = Table(
-        "group", "channels", "stands in", title=f"{len(groups)} groups of coupled channels; {groups.params():,} parameters, {groups.macs():,} MACs"
-    )
-    for group in groups:
-        weights = [f"{m.tensor}[{m.dim}]" for m in group.members if len(groups.axes[m.tensor]) > 1]
-        others = len(group.members) - len(weights)
-        table.add_row(group.name, str(group.size), ", ".join(weights) + (f" and {others} vectors" if others else ""))
-    console.print(table)
-    table = Table("frozen", "channels", "reason", "source", title="what stays, and why")
-    for frozen in groups.frozen:
-        table.add_row(frozen.name, str(frozen.channels), frozen.reason, frozen.at)
-    console.print(table)
+    terminal.show_groups(groups)
 
 
 @app.command()
@@ -213,7 +234,9 @@ def bench(
     chart: Annotated[Path | None, typer.Option("--chart", metavar="FILE", help="draw it: FILE.svg, .png or .pdf")] = None,
     resources: Annotated[bool, typer.Option(help="peak memory and energy too, where the machine tells")] = True,
     seed: Seed = 0,
+    config: Config = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Latency side by side: interleaved rounds, ratios with intervals. An output directory alone compares its two ONNX files."""
@@ -230,7 +253,7 @@ def bench(
     answers: list[dict[str, Any]] = []
     texts: list[str] = []
     drawn: dict[str, Comparison] = {}
-    with _progress() as say:
+    with terminal.progress(quiet) as say:
         from structprune.backends import charts, profiles
         from structprune.backends.benchmark import benchmark
         from structprune.backends.candidates import example_inputs, named, resized
@@ -249,11 +272,20 @@ def bench(
             texts.append(f"inputs {shapes}\n{compared}" + (profiles.to_text(found) if found else ""))
             drawn[f"{shapes}\n{compared.threads} thread{'' if compared.threads == 1 else 's'}"] = compared
         if chart is not None:
-            charts.latencies(drawn, chart)
+            charts.save(charts.latencies(drawn), chart)
     if as_json:
         print(json.dumps(answers[0] if len(answers) == 1 else answers, indent=1))
     else:
         print("\n\n".join(texts))
+
+
+def _limit(seconds: float | None, memory: str | None) -> None:
+    from structprune import limits
+
+    if seconds is not None:
+        limits.limit_time(seconds)
+    if memory is not None:
+        limits.limit_memory(memory)
 
 
 def _numbers(option: str, text: str) -> list[int | None]:
@@ -270,12 +302,14 @@ def _numbers(option: str, text: str) -> list[int | None]:
 @app.command()
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="an output directory of `structprune compress`")],
+    config: Config = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Every check again, from the saved files alone."""
     _state["debug"] = debug
-    with _progress() as say:
+    with terminal.progress(quiet) as say:
         from structprune.backends.directory import verify_directory
 
         say(f"verify {directory}")
@@ -285,6 +319,23 @@ def verify(
     else:
         print("\n".join(f"{name:<36} {value}" for name, value in found.items() if not isinstance(value, (list, dict))))
         print(f"{directory}: verified")
+
+
+@app.command()
+def compare(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR [DIR ...]", help="output directories of `structprune compress`, of fronts too")],
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write a page that links to the reports")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compressions side by side: what each kept of latency, work, parameters and accuracy."""
+    _state["debug"] = debug
+    from structprune.backends import front
+
+    rows = front.rows_of(front.read(directories))
+    if html is not None:
+        front.save_page(rows, html, f"{len(rows)} compressions")
+    print(json.dumps(rows, indent=1) if as_json else front.table(rows))
 
 
 @app.command()
@@ -308,12 +359,14 @@ def recover(
     device: Annotated[str, typer.Option("--device", help="where it trains: cpu, cuda or cuda:N")] = "cpu",
     seed: Seed = 0,
     trust_pickle: Trust = False,
+    config: Config = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Train the small model of DIR for a short while, with the original as its teacher; torchrun shares the work among processes."""
     _state["debug"] = debug
-    with _progress() as say:
+    with terminal.progress(quiet) as say:
         from structprune import teaching
         from structprune.frontends.load import load
         from structprune.recovery import distributed
@@ -333,7 +386,16 @@ def recover(
         }
         report = teaching.recover_directory(directory, train, target, progress=say, **options)
     if distributed.rank() == 0:
-        print(json.dumps(report.to_dict(), indent=1) if as_json else f"{report}\n\nwritten to {target}/")
+        _answer(report.to_dict(), partial(terminal.show_report, report), target, as_json)
+
+
+def _answer(answer: Any, show: Callable[[], None], directory: Path, as_json: bool) -> None:
+    """What was made, as JSON or for people, and where it lies."""
+    if as_json:
+        print(json.dumps(answer, indent=1))
+    else:
+        show()
+        print(f"\nwritten to {directory}/")
 
 
 def _loaded(say: Callable[[str], None], model: str, **options: Any) -> Loaded:
@@ -348,11 +410,14 @@ def _loaded(say: Callable[[str], None], model: str, **options: Any) -> Loaded:
 
 
 def _calibration(say: Callable[[str], None], spec: str | None, loaded: Loaded, seed: int) -> Any:
-    """The samples that the user named, or that come with the demo."""
+    """The samples that the user named, or that come with the demo; `synthetic` ones are made when the model is traced."""
     if spec is None:
         return loaded.calibration
+    from structprune.calibrate.synthetic import SYNTHETIC
     from structprune.frontends.calibration import calibration
 
+    if spec == SYNTHETIC:
+        return spec
     data, notes = calibration(spec, loaded.model, loaded.args, seed=seed)
     for note in notes:
         say(note)
@@ -367,32 +432,6 @@ def _evaluation(spec: str) -> Callable[[Any], float]:
     return lambda model: float(called(spec, function, model))
 
 
-class _progress:
-    """Says on stderr what is being done; libraries' chatter stays out of it."""
-
-    def __enter__(self) -> Callable[[str], None]:
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        self._console = Console(stderr=True)
-        self._status = self._console.status("start") if self._console.is_terminal else None
-        if self._status is not None:
-            self._status.start()
-        self._stdout = redirect_stdout(sys.stderr)  # whatever the user's code prints is no part of the answer
-        self._stdout.__enter__()
-        return self._say
-
-    def _say(self, text: str) -> None:
-        if self._status is not None:
-            self._status.update(text)
-        else:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def __exit__(self, *_: Any) -> None:
-        self._stdout.__exit__(None, None, None)
-        if self._status is not None:
-            self._status.stop()
-
-
 def _file_name(spec: str) -> str:
     """A model's name as part of a file name."""
     stem = Path(spec).stem if Path(spec).suffix in (".pt", ".pth", ".pt2", ".safetensors", ".bin", ".ckpt", ".onnx") else spec
@@ -401,15 +440,23 @@ def _file_name(spec: str) -> str:
 
 def main() -> None:
     """Run the command line; every error that we raise on purpose is one line and an exit status."""
+    from structprune.limits import TimeIsUp, is_out_of_memory
+
     try:
         app()
     except StructpruneError as error:
+        if is_out_of_memory(error):
+            _fail(error, InputError.exit_status, _NO_MEMORY)
         _fail(error, error.exit_status)
+    except TimeIsUp as error:
+        _fail(error, InputError.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)
     except (MemoryError, OSError) as error:
         _fail(InputError(f"{type(error).__name__}: {error}"), InputError.exit_status)
     except Exception as error:
+        if is_out_of_memory(error):
+            _fail(error, InputError.exit_status, _NO_MEMORY)
         first = (str(error).splitlines() or [""])[0]
         _fail(error, 1, f"internal error: {type(error).__name__}: {first}; run again with --debug and report it with the traceback")
 

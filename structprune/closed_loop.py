@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from structprune import decide
@@ -16,10 +17,11 @@ from structprune.analysis.groups import Groups
 from structprune.backends import runtimes
 from structprune.backends.latency import LatencyModel, latency_model
 from structprune.backends.runtimes import Runtime
-from structprune.errors import TargetError
+from structprune.errors import InputError, TargetError
 from structprune.frontends.trace import retrace
 from structprune.ir.graph import Graph
 from structprune.ir.plan import Plan
+from structprune.transform.precision import type_of
 from structprune.transform.surgery import operate
 
 _ROUNDS = 4
@@ -71,6 +73,8 @@ def measure_dense(graph: Graph, groups: Groups, where: Runtime, align: int | Non
 
     align: a step for all widths, in the place of the measured ones.
     """
+    if where.name == "onnxruntime" and type_of(graph.module) == torch.bfloat16:
+        raise InputError("ONNX Runtime has no kernels for bfloat16 on the CPU, to be timed: give the model in float32, or --runtime torch")
     keeper = tempfile.TemporaryDirectory(prefix="structprune-")
     original = where.file(Path(keeper.name), "original")
     say("export the dense model")

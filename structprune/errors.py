@@ -8,7 +8,8 @@ StructpruneError              one line for the user; the command line turns it i
 └── VerificationError  (1)    the small model does not answer as the reference does: our bug, never the user's
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 
 
 class StructpruneError(Exception):
@@ -43,3 +44,9 @@ class TargetError(StructpruneError):
 
 class VerificationError(StructpruneError):
     """The compressed model answers differently from the reference."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a name that is not known: names that are, and look like it; or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

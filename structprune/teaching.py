@@ -122,7 +122,7 @@ def recover_directory(
         report["verification"]["onnx_error"] = recovered.write_model(work)
         for name in ("plan.json", "original.onnx"):
             shutil.copyfile(source / name, work / name)
-        report["onnx_bytes"] = {"before": (work / "original.onnx").stat().st_size, "after": (work / "model.onnx").stat().st_size}
+        report["onnx_bytes"] = {"before": onnx.size(work / "original.onnx"), "after": onnx.size(work / "model.onnx")}
         report["seconds"] = dict(recovered.clock.seconds)
         full = Report(report)
         full.save_json(work / "report.json")

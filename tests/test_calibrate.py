@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import models
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import structprune as sp
+from structprune.calibrate.arrivals import arrivals
 from structprune.calibrate.divergence import divergence
 from structprune.calibrate.moments import moments
 from structprune.calibrate.readers import from_matrix, matrix, readers, rows_of_answer, rows_of_input
@@ -225,6 +227,68 @@ def test_samples_are_spread_over_all_and_cut_between_neighbours() -> None:
     assert [len(part.batches) for part in samples.cut(0.75, divisible=False)] == [2, 1]
     alone = Samples([[torch.zeros(4)]])
     assert alone.cut(0.75, divisible=False) == (alone, alone)
+
+
+def narrowing() -> tuple[nn.Module, Tensor]:
+    """Large pictures of few channels first, small ones of more channels later; 100 samples."""
+    torch.manual_seed(0)
+    layers = {"a": nn.Conv2d(3, 8, 3, stride=2), "b": nn.Conv2d(8, 16, 3, stride=2), "c": nn.Conv2d(16, 24, 3, stride=2), "d": nn.Linear(24, 5)}
+    model = models.Of(lambda m, x: m.d(F.relu(m.c(F.relu(m.b(F.relu(m.a(x)))))).mean((2, 3))), **layers).eval()
+    return model, torch.randn(100, 3, 31, 31)
+
+
+def test_samples_join_where_there_is_room_for_their_values() -> None:
+    model, x = narrowing()
+    graph = sp.trace(model, (x[:2],))
+    samples, limit = samples_of(torch.arange(100.0)[:, None, None, None].expand_as(x), graph), 20.0 * 4 * 8 * 15 * 15 * 2
+    joining = arrivals(graph, samples, limit)
+    places, numbers, firsts = [], [], []
+    for node, some in joining.items():
+        places.append(list(graph.nodes).index(node))
+        numbers.append(sorted(int(n) for one in some for n in one.batch[0][:, 0, 0, 0]))
+        firsts += [(one.first, int(n)) for one in some for n in one.batch[0][:, 0, 0, 0]]
+    assert places[0] == 0 and places == sorted(places) and len(places) > 1
+    assert 16 <= len(numbers[0]) <= 32 and max(b - a for a, b in pairwise(numbers[0])) <= 8  # evenly spread
+    assert sorted(n for some in numbers for n in some) == list(range(100))  # each once
+    assert all(first == (number < 50) for first, number in firsts)
+
+    run, most = Stepping(graph.module), 0
+    while (node := run.upcoming) is not None:
+        late = joining.get(node, [])
+        run.join(one.batch for one in late)
+        run.step()
+        held = {v.untyped_storage().data_ptr(): v.nbytes for values in run.values for n, v in values.items() if n.op == "call_function"}
+        most = max(most, sum(held.values()))
+        run.forget(node)
+    assert 0.5 * limit < most <= limit
+
+
+@pytest.mark.parametrize("joins", [1, 4, 7])
+def test_batches_that_join_late_see_what_the_others_saw(joins: int) -> None:
+    model, x = narrowing()
+    graph = sp.trace(model, (x[:2],))
+    run, place, answer = Stepping(graph.module, [[x[:3]]]), 0, None
+    with torch.no_grad():
+        while (node := run.upcoming) is not None:
+            if place == joins:
+                run.join([[x[3:9]]])
+            answer = run.step()
+            run.forget(node)
+            place += 1
+        torch.testing.assert_close(answer[0], model(x[3:9]))
+
+
+def test_few_samples_at_a_time_fit_a_model_as_all_at_once_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = narrowing()
+    fresh = torch.randn(64, 3, 31, 31)
+
+    def off(**options: Any) -> float:
+        with torch.no_grad():
+            return float((sp.compress(model, (x[:2],), "channels=0.5", calibration=x, **options).model(fresh) - model(fresh)).square().mean())
+
+    all_at_once, sliced = off(), off(compensate=False)
+    monkeypatch.setattr("structprune.recovery.compensate.MEMORY", 20.0 * 4 * 8 * 15 * 15 * 2)
+    assert all_at_once < off() < 0.5 * (all_at_once + sliced)
 
 
 def test_widths_go_where_the_samples_say_that_little_is_lost() -> None:

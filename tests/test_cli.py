@@ -54,7 +54,21 @@ def test_a_front_of_models(run, tmp_path: Path) -> None:
     assert rows[0]["predicted_loss"] > rows[1]["predicted_loss"] > 0
     assert all(0 < row["importance_kept"] < 1 for row in rows)
     assert all(sorted(p.name for p in (tmp_path / "front" / row["directory"]).iterdir()) == sorted(FILES) for row in rows)
-    assert "importance kept" in (tmp_path / "front/front.svg").read_text()
+    assert "accuracy" in (tmp_path / "front/front.svg").read_text()
+    assert all(f'href="{row["directory"]}/report.html"' in (tmp_path / "front/front.html").read_text() for row in rows)
+
+    assert run("compress", "demo", "--target", "channels=0.75", "--no-latency", "--out", "other/one")[0] == 0
+    status, out, err = run("compare", "front", "other/one", "--json")
+    assert status == 0, err
+    assert [(row["directory"], row["target"]) for row in json.loads(out)] == [
+        ("front/macs-0.5", "macs=0.5"), ("front/macs-0.8", "macs=0.8"), ("other/one", "channels=0.75")
+    ]  # fmt: skip
+    status, out, err = run("compare", "front", "other/one", "--html", "other/compared.html")
+    assert status == 0, err
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["macs=0.5", "macs=0.8", "channels=0.75"]
+    compared = (tmp_path / "other/compared.html").read_text()
+    assert 'href="one/report.html"' in compared and 'href="../front/macs-0.5/report.html"' in compared
+    assert run("compare", "nowhere")[0] == run("compare", "front", "--html", "nowhere/page.html")[0] == 2
 
 
 def test_bench_sweeps_threads_and_batches(run, tmp_path: Path) -> None:

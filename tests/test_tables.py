@@ -14,14 +14,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def coverage() -> ModuleType:
+def bench(name: str) -> ModuleType:
     sys.path.insert(0, str(ROOT / "bench"))
-    spec = importlib.util.spec_from_file_location("bench_coverage", ROOT / "bench" / "coverage.py")  # another package has its name
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")  # another package is called coverage
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def coverage() -> ModuleType:
+    return bench("coverage")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def test_the_versions_are_those_of_the_bench_extra(results: dict) -> None:
     }
 
 
-def test_the_page_is_what_the_rows_say(coverage: ModuleType, results: dict) -> None:
+def test_the_page_of_coverage_is_what_its_rows_say(coverage: ModuleType, results: dict) -> None:
     assert coverage.PAGE.read_text() == coverage.page(results)
 
 
@@ -53,22 +57,18 @@ def test_every_model_is_compressed_and_right(coverage: ModuleType, results: dict
     assert [spec for spec, row in rows.items() if not (row["ran"] and row["right"])] == []
 
 
-def test_the_page_of_latencies_is_what_its_rows_say() -> None:
-    spec = importlib.util.spec_from_file_location("bench_latency", ROOT / "bench" / "latency.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+@pytest.mark.parametrize("name", ["latency", "accuracy"])
+def test_the_page_is_what_its_rows_say(name: str) -> None:
+    module = bench(name)
     results = json.loads(module.RESULTS.read_text())
-    assert (ROOT / "docs/latency.md").read_text() == module.page(results)
-    assert [key for key, row in results["rows"].items() if "failed" not in row and not row.get("verified", True)] == []
+    assert (ROOT / f"docs/{name}.md").read_text() == module.page(results)
+    assert [key for key, row in results["rows"].items() if not row.get("verified", True)] == []
 
 
 def test_the_page_of_onnx_files_is_what_its_rows_say() -> None:
-    sys.path.insert(0, str(ROOT / "bench"))
-    import onnx_in as bench
-
-    results = json.loads(bench.RESULTS.read_text())
-    text = bench.PAGE.read_text()
-    assert bench.with_tables(text, results) == text
-    assert set(results["files"]) == set(bench.FILES)
+    module = bench("onnx_in")
+    results = json.loads(module.RESULTS.read_text())
+    text = module.PAGE.read_text()
+    assert module.with_tables(text, results) == text
+    assert set(results["files"]) == set(module.FILES)
     assert [name for name, row in results["files"].items() if "failed" in row or not row["same names"]] == []

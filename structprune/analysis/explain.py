@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 
 import networkx as nx
 
-from structprune.analysis.groups import Groups
-from structprune.errors import InputError
+from structprune.analysis.groups import Groups, names_of
+from structprune.errors import InputError, did_you_mean
 from structprune.ir.axes import Atom
 from structprune.ir.graph import Graph, operator_name, source_of
 from structprune.ir.group import Frozen, Group
@@ -48,7 +48,8 @@ def _alone(graph: Graph, groups: Groups, tensor: str) -> str:
 def _tensors(groups: Groups, layer: str) -> list[str]:
     found = [name for name in groups.axes if fnmatchcase(name, layer) or fnmatchcase(name, f"{layer}.*")]
     if not found:
-        raise InputError(f"{layer!r} is no layer or tensor of the model; names look like {next(iter(groups.axes), '?')!r}")
+        close = did_you_mean(layer, names_of(groups.axes))
+        raise InputError(f"{layer!r} is no layer or tensor of the model{close}; names look like {next(iter(groups.axes), '?')!r}")
     return sorted(found, key=lambda name: -len(groups.axes[name]))  # weights before biases
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch.nn import Parameter
 
+from structprune import notebook
 from structprune.analysis.infer import Types, infer
 from structprune.analysis.silence import read_where_loud
-from structprune.errors import InputError
+from structprune.errors import InputError, did_you_mean
 from structprune.ir.axes import Atom, Reason, Shape, Sum, kept_size
 from structprune.ir.graph import Graph, operator_name, owners_of, source_of
 from structprune.ir.group import Frozen, Group, Member
@@ -62,6 +63,12 @@ class Groups:
             "frozen": [{"name": f.name, "channels": f.channels, "reason": f.reason, "at": f.at} for f in self.frozen],
         }
 
+    def _repr_html_(self) -> str:
+        title = f"{len(self)} groups of coupled channels; {self.params():,} parameters, {self.macs():,} multiply-accumulates"
+        free = notebook.table(title, ("group", "channels", "in"), [(g.name, g.size, notebook.standing(g.members)) for g in self])
+        stay = [(f.name, f.channels, f.reason, f.at) for f in self.frozen]
+        return free + notebook.table(f"{len(stay)} frozen axes", ("frozen", "channels", "reason", "source"), stay)
+
     def __str__(self) -> str:
         """The stable text form: every group with its members, then what is frozen."""
         lines = []
@@ -105,7 +112,7 @@ def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> Groups:
         if reason is None:
             groups.append(Group(names.of(where), atom, tuple(where), atom not in inexact, inexact.get(atom, "")))
         elif any(m.dim < 2 for m in where):  # kernel windows are no channels
-            frozen.append(Frozen(_owner(where), atom.size, reason.why, reason.at, tuple(where)))
+            frozen.append(Frozen(_owner(where), atom.size, reason.why, reason.at, tuple(where), atom))
     return Groups(
         groups=tuple(groups),
         frozen=tuple(frozen),
@@ -117,13 +124,20 @@ def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> Groups:
     )
 
 
+def names_of(tensors: Iterable[str]) -> list[str]:
+    """The names of tensors and of all modules that they lie in: what a user may have meant."""
+    parts = (tensor.split(".") for tensor in tensors)
+    return list(dict.fromkeys(".".join(path[:depth]) for path in parts for depth in range(len(path), 0, -1)))
+
+
 def _ignore(graph: Graph, types: Types, named: Mapping[str, Shape], pattern: str) -> None:
     """Freeze what a module computes, its inputs aside, or the axes of a tensor."""
     shapes = [shape for n in graph.nodes if any(fnmatchcase(o, pattern) for o in owners_of(n)) for shape in types.shapes(n)]
     if not shapes:
         shapes = [shape for name, shape in named.items() if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
     if not shapes:
-        raise InputError(f"ignore={pattern!r} matches no module or tensor of the model; names look like {next(iter(named), '?')!r}")
+        close = did_you_mean(pattern, names_of(named))
+        raise InputError(f"ignore={pattern!r} matches no module or tensor of the model{close}; names look like {next(iter(named), '?')!r}")
     for shape in shapes:
         for axis in shape:
             types.solver.freeze(axis, Reason("ignored", pattern))

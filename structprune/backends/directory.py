@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import glob
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,7 +26,11 @@ from structprune.errors import InputError, VerificationError
 from structprune.frontends.program import load_program
 from structprune.ir.plan import Plan
 from structprune.ir.traced import TracedModule
+from structprune.transform.precision import call_in_float32, in_float32, type_of
 
+_ATTEMPTS = 100
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+_HALF = 2.0**-10  # float16's epsilon
 FILES = ("original.onnx", "model.onnx", "model.pt2", "model.safetensors", "plan.json", "report.json", "report.html")
 
 _CHANGED = {
@@ -44,30 +52,80 @@ def check_writable(directory: Path) -> None:
 
 @contextmanager
 def all_or_none(directory: Path) -> Iterator[Path]:
-    """A folder beside `directory` to write into; it takes its place when the block ends well, and goes when it does not."""
+    """A folder beside `directory` to write into; it takes its place when the block ends well, and goes when it does not.
+
+    At no moment, were the process killed, is there a `directory` with some of the files, or with files of two runs; of two runs the later one
+    stays. What a killed run left beside goes with the next one. Raises InputError where nothing can be written, or not enough.
+    """
     check_writable(directory)
+    mine = f".{directory.name}-{platform.node() or 'here'}-"
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        _sweep(directory.parent, mine)
+        work = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=directory.parent))
     except OSError as error:
         raise InputError(f"{directory} cannot be written: {error.strerror}") from error
     try:
         yield work
         work.chmod(0o755)
-        if directory.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
-            directory.rename(old / directory.name)
-            work.rename(directory)
-            shutil.rmtree(old)
-        else:
-            work.rename(directory)
+        _put_in_place(work, directory)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{directory} cannot be written ({reason}): make room, or choose another directory; nothing was left") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def save_weights(module: torch.nn.Module, path: Path) -> None:
+def _put_in_place(work: Path, directory: Path) -> None:
+    """Rename, or exchange with what stands there, which then is in `work`."""
+    for _ in range(_ATTEMPTS):
+        try:
+            work.rename(directory)
+            return
+        except OSError as error:  # a folder with files in it stands there
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        try:
+            _exchange(work, directory)
+            return
+        except FileNotFoundError:  # another run has just taken it away
+            continue
+    raise InputError(f"{directory} cannot be written: other runs write to it all the time; choose another directory")
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders: at one moment, where the system can (Linux's renameat2); else in two."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        if renameat2(_HERE, os.fsencode(one.absolute()), _HERE, os.fsencode(other.absolute()), _EXCHANGE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(code, os.strerror(code))
+    aside = Path(tempfile.mkdtemp(prefix=f"{one.name}-", dir=one.parent))
+    other.rename(aside / "old")
+    one.rename(other)
+    shutil.rmtree(aside)
+
+
+def _sweep(parent: Path, mine: str) -> None:
+    """Remove what killed runs on this machine left."""
+    for left in parent.glob(f"{glob.escape(mine)}*"):
+        number = left.name.removeprefix(mine).partition("-")[0]
+        if not number.isdigit():
+            continue
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+        except (OverflowError, PermissionError):
+            continue
+
+
+def save_weights(module: torch.nn.Module, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """The state_dict as safetensors; a tensor under two names is written twice."""
-    path.write_bytes(save({name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()}))
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()}
+    path.write_bytes(save(tensors, metadata=dict(metadata or {})))
 
 
 def load(directory: str | Path) -> TracedModule:
@@ -96,15 +154,34 @@ def verify_directory(directory: str | Path) -> dict[str, Any]:
     _same_weights(module, directory / "model.safetensors")
     _planned_sizes(module, plan)
     args, kwargs = _inputs(module, plan)
-    error = onnx.check(directory / "model.onnx", module, args, kwargs)
+    made_by = onnx.metadata(directory / "model.onnx").get("structprune.plan", plan.digest)
+    if made_by != plan.digest:
+        raise VerificationError(f"model.onnx was made by another plan than plan.json: {made_by[:12]}, not {plan.digest[:12]}")
+    if type_of(module) == torch.bfloat16:
+        reference, (args, kwargs) = in_float32(module), call_in_float32(args, kwargs)
+    else:
+        reference = module
+    half = type_of(module) == torch.float16
+    error = onnx.check(directory / "model.onnx", reference, args, kwargs, onnx.TOLERANCE_HALF if half else None)
     report = _json(directory / "report.json")
     changed = next((words for key, words in _CHANGED.items() if report.get(key)), None)
+    dead = report.get("dead") or {}
+    if changed is None and plan.target == "dead":
+        moved = "not comparable: constants or twins were added to other weights" if dead.get("constants") or dead.get("twins") else None
+        flat = pytree.tree_leaves((args, kwargs))
+        return {
+            **report.get("verification", {}),
+            "onnx_error": error,
+            "tensors": len(plan.tensors),
+            "tensors_matched_in_original_onnx": moved or _same_slices(directory, plan),
+            "original_onnx": _apart(directory, directory / "original.onnx", flat, "original.onnx", half),
+        }
     return {
         **report.get("verification", {}),
         "onnx_error": error,
         "tensors": len(plan.tensors),
         "tensors_matched_in_original_onnx": changed or _same_slices(directory, plan),
-        "original_onnx_masked": changed or _masked(directory, plan, pytree.tree_leaves((args, kwargs))),
+        "original_onnx_masked": changed or _masked(directory, plan, pytree.tree_leaves((args, kwargs)), half),
     }
 
 
@@ -142,13 +219,21 @@ def _same_slices(directory: Path, plan: Plan) -> int:
             sliced = before[name]
             for dim, keep in cut.keep.items():
                 sliced = np.take(sliced, keep, axis=dim)
-            if sliced.shape != after[name].shape or not np.array_equal(sliced, after[name], equal_nan=True):
+            if sliced.shape != after[name].shape or not _same(sliced, after[name]):
                 raise VerificationError(f"{name} in model.onnx is not the plan's slice of {name} in original.onnx")
             matched += 1
     return matched
 
 
-def _masked(directory: Path, plan: Plan, flat: list[Any]) -> float | str:
+def _same(wanted: np.ndarray, got: np.ndarray) -> bool:
+    """Equal; in another type, to the rounding of norms that the exporter took into weights."""
+    if wanted.dtype == got.dtype:
+        return np.array_equal(wanted, got, equal_nan=True)
+    largest = float(np.abs(wanted).max(initial=0))
+    return np.allclose(got.astype(wanted.dtype), wanted, rtol=4 * _HALF, atol=_HALF * largest, equal_nan=True)
+
+
+def _masked(directory: Path, plan: Plan, flat: list[Any], half: bool) -> float | str:
     """Largest relative difference between the masked original.onnx and model.onnx; or in words why zeros cannot tell."""
     inexact = [g for g in plan.groups if not g.exact and len(g.keep) < g.channels]
     if inexact:
@@ -161,18 +246,29 @@ def _masked(directory: Path, plan: Plan, flat: list[Any]) -> float | str:
     model = onnx.masked(directory / "original.onnx", removed)
     if isinstance(model, str):
         return model
+    return _apart(directory, model, flat, "original.onnx without the removed channels", half)
+
+
+def _apart(directory: Path, original: Path | bytes, flat: list[Any], what: str, half: bool) -> float:
+    """Largest relative difference between the answers of model.onnx and of `original`, which messages call `what`."""
     worst = 0.0
-    for want, got in zip(onnx.run(model, flat), onnx.run(directory / "model.onnx", flat), strict=True):
+    for want, got in zip(onnx.run(original, flat), onnx.run(directory / "model.onnx", flat), strict=True):
         if want.shape != got.shape:
             raise VerificationError(f"model.onnx answers with shape {got.shape}, original.onnx with {want.shape}")
-        worst = max(worst, float(np.abs(want - got).max(initial=0) / max(np.abs(want).max(initial=0), onnx.LEAST)))
-    if not worst <= onnx.TOLERANCE:
-        raise VerificationError(f"model.onnx differs from original.onnx without the removed channels by {worst:.2g} of the largest answer")
+        if not np.array_equal(np.isfinite(want), np.isfinite(got)):
+            raise VerificationError(f"model.onnx answers with NaN or infinities where {what} does not, or the other way round")
+        finite = np.isfinite(want)
+        worst = max(worst, float(np.abs(want - got)[finite].max(initial=0) / max(np.abs(want[finite]).max(initial=0), onnx.LEAST)))
+    if not worst <= (onnx.TOLERANCE_HALF if half else onnx.TOLERANCE):
+        raise VerificationError(f"model.onnx differs from {what} by {worst:.2g} of the largest answer")
     return worst
 
 
 def _json(path: Path) -> Mapping[str, Any]:
     try:
-        return json.loads(path.read_text())  # type: ignore[no-any-return]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} is no report: it holds a {type(data).__name__}")
+    return data

@@ -1,14 +1,18 @@
-"""Several compressions of one model side by side: latency against what was lost, as a table and as a chart."""
+"""Several compressions side by side: latency against what was lost, as a table, a chart and a page."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from structprune.backends import charts
+from structprune.backends import charts, page
 from structprune.backends.report import Report
+from structprune.backends.wording import passed
+from structprune.errors import InputError
 
 
 def rows_of(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
@@ -20,6 +24,7 @@ def rows_of(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "directory": directory,
+                "model": data.get("model", ""),
                 "target": data["target"],
                 "latency": measured["ratio"] if measured else None,
                 "macs": data["macs"]["after"] / data["macs"]["before"],
@@ -27,15 +32,44 @@ def rows_of(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
                 "importance_kept": data.get("importance_kept"),
                 "predicted_loss": data.get("predicted_loss"),
                 "accuracy": (data.get("accuracy") or {}).get("after"),
+                "verified": passed(data.get("verification") or {}),
             }
         )
     return rows
 
 
+def read(directories: Sequence[Path]) -> dict[str, Report]:
+    """The reports of output directories, by the name of each; the directory of a front stands for all of its own.
+
+    Raises InputError for one that holds no report.
+    """
+    found: dict[str, Report] = {}
+    for directory in directories:
+        within = sorted(p.parent for p in directory.glob("*/report.json")) if (directory / "front.json").is_file() else [directory]
+        for one in within:
+            if not (one / "report.json").is_file():
+                raise InputError(f"{one}: no report.json; give output directories of `structprune compress`")
+            found[str(one)] = Report.load(one / "report.json")
+    return found
+
+
+def save_page(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """A page of all rows, which links to the reports from where it lies. Raises InputError where it cannot be written."""
+    linked = [{**row, "page": quote(os.path.relpath(Path(row["directory"]) / "report.html", path.parent))} for row in rows]
+    try:
+        page.write(page.of_runs(linked, title), path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+
+
 def save(rows: Sequence[Mapping[str, Any]], directory: Path, name: str) -> None:
-    """Write front.json and front.svg."""
+    """Write front.json, front.svg and front.html, which links to the reports."""
+    name = name.encode("utf-8", "replace").decode()  # of a file: whatever bytes the system allows
     (directory / "front.json").write_text(json.dumps(list(rows), indent=1) + "\n")
-    charts.front(rows, directory / "front.svg", name)
+    charts.save(charts.front(rows, name, 560), directory / "front.svg")
+    page.write(
+        page.of_runs([{**row, "page": f"{row['directory']}/report.html"} for row in rows], f"{name}: {len(rows)} targets"), directory / "front.html"
+    )
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -22,6 +22,8 @@ from torch.utils import _pytree as pytree
 from structprune.errors import StructpruneError, VerificationError
 
 TOLERANCE = 1e-3  # of the largest answer: ONNX Runtime fuses and reorders float32 arithmetic
+TOLERANCE_HALF = 2e-2  # in float16, of which one rounding is 5e-4 and a network has many, in another order
+_LARGE = 2_000_000_000  # bytes: a protocol buffer holds 2 GiB, and larger weights lie in a file beside
 
 # of a file that was ONNX before, every weight stays what it was; runtimes fuse these themselves
 _WEIGHT_FUSIONS = ["FusionGelu", *(f"Fusion{conv}{what}" for conv in ("Conv", "ConvTranspose") for what in ("Add", "BN", "Mul"))]
@@ -39,8 +41,11 @@ def export(
     outputs: Sequence[str],
     metadata: Mapping[str, str] | None = None,
     sizes: Sequence[Sequence[int | str]] = (),
+    opset: int | None = None,
 ) -> dict[str, str]:
     """Write `program` to `path`. Axes that are dynamic in the program are dynamic in the file, under the names in `sizes`, of the inputs' axes.
+
+    opset: the version of ONNX's operators; by default that of torch's exporter. Weights of 2 GB and more go to a file beside, `path` with .data.
 
     Returns where the file's nodes come from: the name of a node, or of a value that it computes -> the name of a node of `program.module()`.
     Raises ExportError, with the operator, for what torch's exporter cannot translate.
@@ -48,7 +53,15 @@ def export(
     with _quiet():
         try:
             exported = torch.onnx.export(
-                program, (), dynamo=True, verbose=False, input_names=list(inputs), output_names=list(outputs), external_data=False, optimize=not sizes
+                program,
+                (),
+                dynamo=True,
+                verbose=False,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                external_data=False,
+                optimize=not sizes,
+                opset_version=opset,
             )
         except Exception as error:  # the exporter wraps whatever it meets
             reason = next((line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()), type(error).__name__)
@@ -58,14 +71,41 @@ def export(
             onnxscript.optimizer.fold_constants(exported.model)
         model = exported.model_proto
         origins = _origins(model, exported.exported_program)
-        with contextlib.suppress(onnx.shape_inference.InferenceError):  # simplification is a bonus: the plain file is right too
-            model = onnxslim.slim(model, skip_fusion_patterns=_WEIGHT_FUSIONS if sizes else ["FusionGelu"]) or model
+        large = model.ByteSize() >= _LARGE
+        if not large:
+            with contextlib.suppress(onnx.shape_inference.InferenceError):  # simplification is a bonus: the plain file is right too
+                model = onnxslim.slim(model, skip_fusion_patterns=_WEIGHT_FUSIONS if sizes else ["FusionGelu"]) or model
     _name_sizes(model, sizes)
+    written = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    if opset is not None and written != opset:
+        raise ExportError(f"the model cannot be written in opset {opset}: torch's exporter got as far as {written}; ask for that, or for none")
     for key, value in (metadata or {}).items():
         model.metadata_props.add(key=key, value=value)
-    onnx.checker.check_model(model)
-    onnx.save(model, str(path))
+    if large:
+        onnx.save(model, str(path), save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}.data", size_threshold=1024)
+        onnx.checker.check_model(str(path))
+    else:
+        onnx.checker.check_model(model)
+        onnx.save(model, str(path))
     return origins
+
+
+def size(path: Path) -> int:
+    """Bytes of a file and of the weights that lie beside it."""
+    beside = path.with_name(f"{path.name}.data")
+    return path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What was written about the model beside the graph."""
+    return {p.key: p.value for p in onnx.load(str(path), load_external_data=False).metadata_props}
+
+
+def input_names(path: Path) -> list[str]:
+    """The names of a file's inputs, in order."""
+    model = onnx.load(str(path), load_external_data=False)
+    held = {t.name for t in model.graph.initializer}
+    return [i.name for i in model.graph.input if i.name not in held]
 
 
 def _name_sizes(model: onnx.ModelProto, sizes: Sequence[Sequence[int | str]]) -> None:
@@ -98,15 +138,18 @@ def _origins(model: onnx.ModelProto, program: torch.export.ExportedProgram | Non
     return found
 
 
-def check(path: Path, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+def check(path: Path, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], tolerance: float | None = None) -> float:
     """Largest difference between ONNX Runtime and torch, as a share of the largest answer, or of `LEAST` where that is more.
 
-    Raises VerificationError where it is more than float32 arithmetic in another order explains.
+    Raises VerificationError where it is more than `tolerance`; by default, than arithmetic in another order explains, in float32 or in float16 as the
+    module's answers are.
     """
     answers = run(path, pytree.tree_leaves((args, dict(kwargs))))
     with torch.no_grad():
         wanted = [v for v in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(v, Tensor)]
     worst = 0.0
+    if tolerance is None:
+        tolerance = TOLERANCE_HALF if any(v.dtype == torch.float16 for v in wanted) else TOLERANCE
     if len(answers) != len(wanted):
         raise VerificationError(f"{path.name} gives {len(answers)} tensors, the model {len(wanted)}")
     for got, want in zip(answers, wanted, strict=True):
@@ -115,9 +158,11 @@ def check(path: Path, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Ma
         if want.is_floating_point() and want.numel():
             expected = want.detach().double().numpy()
             finite = np.isfinite(expected)
+            if not np.isfinite(got[finite]).all():
+                raise VerificationError(f"{path.name} answers with NaN or infinities, where the model does not")
             scale = max(np.abs(expected[finite]).max(initial=0.0), LEAST)
             worst = max(worst, float(np.abs(got.astype(np.float64) - expected)[finite].max(initial=0.0) / scale))
-    if not worst <= TOLERANCE:
+    if not worst <= tolerance:
         raise VerificationError(f"{path.name}: ONNX Runtime differs from torch by {worst:.2g} of the largest answer")
     return worst
 
@@ -134,7 +179,7 @@ def runner(model: Path | bytes) -> Callable[[Sequence[Any]], list[np.ndarray]]:
     session = onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
 
     def answer(flat: Sequence[Any]) -> list[np.ndarray]:
-        values = [v.detach().cpu().numpy() for v in flat if isinstance(v, Tensor)]
+        values = [(v.float() if v.dtype == torch.bfloat16 else v).detach().cpu().numpy() for v in flat if isinstance(v, Tensor)]
         return session.run(None, {i.name: v for i, v in zip(session.get_inputs(), values, strict=False)})  # type: ignore[no-any-return]
 
     return answer
@@ -145,6 +190,8 @@ def masked(path: Path, removed: Mapping[str, Mapping[int, np.ndarray]]) -> bytes
 
     A norm over channels runs over the zeros too, and a weight that the exporter renamed cannot be found.
     """
+    if size(path) >= _LARGE:
+        return f"{path.name} is too large to be changed in memory"
     model = onnx.load(str(path))
     norms = sorted({node.op_type for node in model.graph.node if node.op_type.endswith("Normalization") and node.op_type != "BatchNormalization"})
     if norms:

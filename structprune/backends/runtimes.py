@@ -16,7 +16,7 @@ from structprune.backends import eager, kernels, onnx
 from structprune.backends.benchmark import Comparison, benchmark_afresh, check_provider, environment, place_of
 from structprune.backends.latency import Attributed, attributed
 from structprune.backends.tables import Tables
-from structprune.errors import InputError
+from structprune.errors import InputError, did_you_mean
 from structprune.frontends.program import save_program
 from structprune.ir.graph import Graph
 
@@ -39,7 +39,7 @@ class Runtime:
 def runtime(name: str, device: str, threads: int | None) -> Runtime:
     """Raises InputError for a runtime or device that is unknown or not there."""
     if name not in NAMES:
-        raise InputError(f"unknown runtime {name!r}; use one of {', '.join(NAMES)}")
+        raise InputError(f"unknown runtime {name!r}{did_you_mean(name, NAMES)}; use one of {', '.join(NAMES)}")
     if name != "onnxruntime" and device == "tensorrt":
         raise InputError(f"device 'tensorrt' belongs to the runtime onnxruntime; {name} runs on cpu and cuda")
     if threads is not None and threads < 1:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from structprune.calibrate.arrivals import arrivals
 from structprune.calibrate.divergence import sampled_loss
 from structprune.calibrate.readers import Reader, matrix, places, readers, rows_of_answer, rows_of_input, takes_a_shift
 from structprune.calibrate.stepping import Stepping
@@ -43,12 +44,13 @@ class Moments:
 
 @torch.no_grad()
 def moments(graph: Graph, samples: Samples, seed: int = 0) -> dict[fx.Node, Moments]:
-    """Of every reader of the graph, by its node. Memory: what is alive of all samples at one time, and the moments themselves, in float64."""
+    """Of every reader of the graph, by its node, on as many samples as have room there. Memory: their values, and the moments in float64."""
     known = readers(graph)
     relevance = _relevance(graph, known, samples, seed)
-    run = Stepping(graph.module, samples.batches)
+    run, joining = Stepping(graph.module), arrivals(graph, samples)
     found = {}
     while (node := run.upcoming) is not None:
+        run.join(one.batch for one in joining.get(node, ()))
         run.step()
         if node in known:
             reader = known[node]
@@ -68,9 +70,10 @@ def _sums(run: Stepping, reader: Reader, weight: Tensor, centred: bool) -> tuple
     gram = mean = answers = squares = torch.zeros(())
     origin: Tensor | None = None  # from which x is measured: near its mean, little is lost to rounding
     rows = 0
+    total = sum(values[reader.node].shape[0] for values in run.values)
     for number, values in enumerate(run.values):
         answer = values[reader.node]
-        chosen = places(reader, answer, _ROWS // len(run.values), seed=number)
+        chosen = places(reader, answer, _ROWS / total, seed=number)
         x = rows_of_input(reader, values[reader.input], weight.shape[2:], answer.shape[2:] if reader.rank else (), chosen).float()
         if centred:
             origin = x.mean(1, keepdim=True) if origin is None else origin
@@ -95,7 +98,7 @@ def _relevance(graph: Graph, known: Mapping[fx.Node, Reader], samples: Samples, 
     sums: dict[fx.Node, Tensor] = {}
     number = 0
     generator = torch.Generator().manual_seed(seed)
-    for batch in samples.batches:
+    for batch in samples.spread(_GRADIENTS, graph.dynamic_batch).batches:
         for part in _parts(batch) if graph.dynamic_batch else [batch]:
             if number >= _GRADIENTS:
                 break

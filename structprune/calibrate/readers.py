@@ -168,10 +168,10 @@ def taps(reader: Reader, weight: Tensor) -> int:
     return math.prod(weight.shape[2:]) if reader.rank else 1
 
 
-def places(reader: Reader, answer: Tensor, rows: int, seed: int) -> Tensor | None:
-    """Positions of the answer, drawn at random, so that about that many rows are read; None where all are."""
+def places(reader: Reader, answer: Tensor, rows: float, seed: int) -> Tensor | None:
+    """About that many positions of a sample's answer, drawn at random; None where these are all."""
     positions = math.prod(answer.shape[2:]) if reader.rank else math.prod(answer.shape[1:-1])
-    wanted = math.ceil(rows / max(1, answer.shape[0]))
+    wanted = math.ceil(rows)
     if wanted >= positions:
         return None
     return torch.randperm(positions, generator=torch.Generator().manual_seed(seed))[:wanted].sort().values.to(answer.device)

@@ -13,18 +13,32 @@ from structprune.ir.graph import written_to
 class Stepping:
     """`values[batch][node]` holds every answer that is still to be read. Inputs, and buffers that the graph writes to, are copied."""
 
-    def __init__(self, module: fx.GraphModule, batches: Sequence[Sequence[Any]]):
+    def __init__(self, module: fx.GraphModule, batches: Iterable[Sequence[Any]] = ()):
         self.nodes = list(module.graph.nodes)
-        self._runs = [fx.Interpreter(module, garbage_collect_values=False) for _ in batches]
-        for run, batch in zip(self._runs, batches, strict=True):
-            run.args_iter = iter([v.clone() if isinstance(v, Tensor) else v for v in batch])
+        self._module = module
+        self._runs: list[fx.Interpreter] = []
         self._dead = _last_readers(self.nodes)
         self._written = written_to(self.nodes)
         self._next = 0
+        self.join(batches)
+
+    def join(self, batches: Iterable[Sequence[Any]]) -> None:
+        """Batches go on with the others. They catch up one after the other, through the module as it is now, every node that was run forgotten."""
+        for batch in batches:
+            run = fx.Interpreter(self._module, garbage_collect_values=False)
+            run.args_iter = iter([v.clone() if isinstance(v, Tensor) else v for v in batch])
+            for node in self.nodes[: self._next]:
+                self._run(run, node)
+                self._forget(run, node)
+            self._runs.append(run)
 
     @property
     def values(self) -> list[dict[fx.Node, Any]]:
         return [run.env for run in self._runs]
+
+    def holds(self, node: fx.Node) -> bool:
+        """Whether its answers are there."""
+        return bool(self._runs) and node in self._runs[0].env
 
     def compute(self, node: fx.Node) -> Iterable[Any]:
         """The node's answer to each batch, one after the other; nothing is kept."""
@@ -34,16 +48,22 @@ class Stepping:
         """Run the next node on all batches; returns its answer to the last of them."""
         node = self.nodes[self._next]
         for run in self._runs:
-            value = run.run_node(node)
-            run.env[node] = value.clone() if node.op == "get_attr" and node in self._written else value
+            self._run(run, node)
         self._next += 1
         return self._runs[-1].env[node]
 
     def forget(self, node: fx.Node) -> None:
         """Let go of what was last read by this node."""
         for run in self._runs:
-            for value in self._dead.get(node, ()):
-                run.env.pop(value, None)
+            self._forget(run, node)
+
+    def _run(self, run: fx.Interpreter, node: fx.Node) -> None:
+        value = run.run_node(node)
+        run.env[node] = value.clone() if node.op == "get_attr" and node in self._written else value
+
+    def _forget(self, run: fx.Interpreter, node: fx.Node) -> None:
+        for value in self._dead.get(node, ()):
+            run.env.pop(value, None)
 
     @property
     def upcoming(self) -> fx.Node | None:

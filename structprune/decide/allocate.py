@@ -26,7 +26,7 @@ from structprune.decide.criteria import Scores, above
 from structprune.decide.milp import Choice, solve
 from structprune.decide.targets import Target
 from structprune.decide.uniform import Uniform, Widths, block
-from structprune.errors import InputError, TargetError
+from structprune.errors import InputError, TargetError, did_you_mean
 from structprune.ir.axes import Atom, kept_size, leaves
 
 METHODS = ("auto", "milp", "greedy", "uniform")
@@ -72,7 +72,7 @@ def allocate(
     Raises TargetError, with the closest that can be reached, where the least of every group is too much.
     """
     if method not in METHODS:
-        raise InputError(f"unknown allocation {method!r}; use one of {', '.join(METHODS)}")
+        raise InputError(f"unknown allocation {method!r}{did_you_mean(method, METHODS)}; use one of {', '.join(METHODS)}")
     share = min([t.value for t in targets if t.key == "channels"], default=1.0)
     known = {"macs": [macs(groups)], "params": [params(groups)], **(costs or {})}
     budgets = [budget for t in targets if t.key not in ("channels", "threshold") for budget in _budgets(t, known[t.key])]

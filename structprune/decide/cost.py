@@ -6,7 +6,6 @@ allocation needs to know no more of them.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,7 +15,8 @@ from torch import Tensor, fx
 
 from structprune.analysis.groups import Groups
 from structprune.ir.axes import Atom, Shape, kept_size, leaves
-from structprune.ir.graph import Graph, operator_name
+from structprune.ir.graph import Graph
+from structprune.ir.liveness import alive
 
 _DESCRIBED = 200  # bytes of the file for each node of the graph
 
@@ -84,25 +84,12 @@ def size(graph: Graph, groups: Groups) -> Cost:
 
 
 def memory(graph: Graph, groups: Groups) -> tuple[Cost, ...]:
-    """Bytes of activations that are alive at one time, for every node that computes one: their peak is the largest of these costs.
-
-    A value lives from the node that computes it to the last one that reads it, or a view of it. Weights are not counted.
-    """
-    storage: dict[fx.Node, fx.Node] = {}  # a view, or what is written in place, and the node whose memory it is
-    last: dict[fx.Node, int] = {}
-    order = [n for n in graph.nodes if n.op in ("placeholder", "call_function")]
-    for place, node in enumerate(order):
-        storage[node] = next((storage[s] for s in node.all_input_nodes[:1] if s in storage), node) if _is_view(node) else node
-        for read in (node, *node.all_input_nodes):
-            if read in storage:
-                last[storage[read]] = place
-    owners = [n for n in order if storage[n] is n]
-    births = {node: place for place, node in enumerate(order)}
-    terms = {node: _activation(groups, node) for node in owners}
-    found, alive = [], list[fx.Node]()
-    for now in owners:
-        alive = [n for n in alive if last[n] >= births[now]] + [now]
-        found.append(Cost("memory", tuple(t for n in alive for t in terms[n]), fixed=groups.batch))
+    """Bytes of activations that are alive at one time, for every node that computes one: their peak is the largest of these costs."""
+    terms: dict[fx.Node, list[Term]] = {}
+    found = []
+    for node, together in alive(graph.nodes):
+        terms[node] = _activation(groups, node)
+        found.append(Cost("memory", tuple(t for n in together for t in terms[n]), fixed=groups.batch))
     return tuple(found)
 
 
@@ -112,11 +99,3 @@ def _activation(groups: Groups, node: fx.Node) -> list[Term]:
     resolve = groups.types.solver.resolve
     shapes = groups.types.shapes(node)
     return [Term(tuple(map(resolve, shape)), partial(_volume, unit=s)) for shape, s in zip(shapes, sizes, strict=False)]
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether a node's answer lies in the memory of its first operand."""
-    if node.target is operator.getitem or operator_name(node).endswith("dropout"):  # in evaluation a dropout is its operand
-        return True
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(r.alias_info is not None for r in schema.returns)

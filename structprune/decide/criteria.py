@@ -19,7 +19,7 @@ from structprune.analysis.groups import Groups
 from structprune.decide.activations import activation_energy, activation_mean, activation_rate, activation_variance
 from structprune.decide.gradients import fisher, hessian, loss_gradient, output_gradient, taylor
 from structprune.decide.weights import Criterion, Scores, at_random, batch_norm_scale, geometric_median, layer_adaptive, magnitude
-from structprune.errors import InputError
+from structprune.errors import InputError, did_you_mean
 from structprune.ir.axes import Atom
 from structprune.ir.graph import Graph
 from structprune.ir.samples import Samples
@@ -85,7 +85,7 @@ def criterion_of(choice: Any, model: nn.Module, seed: int, graph: Graph | None =
 
 def _named(name: str, seed: int, graph: Graph | None, samples: Samples | None) -> Criterion:
     if name not in NAMED:
-        raise InputError(f"unknown criterion {name!r}; use one of {', '.join(['auto', *sorted(NAMED)])}")
+        raise InputError(f"unknown criterion {name!r}{did_you_mean(name, NAMED)}; use one of {', '.join(['auto', *sorted(NAMED)])}")
     chosen = NAMED[name]
     if chosen.needs == LABELS and (samples is None or samples.labels is None):
         raise InputError(f"criterion {name!r} needs samples with labels: give calibration= (--calibration) with batches of (inputs, labels)")

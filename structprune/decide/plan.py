@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from structprune.ir.graph import Graph
 from structprune.ir.group import Group
 from structprune.ir.plan import Cut, Plan, PlannedGroup
 from structprune.ir.samples import Samples
+
+_MANY = 2**32  # entries of one input
 
 
 def scored(
@@ -110,7 +113,7 @@ def described_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str
 
 
 def example_inputs(described: Mapping[str, Any], seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs such as `described_inputs` describes: noise for floating-point tensors, zeros and ones for integers."""
+    """Inputs such as `described_inputs` describes: noise for floating-point tensors, zeros and ones for integers. Raises PlanError for no such."""
     generator = torch.Generator().manual_seed(seed)
 
     def is_tensor(value: Any) -> bool:
@@ -119,10 +122,15 @@ def example_inputs(described: Mapping[str, Any], seed: int = 0) -> tuple[tuple[A
     def tensor(value: Any) -> Any:
         if not is_tensor(value):
             return value
-        dtype = getattr(torch, value["dtype"])
+        dtype, sizes = getattr(torch, str(value["dtype"]), None), value["shape"]
+        right = isinstance(sizes, list) and all(type(s) is int and s >= 0 for s in sizes) and math.prod(sizes) <= _MANY
+        if not right or not isinstance(dtype, torch.dtype):
+            raise PlanError(f"an input of shape {str(sizes)[:60]} and type {str(value['dtype'])[:20]} cannot be made")
         if dtype.is_floating_point:
             return torch.randn(value["shape"], generator=generator).to(dtype)
         return torch.randint(0, 2, value["shape"], generator=generator).to(dtype)
 
     made = pytree.tree_map(tensor, {"args": described.get("args", []), "kwargs": described.get("kwargs", {})}, is_leaf=is_tensor)
+    if not isinstance(made["args"], list) or not isinstance(made["kwargs"], dict):
+        raise PlanError("the plan's inputs are no list of arguments and mapping of keywords")
     return tuple(made["args"]), made["kwargs"]

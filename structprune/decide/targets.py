@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from structprune.errors import InputError
+from structprune.errors import InputError, did_you_mean
 
 _COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BYTES = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30}
@@ -49,7 +49,7 @@ def parse_target(text: str) -> tuple[Target, ...]:
             raise InputError(f"target {part.strip()!r}: write it as key=value, such as macs=0.5 or params=5M")
         key, number, unit = match[1], float(match[2]), match[3].upper()
         if key not in _UNITS:
-            raise InputError(f"unknown target {key!r}; use one of {', '.join(_UNITS)}")
+            raise InputError(f"unknown target {key!r}{did_you_mean(key, _UNITS)}; use one of {', '.join(_UNITS)}")
         if unit not in _UNITS[key]:
             raise InputError(f"target {part.strip()!r}: unknown unit {match[3]!r}; {key} takes {', '.join(u for u in _UNITS[key] if u) or 'none'}")
         absolute = bool(unit) or (number > 1 and _UNITS[key] is _COUNTS) or key == "threshold"

@@ -3,10 +3,13 @@
 FOLDER             pictures, in the size of the model's input; scaled to [0, 1] and normalised as the model's own configuration or ImageNet says
 FILE               .npy (one input), .npz or .safetensors: arrays by the names of inputs, or one of any name; `labels` beside them
 module:function    called without arguments: one tensor of many samples, or an iterable of batches
+synthetic          made from the model's batch norms: calibrate/synthetic.py
 """
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from structprune.errors import InputError
+from structprune.frontends.archives import check_archive
 from structprune.frontends.load import called, named_object
 
 SAMPLES = 512  # that are taken where there are more
@@ -26,7 +30,7 @@ _ARRAYS = (".npy", ".npz", ".safetensors")
 _LABELS = ("labels", "label", "targets", "target", "y")
 _BATCH = 32
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_EXPECTED = f"give a folder of pictures, a file ({', '.join(_ARRAYS)}), or module:function"
+_EXPECTED = f"give a folder of pictures, a file ({', '.join(_ARRAYS)}), module:function, or `synthetic`"
 
 
 def calibration(
@@ -77,7 +81,7 @@ def _picture(file: Path, channels: int, height: int, width: int) -> Tensor:
     try:
         with Image.open(file) as opened:
             picture = opened.convert("RGB" if channels == 3 else "L")
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"--calibration {file} cannot be read as a picture ({error}); remove it from the folder") from error
     scale = max(width / picture.width, height / picture.height)
     scaled = picture.resize((max(width, round(picture.width * scale)), max(height, round(picture.height * scale))))
@@ -88,6 +92,7 @@ def _picture(file: Path, channels: int, height: int, width: int) -> Tensor:
 
 def _arrays(path: Path, samples: int, seed: int) -> list[Any]:
     """Batches of the inputs by name (or of the one input), with labels where the file has them."""
+    check_archive(path)
     try:
         if path.suffix.lower() == ".safetensors":
             arrays: dict[str, Any] = dict(load_file(path))
@@ -97,7 +102,7 @@ def _arrays(path: Path, samples: int, seed: int) -> list[Any]:
             with np.load(path, allow_pickle=False) as opened:
                 arrays = {name: opened[name] for name in opened.files}
         tensors = {name: torch.as_tensor(value) for name, value in arrays.items()}
-    except (OSError, ValueError, TypeError, EOFError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"--calibration {path} cannot be read ({reason}); {_EXPECTED}") from error
     labels = next((tensors.pop(name) for name in _LABELS if name in tensors and len(tensors) > 1), None)

@@ -5,6 +5,7 @@
     torchvision:NAME           torchvision.models.get_model
     package.module:function    the user's own constructor
     FILE                       .pt .pth .bin .ckpt .safetensors .pt2 .onnx
+    FOLDER                     that transformers saved, with --arch transformers:CLASS
 
 Every refusal is an InputError: one line that names the file or argument and the next step.
 """
@@ -12,7 +13,6 @@ Every refusal is an InputError: one line that names the file or argument and the
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import inspect
 import operator
@@ -22,7 +22,6 @@ import re
 import sys
 import traceback
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,15 +32,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from structprune.errors import InputError, StructpruneError
+from structprune.errors import InputError, StructpruneError, did_you_mean
+from structprune.frontends.archives import check_archive
+from structprune.frontends.torchscript import is_torchscript, load_torchscript
+from structprune.frontends.weights import adapted, difference, unwrapped
 
 _CONSTRUCTORS = "demo, timm:NAME, torchvision:NAME or package.module:function"
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _SUFFIXES = (*_PICKLES, ".safetensors", ".pt2", ".onnx")
-_CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "module")
-_WRAPPER_PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")  # torch.compile and DataParallel, nested either way round
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _INPUT = re.compile(
@@ -89,7 +88,7 @@ def load(spec: str, *, arch: str | None = None, inputs: Sequence[str] = (), trus
         if _is_file(spec):
             if Path(spec).suffix.lower() == ".onnx":
                 return _onnx(Path(spec), spec, arch, inputs, seed)
-            made = _from_file(Path(spec), arch, trust_pickle)
+            made = _from_file(Path(spec), arch, trust_pickle, inputs)
         elif _is_constructor(spec):
             if arch is not None:
                 raise InputError(f"--arch goes with a state_dict or .safetensors file, and {spec} is complete without: leave out --arch {arch}")
@@ -133,7 +132,7 @@ def _construct(spec: str) -> Loaded:
 def _timm(spec: str, name: str) -> nn.Module:
     timm = _library("timm", spec)
     if not timm.is_model(name):  # also keeps out `hf-hub:...`, which would ask the network
-        raise InputError(f"timm has no model {name!r}{_did_you_mean(name, timm.list_models())}; timm.list_models() names them all")
+        raise InputError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}; timm.list_models() names them all")
     return called(spec, timm.create_model, name, pretrained=False)
 
 
@@ -141,7 +140,7 @@ def _torchvision(spec: str, name: str) -> nn.Module:
     models = _library("torchvision.models", spec)
     known = models.list_models()
     if name not in known:
-        raise InputError(f"torchvision has no model {name!r}{_did_you_mean(name, known)}; torchvision.models.list_models() names them all")
+        raise InputError(f"torchvision has no model {name!r}{did_you_mean(name, known)}; torchvision.models.list_models() names them all")
     options: dict[str, Any] = {"weights": None}
     if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
         options["weights_backbone"] = None  # would be downloaded
@@ -179,7 +178,7 @@ def named_object(spec: str, form: str, wanted: str) -> Any:
     try:
         return operator.attrgetter(attribute)(module)
     except AttributeError as error:
-        close = _did_you_mean(attribute, dir(module))
+        close = did_you_mean(attribute, dir(module))
         raise InputError(f"{module_name} has no {attribute!r}{close}; name {wanted}") from error
 
 
@@ -235,16 +234,23 @@ def _positional(value: Any) -> tuple[Any, ...] | None:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _from_file(path: Path, arch: str | None, trust_pickle: bool) -> Loaded:
+def _from_file(path: Path, arch: str | None, trust_pickle: bool, inputs: Sequence[str]) -> Loaded:
+    if path.is_dir() and ((path / "config.json").is_file() or (arch or "").startswith("transformers:")):
+        from structprune.frontends.transformers_folder import load_folder
+
+        model, example, about = load_folder(path, arch, trust_pickle)
+        return Loaded(str(path), model, kwargs=example, notes=about)
     suffix = path.suffix.lower()
     head = _head(path)
     if suffix not in _SUFFIXES:
         raise InputError(f"{path} is not a model file that structprune reads; give {', '.join(_SUFFIXES)}, or a constructor ({_CONSTRUCTORS})")
     if not head:
         raise InputError(f"{path} is empty; save or copy it again")
+    if suffix in _PICKLES and is_torchscript(check_archive(path)):
+        return _torchscript(path, arch, inputs)
     if suffix == ".safetensors":
         return _with_weights(path, _safetensors(path), arch)
-    content, notes = (_program(path), ()) if suffix == ".pt2" else _unwrapped(path, _unpickled(path, head, trust_pickle))
+    content, notes = (_program(path), ()) if suffix == ".pt2" else unwrapped(path, _unpickled(path, head, trust_pickle))
     if not isinstance(content, nn.Module):
         return _noted(_with_weights(path, content, arch), *notes)
     if arch is not None:
@@ -263,6 +269,15 @@ def _onnx(path: Path, spec: str, arch: str | None, inputs: Sequence[str], seed: 
     return Loaded(spec, imported.model, imported.args, notes=(*imported.notes, f"input {_described(imported.args)}"))
 
 
+def _torchscript(path: Path, arch: str | None, inputs: Sequence[str]) -> Loaded:
+    if arch is not None:
+        raise InputError(f"--arch goes with a state_dict or .safetensors file, and {path} holds a whole module: leave out --arch {arch}")
+    args, kwargs = input_tensors(inputs, torch.Generator().manual_seed(0))
+    if not args or kwargs:
+        raise InputError(f"{path} is a TorchScript archive, which does not tell its inputs; pass each by position, such as --input 1x3x224x224")
+    return Loaded(str(path), load_torchscript(path, args), notes=(f"{path} converted from TorchScript, and answers the same",))
+
+
 def _head(path: Path) -> bytes:
     """The first bytes of a readable file."""
     try:
@@ -270,7 +285,7 @@ def _head(path: Path) -> bytes:
             return file.read(4)
     except FileNotFoundError as error:
         siblings = [p.name for p in path.parent.iterdir() if p.suffix.lower() in _SUFFIXES] if path.parent.is_dir() else []
-        raise InputError(f"there is no file {path}{_did_you_mean(path.name, siblings)}; check the path") from error
+        raise InputError(f"there is no file {path}{did_you_mean(path.name, siblings)}; check the path") from error
     except IsADirectoryError as error:
         inside = path / "model.pt2"
         raise InputError(f"{path} is a directory; pass a file in it{f', such as {inside}' if inside.exists() else ''}") from error
@@ -301,9 +316,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 def _unpickled(path: Path, head: bytes, trust_pickle: bool) -> Any:
     """The object in a file of torch.save, read without running any code of the file unless `trust_pickle`."""
-    entries = _archive_entries(path)
-    if any(e.endswith("/constants.pkl") for e in entries) and any("/code/" in e for e in entries):
-        raise InputError(f"{path} is a TorchScript archive, which cannot be traced; pass the original module, or a .pt2 from torch.export.save")
+    entries = check_archive(path)
     if any(e.endswith("/archive_format") for e in entries):
         raise InputError(f"{path} holds a torch.export program; rename it to {path.with_suffix('.pt2').name}")
     try:
@@ -344,33 +357,6 @@ class _NamingUnpickler(pickle.Unpickler):
             raise _MissingClass(f"{module}.{name}") from error
 
 
-def _archive_entries(path: Path) -> list[str]:
-    """Names in a zip archive, which is what torch.save writes; none for any other file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except zipfile.BadZipFile:
-        return []
-
-
-def _unwrapped(path: Path, content: Any) -> tuple[nn.Module | dict[str, Tensor], tuple[str, ...]]:
-    """The module or state_dict that a file holds, directly or as an entry of a training checkpoint."""
-    if _is_model(content):
-        return content, ()
-    if isinstance(content, Mapping):
-        for key in _CHECKPOINT_KEYS:
-            if _is_model(content.get(key)):
-                return content[key], (f"read from {key!r} in {path}",)
-    keys = f" with the keys {_few(map(str, content))}" if isinstance(content, Mapping) and content else ""
-    raise InputError(f"{path} holds a {type(content).__name__}{keys}, neither a module nor a state_dict; save model.state_dict() and pass --arch")
-
-
-def _is_model(value: Any) -> bool:
-    if isinstance(value, nn.Module):
-        return True
-    return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) or str(k).endswith("_extra_state") for k, v in value.items())
-
-
 def _with_weights(path: Path, state: dict[str, Tensor], arch: str | None) -> Loaded:
     """The model that `arch` constructs, with the weights of a file: all of them, and no others."""
     if arch is None:
@@ -379,31 +365,13 @@ def _with_weights(path: Path, state: dict[str, Tensor], arch: str | None) -> Loa
         raise InputError(f"--arch {arch} is not a constructor; give {_CONSTRUCTORS}")
     made = _construct(arch)
     expected = made.model.state_dict()
-    for prefix in _WRAPPER_PREFIXES:
-        if all(k.startswith(prefix) for k in state) and not any(k.startswith(prefix) for k in expected):
-            consume_prefix_in_state_dict_if_present(state, prefix)
-            made = _noted(made, f"dropped {prefix!r} from the front of every name in {path}")
+    state, notes = adapted(state, expected, path)
     try:
         made.model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        difference = _difference(state, expected) or _reason(error)
-        raise InputError(f"{path} does not fit --arch {arch}: {difference}; pass the constructor that made these weights") from error
-    return made
-
-
-def _difference(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """What keeps a state_dict out of a model, the first names of each kind; empty where names and shapes agree."""
-    misshaped = [
-        f"{name} ({_described((state[name],))} in the file, {_described((tensor,))} in the model)"
-        for name, tensor in expected.items()
-        if isinstance(tensor, Tensor) and isinstance(state.get(name), Tensor) and state[name].shape != tensor.shape
-    ]
-    kinds = {
-        "missing": [name for name in expected if name not in state],
-        "unexpected": [name for name in state if name not in expected],
-        "of another shape": misshaped,
-    }
-    return ", ".join(f"{kind}: {_few(names)}" for kind, names in kinds.items() if names)
+        reason = difference(state, expected) or _reason(error)
+        raise InputError(f"{path} does not fit --arch {arch}: {reason}; pass the constructor that made these weights") from error
+    return _noted(made, *notes)
 
 
 # Inputs ---------------------------------------------------------------------------------------------------------------
@@ -566,16 +534,6 @@ def _written(value: Any) -> str:
         return f"a {type(value).__name__}"
     dtype = "" if value.dtype == torch.float32 else f":{str(value.dtype).removeprefix('torch.')}"
     return ("x".join(map(str, value.shape)) or "scalar") + dtype
-
-
-def _few(names: Iterable[str], count: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def _reason(error: BaseException) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import copy
+import io
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError
+from structprune.frontends.archives import check_program
 from structprune.frontends.trace import from_exported
 from structprune.ir.graph import Graph
 from structprune.ir.traced import TracedModule
@@ -19,7 +22,7 @@ from structprune.ir.traced import TracedModule
 _EVERYWHERE = (None, tuple, list, dict, collections.OrderedDict, collections.defaultdict, collections.deque, torch.Size)
 
 
-def save_program(program: ExportedProgram, path: str | Path) -> None:
+def save_program(program: ExportedProgram, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a .pt2 file that loads where the classes of the model's answers are not known: they become dicts, or tuples.
 
     torch.export keeps the name of such a class (the outputs of transformers, dataclasses) and refuses to load a file without it.
@@ -30,7 +33,9 @@ def save_program(program: ExportedProgram, path: str | Path) -> None:
     ]
     plain = copy.copy(program)
     plain._module_call_graph = entries
-    torch.export.save(plain, str(path))
+    buffer = io.BytesIO()  # torch's own writer ends the process where the disk is full
+    torch.export.save(plain, buffer, extra_files=dict(metadata or {}))
+    Path(path).write_bytes(buffer.getbuffer())
 
 
 def _plain(spec: pytree.TreeSpec) -> pytree.TreeSpec:
@@ -54,7 +59,9 @@ def load_program(path: str | Path) -> TracedModule:
 
 
 def load_graph(path: str | Path) -> Graph:
-    """The graph of a program that torch.export wrote to `path`. Raises InputError for a file that is none."""
+    """The graph of a program that torch.export wrote to `path`. Raises InputError for a file that is none, or whose loading would run code."""
+    if Path(path).is_file():
+        check_program(Path(path))
     try:
         program = torch.export.load(str(path))
     except Exception as error:  # torch raises anything from a KeyError to a zip error for a damaged archive

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx.traceback import preserve_node_meta
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError, TraceError
@@ -210,11 +210,15 @@ def from_exported(
 
 
 def fold_parametrizations(model: nn.Module) -> nn.Module:
-    """The model with every parametrized weight replaced by its value; the model itself where there is none."""
-    legacy = [m for m in model.modules() if any(hasattr(h, "compute_weight") for h in m._forward_pre_hooks.values())]
-    if not legacy and not any(parametrize.is_parametrized(m) for m in model.modules()):
+    """The model with every parametrized or masked weight replaced by its value; the model itself where there is none.
+
+    Weight norm and spectral norm, new and old, and the masks of torch.nn.utils.prune.
+    """
+    hooked = {m: [h for h in m._forward_pre_hooks.values() if _folds(h)] for m in model.modules()}
+    if not any(hooked.values()) and not any(parametrize.is_parametrized(m) for m in model.modules()):
         return model
-    model = copy.deepcopy(model)
+    computed = [t for m, hooks in hooked.items() if hooks for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    model = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})  # a masked weight is no leaf, which cannot be copied otherwise
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             # A copy shares the class that holds its parametrized properties, and removing one would break the original.
@@ -222,11 +226,18 @@ def fold_parametrizations(model: nn.Module) -> nn.Module:
             assert isinstance(module.parametrizations, nn.ModuleDict)
             for name in list(module.parametrizations):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-        for hook in list(module._forward_pre_hooks.values()):  # torch.nn.utils.weight_norm and spectral_norm of old
-            if hasattr(hook, "compute_weight"):
+        for hook in [h for h in module._forward_pre_hooks.values() if _folds(h)]:
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
+            else:
                 remove = nn.utils.remove_weight_norm if "WeightNorm" in type(hook).__name__ else nn.utils.remove_spectral_norm
                 remove(module, hook.name)
     return model
+
+
+def _folds(hook: Any) -> bool:
+    """Whether a forward pre-hook computes a weight: of torch.nn.utils.weight_norm and spectral_norm of old, or of torch.nn.utils.prune."""
+    return hasattr(hook, "compute_weight") or isinstance(hook, prune.BasePruningMethod)
 
 
 @contextmanager

@@ -38,4 +38,5 @@ class Frozen:
     channels: int
     reason: str
     at: str
-    members: tuple[Member, ...] = field(default=(), compare=False)  # not part of a stored plan
+    members: tuple[Member, ...] = field(default=(), compare=False)  # this and the atom are no part of a stored plan
+    atom: Atom | None = field(default=None, compare=False, repr=False)

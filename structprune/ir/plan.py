@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from structprune import notebook
 from structprune.errors import PlanError
 from structprune.ir.group import Frozen, Member
 
 FORMAT = "structprune-plan/1"
+
+
+_LARGEST = 2**40  # an index or size
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    """Indices or sizes. Raises ValueError for anything else."""
+    if not isinstance(values, list) or any(type(v) is not int or not 0 <= v < _LARGEST for v in values):
+        raise ValueError(f"{str(values)[:60]} are no indices or sizes")
+    return tuple(values)
 
 
 @dataclass(frozen=True)
@@ -79,24 +91,31 @@ class Plan:
                 raise PlanError(f"plan format {data['format']!r} is not {FORMAT!r}")
             return Plan(
                 tensors={
-                    name: Cut(tuple(cut["shape"]), {int(dim): tuple(keep) for dim, keep in cut["keep"].items()})
+                    name: Cut(_numbers(cut["shape"]), {int(dim): _numbers(keep) for dim, keep in cut["keep"].items()})
                     for name, cut in data["tensors"].items()
                 },
                 groups=tuple(
                     PlannedGroup(
-                        g["name"], g["channels"], tuple(g["keep"]), g["exact"], g.get("reason", ""),
-                        tuple(Member(m["tensor"], m["dim"]) for m in g["members"]),
+                        str(g["name"]), int(g["channels"]), _numbers(g["keep"]), bool(g["exact"]), str(g.get("reason", "")),
+                        tuple(Member(str(m["tensor"]), int(m["dim"])) for m in g["members"]),
                     )
                     for g in data["groups"]
                 ),
                 frozen=tuple(Frozen(f["name"], f["channels"], f["reason"], f["at"]) for f in data["frozen"]),
-                target=data.get("target", ""),
-                criterion=data.get("criterion", ""),
-                inputs=data.get("inputs", {}),
-                ignore=tuple(data.get("ignore", ())),
+                target=str(data.get("target", "")),
+                criterion=str(data.get("criterion", "")),
+                inputs=dict(data.get("inputs", {})),
+                ignore=tuple(map(str, data.get("ignore", ()))),
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except PlanError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PlanError(f"not a structprune plan: {type(error).__name__} {error}") from error
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the plan as canonical JSON: files that were made by it carry this."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -107,8 +126,13 @@ class Plan:
         """Read a plan. Raises PlanError for a missing or broken file."""
         try:
             return Plan.from_dict(json.loads(Path(path).read_text()))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"{path}: cannot be read as a plan: {error}") from error
+
+    def _repr_html_(self) -> str:
+        lines = [(g.name, g.channels, f"{len(g.keep)}{'' if g.exact else ' *'}", notebook.standing(g.members), g.reason) for g in self.groups]
+        title = f"plan for {self.target or 'no target'}: {len(self.groups)} groups, {len(self.tensors)} tensors shrink"
+        return notebook.table(title, ("group", "channels", "kept", "in", "not exact"), lines)
 
     def __str__(self) -> str:
         """A table: one line a group, its channels before and after, and the tensors that shrink with it."""

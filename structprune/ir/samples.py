@@ -20,11 +20,12 @@ def samples_in(batch: Sequence[Any]) -> int:
 class Samples:
     """Batches of inputs. Each is a list in the order of the graph's placeholders, the batch on the first axis of its tensors.
 
-    `labels`: of every batch, where they were given.
+    `labels`: of every batch, where they were given. `made`: from the model itself, not by the user.
     """
 
     batches: Sequence[list[Any]]
     labels: Sequence[Tensor] | None = None
+    made: bool = False
 
     def __len__(self) -> int:
         """How many samples there are in all batches together."""
@@ -34,22 +35,26 @@ class Samples:
         """So many of them, evenly spread over all, for neighbours may be alike; whole batches where those are not divisible; one at least."""
         if number >= len(self):
             return self
-        count, size = (len(self), 1) if divisible else (len(self.batches), max(1, len(self) // len(self.batches)))
-        places = np.linspace(0, count, max(1, number // size), endpoint=False).astype(int)
-        return self._of(set(places.tolist()), divisible)
+        count = self.count(divisible)
+        places = np.linspace(0, count, max(1, number * count // len(self)), endpoint=False).astype(int)
+        return self.of(set(places.tolist()), divisible)
 
     def cut(self, share: float, divisible: bool = True) -> tuple[Samples, Samples]:
         """The first of them, about that share, and the rest; all of them twice where one batch is all and is not divisible.
 
         Samples that are alike (frames of a video, parts of a picture) tend to be neighbours: so cut, the rest tells what is new.
         """
-        count = len(self) if divisible else len(self.batches)
+        count = self.count(divisible)
         if count < 2:
             return self, self
         place = min(count - 1, max(1, round(share * count)))
-        return self._of(set(range(place)), divisible), self._of(set(range(place, count)), divisible)
+        return self.of(set(range(place)), divisible), self.of(set(range(place, count)), divisible)
 
-    def _of(self, chosen: Set[int], divisible: bool) -> Samples:
+    def count(self, divisible: bool = True) -> int:
+        """How many samples there are, or batches where those are not divisible."""
+        return len(self) if divisible else len(self.batches)
+
+    def of(self, chosen: Set[int], divisible: bool = True) -> Samples:
         """The samples, or batches, of these numbers."""
         batches, labels, first = [], [], 0
         for place, batch in enumerate(self.batches):
@@ -60,4 +65,4 @@ class Samples:
                 continue
             batches.append([v[own.to(v.device)] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v for v in batch])
             labels += [self.labels[place][own]] if self.labels is not None else []
-        return Samples(batches, labels if self.labels is not None else None)
+        return Samples(batches, labels if self.labels is not None else None, self.made)

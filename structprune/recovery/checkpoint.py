@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from collections.abc import Mapping
@@ -53,9 +54,11 @@ class Checkpoint:
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"format": _FORMAT, "task": self.task, "state": dict(state)}, beside)
+            buffer = io.BytesIO()  # torch's own writer ends the process where the disk is full
+            torch.save({"format": _FORMAT, "task": self.task, "state": dict(state)}, buffer)
+            beside.write_bytes(buffer.getbuffer())
             beside.replace(self.path)
-        except (OSError, RuntimeError) as error:  # torch says RuntimeError for a folder that is not there
+        except OSError as error:
             with suppress(OSError):  # there may be no such folder
                 beside.unlink(missing_ok=True)
             raise InputError(f"the checkpoint {self.path} cannot be written: {str(error).splitlines()[0]}; give another path") from error

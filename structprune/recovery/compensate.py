@@ -19,7 +19,7 @@ and shifts fitted in the same way, channel by channel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, fx
 
 from structprune.analysis.infer import Types
+from structprune.calibrate.arrivals import MEMORY, arrivals
 from structprune.calibrate.damped import factor
 from structprune.calibrate.readers import Reader, from_matrix, places, reader_of, readers, rows_of_answer, rows_of_input, shift_of
 from structprune.calibrate.stepping import Stepping
@@ -56,24 +57,31 @@ def compensate(
     graph: Graph, types: Types, keep: Keep, surgery: Surgery, samples: Samples, progress: Callable[[str], None] = lambda line: None
 ) -> list[Fitted]:
     """Fit the small model's weights, in place, on samples without labels. Returns what was fitted, in the order of the graph."""
-    dense, small = Stepping(graph.module, samples.batches), Stepping(surgery.module, samples.batches)
+    dense, small = Stepping(graph.module), Stepping(surgery.module)
+    joining = arrivals(graph, samples, MEMORY / 2)
+    if (joined := sum(samples_in(one.batch) for some in joining.values() for one in some)) < len(samples):
+        progress(f"{joined} of {len(samples)} samples are used: the values of more take over {MEMORY >> 30} GiB")
+    firsts: list[float] = []  # of each batch, the share that the ridge is not chosen by
     mine = readers(graph)
     fitted = []
     while (node := small.upcoming) is not None:
         original = surgery.originals.get(node)
         if original is not None:
-            while dense.upcoming is not None and original not in dense.values[0]:
+            while dense.upcoming is not None and not dense.holds(original):
                 passed = dense.upcoming
+                for run in (dense, small):
+                    run.join(one.batch for one in joining.get(passed, ()))
+                firsts += [one.first for one in joining.get(passed, ())]
                 dense.step()
                 if passed is not original:
                     dense.forget(passed)
         if original in mine:
             reader = reader_of(node)
             assert reader is not None
-            found = _fit(reader, mine[original], graph, types, keep, surgery, dense, small)
+            found = _fit(reader, mine[original], graph, types, keep, surgery, dense, small, firsts)
             if found is not None:
                 fitted.append(found)
-                progress(f"compensate {found.name}")
+                progress(f"compensate {len(fitted)} of {len(mine)} layers: {found.name}")
         small.step()
         small.forget(node)
         if original is not None:
@@ -82,7 +90,15 @@ def compensate(
 
 
 def _fit(
-    reader: Reader, dense_reader: Reader, graph: Graph, types: Types, keep: Keep, surgery: Surgery, dense: Stepping, small: Stepping
+    reader: Reader,
+    dense_reader: Reader,
+    graph: Graph,
+    types: Types,
+    keep: Keep,
+    surgery: Surgery,
+    dense: Stepping,
+    small: Stepping,
+    firsts: Sequence[float],
 ) -> Fitted | None:
     node, original = reader.node, dense_reader.node
     module = surgery.module
@@ -91,10 +107,9 @@ def _fit(
     shift = shift_of(reader, module)
     branch = _branch_of(node, module)
     moments = _Moments(shift is not None)
-    batches = len(dense.values)
-    sizes = [samples_in([wide[original]]) for wide in dense.values]
+    total = sum(wide[original].shape[0] for wide in dense.values)
     for number, (wide, narrow, answer) in enumerate(zip(dense.values, small.values, small.compute(node), strict=True)):
-        chosen = places(reader, answer, _ROWS // batches, seed=number)
+        chosen = places(reader, answer, _ROWS / total, seed=number)
         wanted = kept_part(wide[original], shape, keep)
         difference = wanted - answer
         if branch is not None and (behind := _behind(branch, surgery, types, keep, wide, narrow)) is not None:
@@ -104,7 +119,7 @@ def _fit(
             rows_of_input(reader, narrow[reader.input], weight.shape[2:], space, chosen),
             rows_of_answer(reader, difference, chosen),
             rows_of_answer(reader, wanted, chosen),
-            first=min(1.0, max(0.0, (sum(sizes) / 2 - sum(sizes[:number])) / sizes[number])),
+            first=firsts[number],
         )
     if not moments.energy > _NOTHING * moments.scale or not math.isfinite(moments.energy):  # nothing is off, or masks of -inf are read
         return None

@@ -36,7 +36,7 @@ from structprune.recovery.checkpoint import Checkpoint
 from structprune.recovery.distil import DISTILL, losses
 from structprune.recovery.statistics import BATCHES, follows_batches, has_norms, measure
 
-Train: TypeAlias = "Iterable[Any] | Tensor | Callable[[int], Iterable[Any]]"
+Train: TypeAlias = Iterable[Any] | Tensor | Callable[[int], Iterable[Any]]
 Flat: TypeAlias = Callable[..., tuple[Sequence[Any], Sequence[Tensor]]]
 """A model as a function of its inputs one by one: all its answers, and the features that are asked for."""
 

@@ -57,7 +57,33 @@ def verify(graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inputs
 
     Raises VerificationError, with the output and both numbers, when they differ by more than rounding explains.
     """
-    flat = graph.flat_inputs() if inputs is None else list(inputs)
+
+    def compared(chosen: Sequence[Any]) -> tuple[list[Tensor], Verification]:
+        return _compared(graph, types, keep, small, chosen)
+
+    return _on_inputs(graph, types, small, graph.flat_inputs() if inputs is None else list(inputs), compared)
+
+
+def verify_unchanged(graph: Graph, types: Types, original: fx.GraphModule, small: fx.GraphModule, tolerance: float) -> float:
+    """The largest difference between the small graph and the original, as a share of the answer, on the inputs of `verify`.
+
+    Raises VerificationError where it is more than `tolerance`.
+    """
+
+    def compared(chosen: Sequence[Any]) -> tuple[list[Tensor], Verification]:
+        got, wanted = (floats(Exact(module).run(*_copies(chosen), enable_io_processing=False)) for module in (small, original))
+        error = difference(got, wanted, lambda: [torch.zeros((), dtype=torch.float64)] * len(wanted), graph.output_names)
+        if not error <= tolerance:
+            raise VerificationError(f"the small model differs from the original by {error:.2g} of the answer (rounding explains {tolerance:.2g})")
+        return got, Verification(error, tolerance, len(wanted))
+
+    return _on_inputs(graph, types, small, graph.flat_inputs(), compared).error
+
+
+def _on_inputs(
+    graph: Graph, types: Types, small: fx.GraphModule, flat: Sequence[Any], compared: Callable[[Sequence[Any]], tuple[list[Tensor], Verification]]
+) -> Verification:
+    """Compare on inputs that float64 has room for."""
     wide = [in_double(v) for v in flat]
 
     def own_precision() -> list[Tensor]:
@@ -68,7 +94,7 @@ def verify(graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inputs
         room = min(_WORK * batch / max(1, sum(math.prod(axis.size for axis in w.axes) for w in types.work)), _samples_in_memory(graph, batch))
         if room < 1 and not _unsafe_inputs(graph):
             try:
-                found = _compared(graph, types, keep, small, _smaller(_last(wide, 1) if graph.dynamic_batch else wide, room))[1]
+                found = compared(_smaller(_last(wide, 1) if graph.dynamic_batch else wide, room))[1]
                 return replace(found, answers=own_precision())
             except (*_DOES_NOT_RUN, VerificationError):  # a size that the graph was traced for; the whole picture decides
                 _log.debug("smaller pictures do not run", exc_info=True)
@@ -76,7 +102,7 @@ def verify(graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inputs
             samples = max(1, int(room))
             try:
                 chosen = _last(wide, samples) if samples < batch else _with_noise(wide, min(samples, _SAMPLES) // batch - 1, _unsafe_inputs(graph))
-                answer, found = _compared(graph, types, keep, small, chosen)
+                answer, found = compared(chosen)
                 if samples >= batch:
                     return found
                 whole = own_precision()
@@ -85,7 +111,7 @@ def verify(graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inputs
             except _DOES_NOT_RUN:
                 _log.debug("the chosen samples do not run", exc_info=True)
         try:
-            return _compared(graph, types, keep, small, wide)[1]
+            return compared(wide)[1]
         except _DOES_NOT_RUN as raised:
             raise VerificationError(f"the small model does not run: {str(raised).splitlines()[0]}") from raised
 

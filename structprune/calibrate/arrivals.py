@@ -1,0 +1,82 @@
+"""When samples join a graph that is run node by node: few where values are large, more where there is room for them.
+
+Layers with large pictures have many positions and few channels, and learn enough from few samples; layers with many channels come later, where the
+values of a sample are small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx
+
+from structprune.ir.graph import Graph, shape_of
+from structprune.ir.liveness import alive
+from structprune.ir.samples import Samples, samples_in
+
+MEMORY = 3 << 30  # bytes of values that may be alive together
+_LEAST = 16  # samples
+_TOGETHER = 32  # samples that catch up with the others at one time
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A batch that joins; `first`: the share of its samples that is of the first half of all."""
+
+    batch: list[Any]
+    first: float
+
+
+def arrivals(graph: Graph, samples: Samples, memory: float = MEMORY) -> dict[fx.Node, list[Arrival]]:
+    """Before which node of the graph which samples join, the first of them before its first node.
+
+    At every time they are evenly spread over all samples, and their values, there and at all nodes that follow, take `memory` bytes at most (those
+    of 16 samples may take more). Each time their number doubles at least, or all are there. Where the graph takes no other batches than the
+    example's, batches join as they are.
+    """
+    divisible = graph.dynamic_batch
+    count = samples.count(divisible)
+    each = 1 if divisible else max(1, len(samples) // count)
+    waiting = list(range(count))
+    found: dict[fx.Node, list[Arrival]] = {}
+    for node, taken in _bytes_ahead(graph):
+        here = count - len(waiting)
+        room = min(count, max(_LEAST, int(memory / max(taken, 1.0))) // each or 1)
+        if waiting and (room >= 2 * here or room == count):
+            places = set(np.linspace(0, len(waiting), room - here, endpoint=False).astype(int).tolist())
+            joining = [number for place, number in enumerate(waiting) if place in places]
+            waiting = [number for place, number in enumerate(waiting) if place not in places]
+            found[node if found else next(iter(graph.nodes))] = [
+                Arrival(batch, first) for first, some in _pieces(joining, count) for batch in samples.of(some, divisible).batches
+            ]
+    return found
+
+
+def _pieces(numbers: list[int], count: int) -> Iterator[tuple[float, set[int]]]:
+    """A few of the numbers at a time, with the share of each that lies in the first half."""
+    for first, same in groupby(numbers, lambda number: min(1.0, max(0.0, count / 2 - number))):
+        listed = list(same)
+        yield from ((first, set(listed[i : i + _TOGETHER])) for i in range(0, len(listed), _TOGETHER))
+
+
+def _bytes_ahead(graph: Graph) -> list[tuple[fx.Node, float]]:
+    """For every node that computes a value the most that is alive of one sample, there or later."""
+    size: dict[fx.Node, float] = {}
+    found: list[tuple[fx.Node, float]] = []
+    example = samples_in(graph.given_inputs())
+    for node, values in alive(graph.nodes):
+        size[node] = bytes_of(node) / example
+        found.append((node, sum(size[n] for n in values)))
+    most = np.maximum.accumulate([taken for _, taken in reversed(found)])[::-1]
+    return [(node, float(taken)) for (node, _), taken in zip(found, most, strict=True)]
+
+
+def bytes_of(node: fx.Node) -> int:
+    """Of what a node computes on the example."""
+    value = node.meta.get("val")
+    return sum(v.element_size() * math.prod(shape_of(v)) for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Tensor))

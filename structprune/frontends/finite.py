@@ -1,0 +1,35 @@
+"""Numbers that no model computes with: found, and named, before anything is decided by them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from structprune.errors import InputError
+
+
+def must_be_finite(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> None:
+    """Raise InputError that names the first weight or input with NaN or an infinity. Infinities in other buffers and -inf in inputs are masks."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        statistics = name.rpartition(".")[2] in ("running_mean", "running_var")
+        bad = _odd(tensor, infinite=isinstance(tensor, nn.Parameter) or statistics)
+        if bad:
+            raise InputError(f"{name} holds {bad}: training diverged, or the file is damaged; load an earlier checkpoint")
+    for path, value in pytree.tree_flatten_with_path((args, dict(kwargs or {})))[0]:
+        bad = _odd(value.masked_fill(value == -torch.inf, 0), infinite=True) if isinstance(value, Tensor) and value.is_floating_point() else ""
+        if bad:
+            place = "".join(map(str, path[1:])) or "[0]"
+            raise InputError(f"example input {place} holds {bad}; give one that the model was made for")
+
+
+def _odd(tensor: Tensor, infinite: bool) -> str:
+    """In words, how many entries are NaN or, if asked for, infinite."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta or bool(tensor.isfinite().all()):
+        return ""
+    nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum()) if infinite else 0
+    words = [f"{number} {what}" for number, what in ((nan, "NaN"), (inf, "infinities" if inf > 1 else "infinity")) if number]
+    return f"{' and '.join(words)} among {tensor.numel():,} values" if words else ""

@@ -1,0 +1,81 @@
+"""TorchScript files: converted to a program of torch.export, and compared with what they were before."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from structprune.errors import InputError
+from structprune.frontends.trace import from_exported
+from structprune.ir.traced import TracedModule
+
+_SAME = 1e-4  # of the largest answer: the same operators, in float32
+_ADVICE = "pass the original module, or a .pt2 from torch.export.save"
+
+
+def is_torchscript(entries: list[str]) -> bool:
+    """Whether a zip archive with these entries is one of torch.jit.save."""
+    return any(e.endswith("/constants.pkl") for e in entries) and any("/code/" in e for e in entries)
+
+
+def load_torchscript(path: Path, args: tuple[Any, ...]) -> TracedModule:
+    """The model of a TorchScript file as a graph, in evaluation mode, on these example inputs; its weights keep their names.
+
+    Raises InputError for a file that cannot be read or converted, or whose conversion answers otherwise than the file.
+    """
+    from torch._export.converter import TS2EPConverter
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that TorchScript is deprecated
+        try:
+            script = torch.jit.load(str(path), map_location="cpu").eval()
+        except Exception as error:  # torch raises anything from a RuntimeError to a pickle error for a damaged archive
+            raise InputError(f"{path} is damaged or no TorchScript file ({_first_line(error)}); {_ADVICE}") from error
+        with torch.no_grad():
+            try:
+                wanted = script(*_copied(args))
+            except Exception as error:
+                raise InputError(f"{path} does not run on these inputs ({_first_line(error)}); check their shapes (--input)") from error
+            try:
+                program = TS2EPConverter(script, args, {}).convert()
+                graph = from_exported(program, args, {})
+                module = TracedModule(graph.module, graph.module.graph).eval()
+                got = module(*_copied(args))
+            except Exception as error:  # an operator that the converter does not know, or control flow
+                raise InputError(f"{path} is a TorchScript archive, which cannot be converted ({_first_line(error)}); {_ADVICE}") from error
+    if not _close(got, wanted):
+        raise InputError(f"{path} is a TorchScript archive, and what it is converted to answers otherwise; {_ADVICE}")
+    for name, parameter in script.named_parameters():  # the converter makes buffers of them
+        owner, _, leaf = name.rpartition(".")
+        if name in dict(module.named_buffers()):
+            holder = module.get_submodule(owner)
+            value = holder._buffers.pop(leaf)
+            assert value is not None
+            holder.register_parameter(leaf, nn.Parameter(value.detach(), parameter.is_floating_point()))
+    module.example_inputs = (args, {})
+    return module
+
+
+def _copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return pytree.tree_map_only(Tensor, torch.clone, args)  # type: ignore[no-any-return]
+
+
+def _close(got: Any, wanted: Any) -> bool:
+    pairs = [[v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)] for value in (got, wanted)]
+    if len(pairs[0]) != len(pairs[1]) or any(a.shape != b.shape for a, b in zip(*pairs, strict=True)):
+        return False
+    return all(
+        torch.allclose(a.double(), b.double(), rtol=0, atol=_SAME * float(b.double().nan_to_num(0, 0, 0).abs().amax()) + 1e-12, equal_nan=True)
+        for a, b in zip(*pairs, strict=True)
+        if a.numel()
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

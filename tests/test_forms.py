@@ -1,0 +1,169 @@
+"""The forms that a result is saved in: types of numbers, 8 bits, opsets, large files, and what the files say of themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import models
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from torch import nn
+
+import structprune as sp
+from structprune import demo
+from structprune.backends.directory import verify_directory
+from structprune.errors import InputError, StructpruneError, VerificationError
+
+
+def answer(path: Path, x: torch.Tensor) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_type_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    x = demo.samples()[0][:4].to(dtype)
+    result = sp.compress(demo.model().to(dtype), (x,), target="channels=0.75")
+    assert {p.dtype for p in result.model.parameters()} == {dtype}
+    report = result.save(tmp_path / "out", latency=False)
+    assert report.data["precision"] == str(dtype).removeprefix("torch.")
+    loaded = sp.load(tmp_path / "out")
+    assert {p.dtype for p in loaded.parameters()} == {dtype} and loaded(x).dtype == dtype
+    assert torch.equal(loaded(x), result.small(x))
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        assert file.get_tensor("head.weight").dtype == dtype
+    inputs = onnxruntime.InferenceSession(str(tmp_path / "out/model.onnx")).get_inputs()
+    assert inputs[0].type == ("tensor(float16)" if dtype == torch.float16 else "tensor(float)")  # ONNX Runtime computes little in bfloat16
+    checked = verify_directory(tmp_path / "out")
+    assert checked["tensors_matched_in_original_onnx"] > 0 and checked["original_onnx_masked"] <= 2e-2
+
+
+def test_bfloat16_without_dead_channels(tmp_path: Path) -> None:
+    model = demo.model().bfloat16()
+    with torch.no_grad():
+        model.stage3.depthwise[1].weight[5] = 0
+    sp.compress(model, (demo.samples()[0][:4].bfloat16(),), target="dead").save(tmp_path / "out", latency=False)
+    assert verify_directory(tmp_path / "out")["original_onnx"] < 0.02
+
+
+def test_half(tmp_path: Path) -> None:
+    x, _ = demo.samples()
+    result = sp.compress(demo.model(), (x[:4],), target="channels=0.75")
+    report = result.save(tmp_path / "out", half=True, latency=False)
+    assert report.data["precision"] == "float16" and 0 < report.data["verification"]["onnx_error"] <= 2e-2
+    loaded = sp.load(tmp_path / "out")
+    assert {t.dtype for t in loaded.parameters()} == {torch.float16} and loaded(x[:3]).dtype == torch.float32
+    wanted = result.model(x[:64]).detach()
+    for got in (loaded(x[:64]).detach().numpy(), answer(tmp_path / "out/model.onnx", x[:64])):
+        assert np.abs(got - wanted.numpy()).max() <= 2e-2 * wanted.abs().max()
+    assert (tmp_path / "out/model.onnx").stat().st_size < 0.6 * (tmp_path / "out/original.onnx").stat().st_size
+    verify_directory(tmp_path / "out")
+
+
+def test_half_that_overflows_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with torch.no_grad():
+        model[0].weight.mul_(1e6)
+    result = sp.compress(model, (torch.randn(2, 4),), target="channels=0.5")
+    with pytest.raises(VerificationError):
+        result.save(tmp_path / "out", half=True, latency=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8(tmp_path: Path, run) -> None:
+    status, out, err = run("compress", "demo", "--target", "channels=0.75", "--quantize", "int8", "--out", "o", "--json")
+    assert status == 0, err
+    report = json.loads(out)
+    int8 = report["int8"]
+    assert int8["calibrated_on"] == 192 and int8["compared_on"] == 64
+    assert int8["agreement"] > 0.9 and 0 < int8["error"] < 0.3 and int8["accuracy"] > 0.9 * report["accuracy"]["after"]
+    assert (
+        int8["latency_ms"]["ratio"]["median"] > 0 and int8["bytes"] == Path("o/model.int8.onnx").stat().st_size < 0.5 * report["onnx_bytes"]["after"]
+    )
+    x, labels = demo.samples()
+    predicted = answer(Path("o/model.int8.onnx"), x).argmax(1)
+    assert float((predicted == labels.numpy()).mean()) == pytest.approx(int8["accuracy"])
+    assert {n.op_type for n in onnx.load("o/model.int8.onnx").graph.node} >= {"QuantizeLinear", "DequantizeLinear"}
+
+
+def test_forms_that_cannot_be(tmp_path: Path, run) -> None:
+    model, inputs = models.build("residual")
+    result = sp.compress(model, inputs, target="channels=0.5")
+    for options, words in (
+        ({"quantize": "int8"}, "--calibration"),
+        ({"quantize": "int4"}, "use 'int8'"),
+        ({"quantize": "int8", "half": True}, "leave one out"),
+    ):
+        with pytest.raises(InputError, match=words):
+            result.save(tmp_path / "out", latency=False, **options)
+    with pytest.raises(StructpruneError, match="opset 3"):
+        result.save(tmp_path / "out", latency=False, opset=3)
+    assert not (tmp_path / "out").exists()
+    Path("net.py").write_text("from models import build\ndef net(): return build('residual')\n")
+    status, _, err = run("compress", "net:net", "--quantize", "int8")
+    assert status == 2 and "--calibration" in err and len(err.strip().splitlines()[-1:]) == 1
+
+
+@pytest.mark.parametrize("opset", [18, 22])
+def test_opset(opset: int, tmp_path: Path) -> None:
+    model, inputs = models.build("residual")
+    result = sp.compress(model, inputs, target="channels=0.5")
+    assert result.export_onnx(tmp_path / "m.onnx", opset=opset) <= 1e-3
+    assert next(o.version for o in onnx.load(tmp_path / "m.onnx").opset_import if o.domain == "") == opset
+
+
+def test_weights_of_more_than_2_gb_lie_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("structprune.backends.onnx._LARGE", 20_000)
+    x = demo.samples()[0][:4]
+    result = sp.compress(demo.model(), (x,), target="channels=0.75")
+    report = result.save(tmp_path / "out", latency=False)
+    assert (tmp_path / "out/model.onnx.data").stat().st_size > 10_000
+    assert report.data["onnx_bytes"]["after"] > (tmp_path / "out/model.onnx").stat().st_size
+    np.testing.assert_allclose(answer(tmp_path / "out/model.onnx", x), result.model(x).detach(), atol=1e-3)
+    assert "too large" in verify_directory(tmp_path / "out")["original_onnx_masked"]
+    (tmp_path / "out").rename(tmp_path / "moved")
+    verify_directory(tmp_path / "moved")
+
+
+def test_files_say_who_made_them(tmp_path: Path) -> None:
+    model, inputs = models.build("residual")
+    result = sp.compress(model, inputs, target="channels=0.5")
+    result.save(tmp_path / "out", latency=False)
+    plan = sp.Plan.load(tmp_path / "out/plan.json")
+    wanted = {"structprune.version": sp.__version__, "structprune.plan": plan.digest, "structprune.target": "channels=0.5"}
+    assert {p.key: p.value for p in onnx.load(tmp_path / "out/model.onnx").metadata_props} == wanted
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        assert file.metadata() == wanted
+    extra = dict.fromkeys(wanted, "")
+    torch.export.load(tmp_path / "out/model.pt2", extra_files=extra)
+    assert extra == wanted
+    other = sp.compress(model, inputs, target="channels=0.75")
+    other.plan.save(tmp_path / "out/plan.json")
+    with pytest.raises(VerificationError, match=r"plan\.json|the plan says"):
+        verify_directory(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["residual", "joined"])
+def test_a_plan_replays_with_numpy_alone(name: str, tmp_path: Path) -> None:
+    """The code of docs/plan.md, on the state_dict of the original."""
+    model, inputs = models.build(name)
+    result = sp.compress(model, inputs, target="channels=0.5")
+    result.save(tmp_path / "out", latency=False)
+    page = (Path(__file__).parent.parent / "docs/plan.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0].replace("plan.json", str(tmp_path / "out/plan.json"))
+    assert "torch" not in code
+    namespace: dict[str, object] = {}
+    exec(code, namespace)
+    small = load_file(tmp_path / "out/model.safetensors")
+    matched = 0
+    for key, tensor in model.state_dict().items():
+        if key in small:
+            np.testing.assert_array_equal(namespace["cut"](key, tensor.numpy()), small[key])  # type: ignore[operator]
+            matched += 1
+    assert matched >= len(result.plan.tensors) > 0
