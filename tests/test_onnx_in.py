@@ -657,6 +657,17 @@ def test_nothing_is_executed_from_a_file(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "evil.Run of node 'r' is not of the ONNX standard" in refusal(net)
 
 
+def test_a_name_is_not_code() -> None:
+    """torch.fx writes the names of weights into Python that it runs."""
+    evil = 'w");open("was_here","w");getattr(self,"v'
+    nodes = [helper.make_node("MatMul", ["x", evil], ["a"]), helper.make_node("MatMul", ["a", "v"], ["y"])]
+    imported = load_onnx(saved(model_of(nodes, {"x": [2, 4]}, ["y"], {evil: weight(4, 6), "v": weight(6, 3)})))
+    sp.compress(imported.model, imported.args, "channels=0.5").save("small", latency=False)
+    sp.load("small")(imported.args[0])
+    assert not Path("was_here").exists()
+    assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz_/:.-0123456789") for name in imported.model.state_dict())
+
+
 def test_names_that_clash_or_that_torch_keeps_for_itself_are_told_apart() -> None:
     node = helper.make_node
     nodes = [

@@ -224,7 +224,7 @@ def _state_name(name: str, reading: list[tuple[Node, int]], body: Body, taken: s
         owner = node.name.removesuffix(f"/{node.op}") or next((o for o in node.outputs if o), node.op)
         leaf = parameters[index] if index < len(parameters) else f"input_{index}"
         wanted = f"{owner.strip('/').replace('/', '.')}.{leaf}"
-    parts = [part for part in wanted.split(".") if part]
+    parts = [re.sub(r"[^\w/:-]", "_", part) for part in wanted.split(".") if part]  # torch.fx writes names into code that it runs
     parts = [f"_{p}" if hasattr(nn.Module, p) or p in _OWN else p for p in parts] or ["constant"]
     key = ".".join(parts)
     number = 1
