@@ -32,6 +32,7 @@ _ENTRIES = 100_000
 _FORGED = "is no program that torch.export.save writes"
 _NAME = re.compile(r"[\w.]*")
 _TENSOR = re.compile(r"[\w./:-]*")  # such as ONNX files have; nothing that ends a string in the code that torch.fx writes
+_NAMES = {"name": _NAME, "custom_obj_name": _NAME, "parameter_name": _TENSOR, "buffer_name": _TENSOR, "tensor_constant_name": _TENSOR}
 _FOREIGN = re.compile(r"[\w.\s\[\]{}\",:\\-]*")  # JSON within JSON: structures of plain names
 _OPERATOR = re.compile(r"torch\.ops\.([A-Za-z]\w*)\.(\w+)(?:\.(\w+))?")
 _BARRED_SPACES = frozenset({"prim", "profiler", "c10d", "rpc", "inductor", "static_runtime", "symm_mem", "dist", "cuda", "debugprims"})
@@ -135,7 +136,7 @@ def _check_model(content: Any) -> None:
             _check_expression(value)
         elif key in ("in_spec", "out_spec") and value is not None:
             _check_structure(value)
-        elif (key in ("parameter_name", "buffer_name", "tensor_constant_name") and not _TENSOR.fullmatch(str(value))) or (key in ("name", "custom_obj_name") and not _NAME.fullmatch(str(value))):
+        elif key in _NAMES and not _NAMES[key].fullmatch(str(value)):
             raise _Forged(f"the name {str(value)[:60]!r}")
         elif key == "forward_arg_names" and not all(_NAME.fullmatch(str(v)) for v in value or ()):
             raise _Forged("names of arguments that are none")
