@@ -45,7 +45,8 @@ Inputs = Annotated[
     list[str] | None,
     typer.Option(
         "--input",
-        help="shape of an example input, such as 1x3x224x224 or 2x16:int64; once for each input; of .onnx by name, x=1x3x64x64, or a fixed value, sr:=16000",
+        help="shape of an example input, such as 1x3x224x224 or 2x16:int64; once for each input. Of an .onnx file also by name, x=1x3x64x64, "
+        "for sizes that it leaves free; sr:=16000 fixes the value of an input that decides which branch runs",
     ),
 ]
 Trust = Annotated[bool, typer.Option("--trust-pickle", help="load a pickled module: this runs code of whoever wrote the file")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shlex
@@ -55,7 +57,9 @@ def model_of(
         [] if constants else tensors,
     )
     imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in domains)]
-    model = onnx.shape_inference.infer_shapes(helper.make_model(graph, opset_imports=imports, ir_version=8 if opset < 20 else 10))
+    model = helper.make_model(graph, opset_imports=imports, ir_version=8 if opset < 20 else 10)
+    with contextlib.suppress(onnx.shape_inference.InferenceError):
+        model = onnx.shape_inference.infer_shapes(model)
     for output in model.graph.output:
         if not output.type.tensor_type.HasField("shape"):  # of what inference cannot follow
             output.type.tensor_type.shape.dim.add().dim_param = "any"
@@ -216,7 +220,8 @@ def test_every_opset_says_the_same_in_its_own_way(opset: int) -> None:
 
     if opset >= 11:
         weights.update(low=scales["low"], high=scales["high"])
-    weights["scales"] = scales["scales"]
+    roi = "roi" if opset < 13 else ""
+    weights.update(scales=scales["scales"], roi=np.zeros(0, np.float32))
     net = model_of(
         [
             sized("Pad", ["x"], ["p"], 11, {"pads": "pads"}),
@@ -225,9 +230,9 @@ def test_every_opset_says_the_same_in_its_own_way(opset: int) -> None:
             sized("Split", ["b"], ["c", "d"], 13, {"split": "split"}, axis=1),
             node("Mul", ["c", "d"], ["e"]),
             node("Conv", ["e", "v"], ["f"]),
-            node("Upsample", ["f", "scales"], ["g"], mode="nearest")
+            node("Upsample", ["f", "scales"], ["g"])
             if opset == 9
-            else node("Resize", ["f", "", "scales"], ["g"], mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"),
+            else node("Resize", ["f", roi, "scales"], ["g"], coordinate_transformation_mode="asymmetric", nearest_mode="floor"),
             sized("Slice", ["g"], ["h"], 10, {"starts": "one", "ends": "end", "axes": "last"}),
             sized("ReduceMean", ["h"], ["i"], 18, {"axes": "axes"}, keepdims=1),
             sized("Squeeze", ["i"], ["j"], 13, {"axes": "axes"}),
@@ -249,18 +254,17 @@ def test_the_operators_of_the_standard_by_its_own_tests() -> None:
     assert wrong == {}
     right = {name for o in found if o.verdict == "agrees" for name in o.operators}
     assert sum(o.verdict == "agrees" for o in found) > 900
-    never = set(table.OPERATORS) - right - {"Scatter", "Upsample", "RNN", "LpNormalization", "Swish", "Shape"}
-    assert never == set()
+    assert set(table.OPERATORS) - right == {"GlobalLpPool"}  # of which the standard has no test
 
 
 def test_a_node_test_that_is_imported_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = table.OPERATORS["Celu"]
-    monkeypatch.setitem(table.OPERATORS, "Celu", table.Operator(lambda call, x: nn.functional.elu(x), (), (), None, ("x",)))
-    assert {o.verdict for o in onnx_nodes.outcomes("celu")} == {"refused"}  # the attribute that elu does not ask for
-    monkeypatch.setitem(table.OPERATORS, "Celu", table.Operator(lambda call, x: nn.functional.elu(x, call.get("alpha")), (), (), None, ("x",)))
-    assert "differs" in {o.verdict for o in onnx_nodes.outcomes("celu")}
-    monkeypatch.setitem(table.OPERATORS, "Celu", entry)
-    assert "differs" not in {o.verdict for o in onnx_nodes.outcomes("celu")}
+    entry = table.OPERATORS["Elu"]
+    monkeypatch.setitem(table.OPERATORS, "Elu", table.Operator(lambda call, x: nn.functional.relu(x), (), (), None, ("x",)))
+    assert "refused" in {o.verdict for o in onnx_nodes.outcomes("elu")}  # for the attribute that nobody asks for
+    monkeypatch.setitem(table.OPERATORS, "Elu", table.Operator(lambda call, x: nn.functional.elu(x * (call.get("alpha") or 1)), (), (), None, ("x",)))
+    assert "differs" in {o.verdict for o in onnx_nodes.outcomes("elu")}
+    monkeypatch.setitem(table.OPERATORS, "Elu", entry)
+    assert "differs" not in {o.verdict for o in onnx_nodes.outcomes("elu")}
 
 
 # --- weights and products -----------------------------------------------------------------------------------------------------
@@ -345,9 +349,6 @@ def test_group_norm_as_it_is_exported_is_pruned() -> None:
 
 
 def _exported(net: nn.Module, *inputs: Tensor, **options: Any) -> None:
-    import contextlib
-    import io
-
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         torch.onnx.export(net, inputs, "net.onnx", **({"dynamo": True, "external_data": False, "verbose": False} | options))
 
@@ -464,7 +465,10 @@ def switched() -> onnx.ModelProto:
         ]
         return helper.make_graph(nodes, name, [], [helper.make_tensor_value_info(f"{name}_out", FLOAT, None)])
 
-    nodes = [node("Equal", ["rate", "wide"], ["is_wide"]), node("If", ["is_wide"], ["y"], name="rates", then_branch=network("wide16"), else_branch=network("narrow"))]
+    nodes = [
+        node("Equal", ["rate", "wide"], ["is_wide"]),
+        node("If", ["is_wide"], ["y"], name="rates", then_branch=network("wide16"), else_branch=network("narrow")),
+    ]
     kinds = {"rate": TensorProto.INT64}
     return model_of(nodes, {"x": ["n", 6], "rate": []}, ["y"], {"wide": np.array(16000), "v": weight(8, 3)}, kinds=kinds)
 
@@ -485,9 +489,17 @@ def test_a_value_that_decides_is_fixed_and_any_other_is_not_answered() -> None:
 # --- what is refused ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["QuantizeLinear", "QLinearConv", "DynamicQuantizeLinear", "MatMulInteger", "DequantizeLinear"])
+QUANTISED = {
+    "QuantizeLinear": ["x", "s", "z"], "DequantizeLinear": ["q", "s", "z"], "DynamicQuantizeLinear": ["x"], "MatMulInteger": ["q", "q"],
+    "QLinearMatMul": ["q", "s", "z", "q", "s", "z", "s", "z"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
 def test_quantised_models_come_too_early(kind: str) -> None:
-    net = model_of([helper.make_node(kind, ["x", "s", "z"], ["y"], name="q0")], {"x": [2, 3]}, ["y"], {"s": np.float32(1), "z": np.uint8(0)})
+    outputs = ["y", "a", "b"] if kind == "DynamicQuantizeLinear" else ["y"]
+    node = helper.make_node(kind, QUANTISED[kind], outputs, name="q0")
+    net = model_of([node], {"x": [2, 2]}, ["y"], {"s": np.float32(1), "z": np.uint8(0), "q": np.ones((2, 2), np.uint8)})
     assert f"is quantised ({kind} at node 'q0'): prune first, then quantise" in refusal(net)
 
 
@@ -502,10 +514,10 @@ def test_an_unknown_operator_is_named(run: Callable[..., tuple[int, str, str]]) 
 
 def test_an_attribute_that_is_not_known_is_refused() -> None:
     """As of a later version of the operator."""
-    net = model_of([helper.make_node("LSTM", ["x", "W", "R"], ["y"], hidden_size=6, clip=3.0)], {"x": [4, 2, 5]}, ["y"], {
+    net = model_of([helper.make_node("LSTM", ["x", "W", "R"], ["y"], name="lstm", hidden_size=6, clip=3.0)], {"x": [4, 2, 5]}, ["y"], {
         "W": weight(1, 24, 5), "R": weight(1, 24, 6),
     }, opset=14)  # fmt: skip
-    assert "LSTM (node that makes 'y') is not supported with clip" in refusal(net)
+    assert "LSTM (node 'lstm') is not supported with clip" in refusal(net)
 
 
 def test_sizes_that_depend_on_values_are_refused() -> None:
@@ -556,7 +568,8 @@ def test_a_file_that_changed_meanwhile_is_not_passed_off_as_the_original() -> No
 
 def external(location: str, **changes: int) -> onnx.ModelProto:
     """One weight that lies in another file."""
-    net = model_of([helper.make_node("MatMul", ["x", "w"], ["y"])], {"x": [2, 6]}, ["y"], {"w": weight(6, 4)})
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["a"]), helper.make_node("MatMul", ["a", "v"], ["y"])]
+    net = model_of(nodes, {"x": [2, 6]}, ["y"], {"w": weight(6, 4), "v": weight(4, 3)})
     tensor = net.graph.initializer[0]
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
@@ -610,7 +623,11 @@ def test_absurd_sizes_are_refused_before_they_are_allocated() -> None:
     assert "claims 1099511627776x4 numbers, more than the file holds" in refusal(net)
     net.graph.initializer[0].dims[0] = 5  # fewer than there are
     assert "w" in refusal(net)
-    nodes = [helper.make_node("ConstantOfShape", ["s"], ["c"]), helper.make_node("ReduceMax", ["c"], ["m"], keepdims=0), helper.make_node("Add", ["x", "m"], ["y"])]
+    nodes = [
+        helper.make_node("ConstantOfShape", ["s"], ["c"]),
+        helper.make_node("ReduceMax", ["c"], ["m"], keepdims=0),
+        helper.make_node("Add", ["x", "m"], ["y"]),
+    ]
     big = model_of(nodes, {"x": [2]}, ["y"], {"s": np.array([1 << 20, 1 << 20])})
     assert "net.onnx" in refusal(big)
 
@@ -624,7 +641,12 @@ def test_nothing_is_executed_from_a_file(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_names_that_clash_or_that_torch_keeps_for_itself_are_told_apart() -> None:
     node = helper.make_node
-    nodes = [node("MatMul", ["x", "forward"], ["a"]), node("MatMul", ["a", "w"], ["b"]), node("MatMul", ["b", "w.v"], ["c"]), node("MatMul", ["c", ".."], ["y"])]
+    nodes = [
+        node("MatMul", ["x", "forward"], ["a"]),
+        node("MatMul", ["a", "w"], ["b"]),
+        node("MatMul", ["b", "w.v"], ["c"]),
+        node("MatMul", ["c", ".."], ["y"]),
+    ]
     weights = {"forward": weight(4, 4), "w": weight(4, 4, seed=1), "w.v": weight(4, 4, seed=2), "..": weight(4, 4, seed=3)}
     imported = load_onnx(saved(model_of(nodes, {"x": [2, 4]}, ["y"], weights)))
     assert imported.error < 1e-6 and len(dict(imported.model.named_parameters())) == 4

@@ -63,3 +63,12 @@ def test_the_page_is_what_its_rows_say(name: str) -> None:
     results = json.loads(module.RESULTS.read_text())
     assert (ROOT / f"docs/{name}.md").read_text() == module.page(results)
     assert [key for key, row in results["rows"].items() if not row.get("verified", True)] == []
+
+
+def test_the_page_of_onnx_files_is_what_its_rows_say() -> None:
+    module = bench("onnx_in")
+    results = json.loads(module.RESULTS.read_text())
+    text = module.PAGE.read_text()
+    assert module.with_tables(text, results) == text
+    assert set(results["files"]) == set(module.FILES)
+    assert [name for name, row in results["files"].items() if "failed" in row or not row["same names"]] == []

@@ -245,12 +245,12 @@ def benchmark_afresh(
     seconds: float = 6.0,
     compiled: bool = False,
 ) -> Comparison:
-    """`benchmark` of two files in a Python process of its own, on noise of the inputs' shapes.
+    """`benchmark` of two files in a Python process of its own, on noise of the inputs' shapes, and on single numbers as they are.
 
     A process that has traced, trained or pruned runs a model up to a third slower than one that only serves it: its memory is in pieces,
     and threads of other libraries wait in it. Raises InputError as `benchmark` does.
     """
-    shapes = [f"{'x'.join(map(str, t.shape))}:{str(t.dtype).removeprefix('torch.')}" for t in inputs]
+    shapes = [f"{'x'.join(map(str, t.shape)) or f':={t.item()}'}:{str(t.dtype).removeprefix('torch.')}" for t in inputs]
     threads = torch.get_num_threads() if threads is None else threads
     options = {"--device": device, "--threads": threads, "--seconds": seconds}
     command = [sys.executable, "-m", "structprune", "bench", str(baseline), str(candidate), "--json", "--no-resources"]

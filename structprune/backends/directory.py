@@ -258,7 +258,7 @@ def _apart(directory: Path, original: Path | bytes, flat: list[Any], what: str, 
         if not np.array_equal(np.isfinite(want), np.isfinite(got)):
             raise VerificationError(f"model.onnx answers with NaN or infinities where {what} does not, or the other way round")
         finite = np.isfinite(want)
-        worst = max(worst, float(np.abs(want - got)[finite].max(initial=0) / (np.abs(want[finite]).max(initial=0) + 1e-6)))
+        worst = max(worst, float(np.abs(want - got)[finite].max(initial=0) / max(np.abs(want[finite]).max(initial=0), onnx.LEAST)))
     if not worst <= (onnx.TOLERANCE_HALF if half else onnx.TOLERANCE):
         raise VerificationError(f"model.onnx differs from {what} by {worst:.2g} of the largest answer")
     return worst

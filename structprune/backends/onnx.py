@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import onnxscript.optimizer
 import onnxslim
 import torch
 from torch import Tensor
@@ -66,6 +67,8 @@ def export(
             reason = next((line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()), type(error).__name__)
             raise ExportError(f"the model cannot be written as ONNX: {reason[:200]}") from error
         assert exported is not None
+        if sizes:  # folding what is constant is part of the optimisation that was left out, and changes no weight
+            onnxscript.optimizer.fold_constants(exported.model)
         model = exported.model_proto
         origins = _origins(model, exported.exported_program)
         large = model.ByteSize() >= _LARGE

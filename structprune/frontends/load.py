@@ -12,6 +12,7 @@ Every refusal is an InputError: one line that names the file or argument and the
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import operator
@@ -42,7 +43,9 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _SUFFIXES = (*_PICKLES, ".safetensors", ".pt2", ".onnx")
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-_INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>[1-9]\d*(?:x[1-9]\d*)*)(?::(?P<dtype>\w+))?")
+_INPUT = re.compile(
+    r"(?:(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>[1-9]\d*(?:x[1-9]\d*)*)|:=(?P<number>-?\d+(?:\.\d+)?(?:e-?\d+)?|True|False))(?::(?P<dtype>\w+))?"
+)
 
 # Inputs of the models in torchvision.models, by where their class is defined; the first prefix that fits.
 _TORCHVISION_INPUTS = (
@@ -414,7 +417,7 @@ def _with_inputs(made: Loaded, texts: Sequence[str], generator: torch.Generator)
 def input_tensors(
     texts: Sequence[str], generator: torch.Generator, device: torch.device | str = "cpu"
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Positional and keyword inputs such as '1x3x224x224', '2x16:int64' and 'mask=1x16:bool'.
+    """Positional and keyword inputs such as '1x3x224x224', '2x16:int64' and 'mask=1x16:bool'; ':=16000:int64' is that number.
 
     Floating-point ones are normal noise, the others 0 and 1, which are valid as indices. Raises InputError.
     """
@@ -425,8 +428,11 @@ def input_tensors(
         if match is None or match["dtype"] not in (None, *_DTYPES) or match["name"] in kwargs:
             known = f"dtypes: {', '.join(_DTYPES)}; each keyword once"
             raise InputError(f"--input {text!r} cannot be used; write 1x3x224x224, 2x16:int64 or, for a keyword, mask=1x16:bool ({known})")
-        shape = [int(size) for size in match["shape"].split("x")]
         dtype = getattr(torch, match["dtype"] or "float32")
+        if match["number"]:
+            args.append(torch.tensor(ast.literal_eval(match["number"]), dtype=dtype))
+            continue
+        shape = [int(size) for size in match["shape"].split("x")]
         try:
             value = torch.randn(shape, generator=generator) if dtype.is_floating_point else torch.randint(0, 2, shape, generator=generator)
         except (RuntimeError, TypeError) as error:  # torch's words for sizes beyond memory, and beyond 64 bits

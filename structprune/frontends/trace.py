@@ -37,8 +37,8 @@ def trace(
     """Trace `model` in evaluation mode on example inputs. The model is left as it was.
 
     The first axis of every tensor input is dynamic where the model allows it (unless `batch` is False), and so are the axes in `dynamic`: of
-    every input that has them, or of those that it names. Of a model that was read from a file with a signature, the file says which axes are free, and
-    what is traced must answer as the file does. Parametrizations (weight norm, spectral norm, ...) are folded into the weights that they
+    every input that has them, or of those that it names. Of a model that was read from a file with a signature the file says which axes are free,
+    and what is traced must answer as the file does. Parametrizations (weight norm, spectral norm, ...) are folded into the weights that they
     compute. Raises TraceError, with the user's source line, for a model that torch.export cannot trace.
     """
     args = (args,) if isinstance(args, Tensor) else tuple(args)

@@ -51,7 +51,7 @@ class Graph:
     @property
     def lengths(self) -> tuple[tuple[int, ...], ...]:
         """Of every input, the axes that may have any size and are no batch: neither first, nor of one size with a first axis."""
-        shapes = [getattr(n.meta.get("val"), "shape", ()) for n in self.nodes if n.op == "placeholder"]
+        shapes: list[Sequence[Any]] = [getattr(n.meta.get("val"), "shape", ()) for n in self.nodes if n.op == "placeholder"]
         batches = {str(shape[0]) for shape, axes in zip(shapes, self.dynamic, strict=True) if 0 in axes}
         return tuple(tuple(d for d in axes if d and str(shape[d]) not in batches) for shape, axes in zip(shapes, self.dynamic, strict=True))
 

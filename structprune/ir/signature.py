@@ -35,7 +35,7 @@ class Signature:
         return frozenset(axes[0] for axes in self.sizes if axes and isinstance(axes[0], str))
 
     def doubled(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """A batch of one as one of two, for torch.export takes a size of 1 for a constant; the inputs as they are where that is not just the first axis."""
+        """A batch of one as one of two, for torch.export takes a size of 1 for a constant; as it is where it is more than first axes."""
         elsewhere = {size for axes in self.sizes for size in axes[1:]}
         return tuple(
             torch.cat([v, v]) if isinstance(v, Tensor) and axes and axes[0] in self.batch() - elsewhere and len(v) == 1 else v

@@ -6,7 +6,6 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-
 import torch
 from torch import Tensor
 
@@ -50,7 +49,7 @@ def _named(text: str, ports: Mapping[str, Port]) -> tuple[str, str, str]:
 
 
 def _number(text: str, port: Port, value: str) -> float:
-    if port.sizes or port.dtype is torch.bool and value not in ("0", "1"):
+    if port.sizes or (port.dtype is torch.bool and value not in ("0", "1")):
         raise InputError(f"--input {text!r}: only a single number can be fixed, and {port.name!r} has {len(port.sizes)} axes")
     try:
         return float(value) if port.dtype.is_floating_point else int(value)
@@ -79,9 +78,8 @@ def sizes_for(program: Program, shapes: Mapping[str, tuple[int, ...]], accepts: 
     known: dict[str, int] = {}
     for port in program.inputs:
         for size, number in zip(port.sizes, shapes.get(port.name, port.sizes), strict=True):
-            if isinstance(size, str) and isinstance(number, int):
-                if known.setdefault(size, number) != number:
-                    raise InputError(f"{program.path}: {size!r} is {known[size]} in one input and {number} in {port.name!r}; it is one size")
+            if isinstance(size, str) and isinstance(number, int) and known.setdefault(size, number) != number:
+                raise InputError(f"{program.path}: {size!r} is {known[size]} in one input and {number} in {port.name!r}; it is one size")
     elsewhere = {size for port in program.inputs for size in port.sizes[1:]}
     for port in program.inputs:
         if port.sizes and isinstance(port.sizes[0], str):
@@ -142,5 +140,3 @@ def _tensors(
         except (RuntimeError, TypeError) as error:  # torch's words for sizes beyond memory, and beyond 64 bits
             raise InputError(f"{program.path}: an input {port.name!r} of {shape} cannot be allocated; give a smaller one with --input") from error
     return tuple(found)
-
-

@@ -63,7 +63,9 @@ class OnnxModule(nn.Module):
         given = dict(values)
         for name, value in self.fixed.items():
             values[name] = Sizes.of(value, inputs[self.signature.inputs.index(name)].dtype)
-        answers = tuple(self._as_answer(name, value) for name, value in zip(self.signature.outputs, self._run(self.program.body, values), strict=True))
+        answers = tuple(
+            self._as_answer(name, value) for name, value in zip(self.signature.outputs, self._run(self.program.body, values), strict=True)
+        )
         for name, value in self.fixed.items():
             as_fixed = given[name] == value
             answers = tuple(torch.where(as_fixed, a, float("nan")) if a.is_floating_point() else a for a in answers)
@@ -159,7 +161,7 @@ class OnnxModule(nn.Module):
             for i, name in enumerate(node.inputs):
                 readers.setdefault(name, []).append((node, i))
         answered = {*body.outputs, *(o for node in body.every_node() for branch in node.bodies() for o in branch.outputs)}
-        sizes = _made_into_sizes(body)
+        sizes = made_into_sizes(body)
         names = self._names[id(body)] = {}
         numbers = self._numbers[id(body)] = {}
         for name, tensor in body.constants.items():
@@ -190,7 +192,7 @@ class OnnxModule(nn.Module):
             owner.register_buffer(leaf, tensor)
 
 
-def _made_into_sizes(body: Body) -> set[str]:
+def made_into_sizes(body: Body) -> set[str]:
     """Values that nothing but sizes is made of: walked back from where operators take sizes."""
     makers = {o: n for n in body.every_node() for o in n.outputs if o}
     left = [
@@ -239,4 +241,3 @@ _OWN = frozenset({"program", "fixed", "signature", "training", "_names", "_numbe
 def _clashes(key: str, taken: set[str]) -> bool:
     """A name is not another one, nor the module of another one, nor within another one."""
     return key in taken or any(t.startswith(f"{key}.") or key.startswith(f"{t}.") for t in taken)
-

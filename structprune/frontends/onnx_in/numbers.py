@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,17 +16,13 @@ from structprune.frontends.onnx_in.values import Sizes, Unsupported
 
 def each(function: Callable[..., Any], dtype: torch.dtype | None = None) -> Callable[..., Sizes]:
     """An operator that works entry by entry; dtype: of the answer, if not that of the first operand."""
-    vector = np.frompyfunc(function, len(_names(function)), 1)
+    vector = np.frompyfunc(function, len(inspect.signature(function).parameters), 1)
 
     def apply(_call: Any, *operands: Sizes) -> Sizes:
         answer = vector(*(o.array for o in operands))
         return Sizes(_array(answer), dtype or operands[0].dtype)
 
     return apply
-
-
-def _names(function: Callable[..., Any]) -> tuple[str, ...]:
-    return function.__code__.co_varnames[: function.__code__.co_argcount]
 
 
 def _array(value: Any) -> np.ndarray:
@@ -38,7 +35,7 @@ def _array(value: Any) -> np.ndarray:
 
 def many(function: Callable[[Any, Any], Any]) -> Callable[..., Sizes]:
     """One of any number of operands, two at a time."""
-    pair = each(lambda a, b: function(a, b))
+    pair = each(function)
 
     def apply(call: Any, first: Sizes, *others: Sizes) -> Sizes:
         for other in others:

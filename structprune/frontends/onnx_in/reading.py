@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from google.protobuf.message import DecodeError
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx.inliner import inline_local_functions
 from torch import Tensor
 
 from structprune.errors import InputError
@@ -25,7 +25,7 @@ from structprune.ir.signature import Signature
 OPSETS = range(7, 27)
 LARGEST = (2 << 30) - (1 << 20)  # bytes: what one protobuf holds, and so what original.onnx can be
 _AI_ONNX = ("", "ai.onnx")
-_TYPES = {
+TYPES = {
     TensorProto.FLOAT: torch.float32, TensorProto.DOUBLE: torch.float64, TensorProto.FLOAT16: torch.float16, TensorProto.BFLOAT16: torch.bfloat16,
     TensorProto.INT64: torch.int64, TensorProto.INT32: torch.int32, TensorProto.INT16: torch.int16, TensorProto.INT8: torch.int8,
     TensorProto.UINT8: torch.uint8, TensorProto.BOOL: torch.bool,
@@ -139,7 +139,7 @@ def _loaded(path: Path) -> ModelProto:
         model = onnx.load(str(path), load_external_data=False)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from error
-    except (DecodeError, ValueError) as error:
+    except Exception as error:  # protobuf has an exception of its own for what it cannot read
         raise InputError(f"{path} is damaged or no ONNX file ({_line(error)}); export or copy it again") from error
     if not model.graph.node:
         raise InputError(f"{path} is damaged or no ONNX file (it holds no graph); export or copy it again")
@@ -154,7 +154,7 @@ def _loaded(path: Path) -> ModelProto:
             onnx.load_external_data_for_model(model, str(path.parent))
         onnx.checker.check_model(model)
         if model.functions:
-            model = onnx.inliner.inline_local_functions(model)
+            model = inline_local_functions(model)
     except Exception as error:  # onnx raises its own types, RuntimeError and ValueError, for what it does not like
         raise InputError(f"{path} is no valid ONNX model: {_line(error)}; export it again") from error
     return model
@@ -224,12 +224,12 @@ class _Reader:
 
     def port(self, value: Any) -> Port:
         kind = value.type.tensor_type
-        if not value.type.HasField("tensor_type") or kind.elem_type not in _TYPES:
+        if not value.type.HasField("tensor_type") or kind.elem_type not in TYPES:
             held = TensorProto.DataType.Name(kind.elem_type).lower() if value.type.HasField("tensor_type") else "no tensor"
             raise InputError(f"{self._path}: the input {value.name!r} is {held}, which torch has no type for")
         if not kind.HasField("shape"):
             raise InputError(f"{self._path}: the file does not say how many axes the input {value.name!r} has; export it with shapes")
-        return Port(value.name, _TYPES[kind.elem_type], tuple(self._size(value.name, i, d) for i, d in enumerate(kind.shape.dim)))
+        return Port(value.name, TYPES[kind.elem_type], tuple(self._size(value.name, i, d) for i, d in enumerate(kind.shape.dim)))
 
     def _size(self, name: str, axis: int, size: Any) -> int | str:
         if size.dim_param.strip("? "):
@@ -278,7 +278,7 @@ class _Reader:
 
     def tensor(self, proto: TensorProto, name: str) -> Tensor:
         """A copy, which is torch's own."""
-        if proto.data_type not in _TYPES:
+        if proto.data_type not in TYPES:
             kind = TensorProto.DataType.Name(proto.data_type).lower()
             advice = "prune first, then quantise" if "int" in kind or "float" in kind else "take it out of the model"
             raise InputError(f"{self._path}: the tensor {name!r} is {kind}, which torch has no type for; {advice}")

@@ -37,7 +37,7 @@ class Operator:
     parameters: tuple[str, ...]
 
     def takes_sizes(self, index: int) -> bool:
-        return index in self.sizes or self.sizes[-1:] == (-1,) and index >= self.sizes[0]
+        return index in self.sizes or (self.sizes[-1:] == (-1,) and index >= self.sizes[0])
 
 
 OPERATORS: dict[str, Operator] = {}

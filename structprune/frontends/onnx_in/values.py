@@ -34,10 +34,8 @@ class Sizes:
         if isinstance(values, np.ndarray):
             return Sizes(values.astype(object), dtype)
         if not isinstance(values, Sequence):
-            array = np.empty((), dtype=object)
-            array[()] = values
-            return Sizes(array, dtype)
-        array = np.empty(len(values), dtype=object)  # never through np.array, which would ask a symbolic size for its value
+            return Sizes(_objects(values, ()), dtype)
+        array: np.ndarray = np.empty(len(values), dtype=object)  # never through np.array, which would ask a symbolic size for its value
         array[:] = list(values)
         return Sizes(array, dtype)
 
@@ -63,7 +61,7 @@ def sizes_of(tensor: Tensor) -> Sizes:
 
 
 def _objects(values: Any, shape: tuple[int, ...]) -> np.ndarray:
-    array = np.empty(shape, dtype=object)
+    array: np.ndarray = np.empty(shape, dtype=object)
     if shape == ():
         array[()] = values
     elif array.size:

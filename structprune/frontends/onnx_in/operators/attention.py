@@ -12,7 +12,13 @@ from structprune.frontends.onnx_in.values import Unsupported
 
 @operator("Attention")
 def attention(
-    call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, past_key: Tensor | None = None, past_value: Tensor | None = None
+    call: Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    past_key: Tensor | None = None,
+    past_value: Tensor | None = None,
 ) -> Tensor:
     """(batch, heads, tokens, width), or (batch, tokens, heads · width) with the numbers of heads as attributes."""
     if past_key is not None or past_value is not None or any(call.wants(i) for i in (1, 2, 3)):
@@ -37,10 +43,7 @@ def attention(
 def rotary(call: Call, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor | None = None) -> Tensor:
     """Pairs of entries are turned by the angles of their position."""
     shape, heads = x.shape, call.get("num_heads", 0)
-    if x.dim() == 3:
-        x = x.reshape(shape[0], shape[1], heads, shape[2] // heads)
-    else:
-        x = x.transpose(1, 2)  # (batch, tokens, heads, width)
+    x = x.reshape(shape[0], shape[1], heads, shape[2] // heads) if x.dim() == 3 else x.transpose(1, 2)  # (batch, tokens, heads, width)
     turned = call.get("rotary_embedding_dim", 0) or x.shape[-1]
     head, rest = x[..., :turned], x[..., turned:]
     cos, sin = (t[position] if position is not None else t for t in (cos, sin))

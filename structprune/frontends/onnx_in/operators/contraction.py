@@ -121,5 +121,3 @@ def conv_transpose(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = 
     if any(m > a for m, a in zip(more, after, strict=True)) and bias is not None:
         raise Unsupported("with an output padding beyond its padding, and a bias")
     return F.pad(out, flat)
-
-

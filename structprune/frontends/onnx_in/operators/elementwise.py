@@ -11,27 +11,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structprune.frontends.onnx_in import numbers
-from structprune.frontends.onnx_in.reading import _TYPES
+from structprune.frontends.onnx_in.reading import TYPES
 from structprune.frontends.onnx_in.table import Call, operator
 from structprune.frontends.onnx_in.values import Sizes, Unsupported, Value, as_tensor, operand
 
 _each = numbers.each
 
 
-def _unary(name: str, function: Callable[[Tensor], Tensor], on_numbers: Callable[..., Any] | None = None) -> None:
+def _unary(name: str, function: Callable[..., Tensor], on_numbers: Callable[..., Any] | None = None) -> None:
     @operator(name, numbers=None if on_numbers is None else _each(on_numbers))
     def unary(call: Call, x: Tensor) -> Tensor:
         return function(x)
 
 
-for _name, _function in {
+_PLAIN: dict[str, Callable[..., Tensor]] = {
     "Acos": torch.acos, "Acosh": torch.acosh, "Asin": torch.asin, "Asinh": torch.asinh, "Atan": torch.atan, "Atanh": torch.atanh, "Cos": torch.cos,
     "Cosh": torch.cosh, "Erf": torch.erf, "Exp": torch.exp, "IsNaN": torch.isnan, "Log": torch.log, "Round": torch.round, "Sigmoid": torch.sigmoid,
     "Sign": torch.sign, "Sin": torch.sin, "Sinh": torch.sinh, "Tan": torch.tan, "Tanh": torch.tanh, "BitwiseNot": torch.bitwise_not,
     "Relu": F.relu, "Softsign": F.softsign, "HardSwish": F.hardswish, "Mish": F.mish,
-}.items():  # fmt: skip
+}  # fmt: skip
+for _name, _function in _PLAIN.items():
     _unary(_name, _function)
-_unary("Abs", torch.abs, lambda x: abs(x))
+_unary("Abs", torch.abs, abs)
 _unary("Neg", torch.neg, lambda x: -x)
 _unary("Floor", torch.floor, lambda x: float(math.floor(x)))
 _unary("Ceil", torch.ceil, lambda x: float(math.ceil(x)))
@@ -113,8 +114,8 @@ def _extremum(name: str, function: Callable[..., Tensor], bound: str, on_numbers
         return answer
 
 
-_extremum("Max", torch.maximum, "min", lambda a, b: torch.sym_max(a, b))
-_extremum("Min", torch.minimum, "max", lambda a, b: torch.sym_min(a, b))
+_extremum("Max", torch.maximum, "min", torch.sym_max)
+_extremum("Min", torch.minimum, "max", torch.sym_min)
 
 
 @operator("Sum")
@@ -137,19 +138,21 @@ def where(call: Call, condition: Value, a: Value, b: Value) -> Tensor:
 # --- types --------------------------------------------------------------------------------------------------------------------
 
 
-def _type(number: int) -> torch.dtype:
-    if number not in _TYPES:
-        raise Unsupported(f"to type {number} of the standard, which torch has none for")
-    return _TYPES[number]
+def type_of(number: int) -> torch.dtype:
+    """torch's type for a number of the standard."""
+    for known, dtype in TYPES.items():
+        if known == number:
+            return dtype
+    raise Unsupported(f"to type {number} of the standard, which torch has none for")
 
 
 def _cast_numbers(call: Call, x: Sizes) -> Sizes:
-    return numbers.cast(_type(call.get("to")), x)
+    return numbers.cast(type_of(call.get("to")), x)
 
 
 @operator("Cast", numbers=_cast_numbers)
 def cast(call: Call, x: Tensor) -> Tensor:
-    dtype = _type(call.get("to"))
+    dtype = type_of(call.get("to"))
     return x if x.dtype is dtype else x.to(dtype)
 
 

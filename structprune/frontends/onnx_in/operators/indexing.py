@@ -44,7 +44,8 @@ def gather_nd(call: Call, x: Tensor, index: Tensor) -> Tensor:
     if batch == 0:
         return x[tuple(named)]
     rows = [torch.arange(x.shape[d]).view([-1 if i == d else 1 for i in range(index.dim() - 1)]) for d in range(batch)]
-    return x[(*rows, *named)]
+    at = (*rows, *named)
+    return x[at]
 
 
 @operator("ScatterElements", "Scatter")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structprune.frontends.onnx_in import numbers
+from structprune.frontends.onnx_in.operators.elementwise import type_of
 from structprune.frontends.onnx_in.table import Call, operator
 from structprune.frontends.onnx_in.values import Sizes, Unsupported, Value, as_tensor
 
@@ -300,8 +301,6 @@ def trilu(call: Call, x: Tensor, k: Sizes | None = None) -> Tensor:
 
 @operator("EyeLike")
 def eye_like(call: Call, x: Tensor) -> Tensor:
-    from structprune.frontends.onnx_in.operators.elementwise import _type
-
-    dtype = x.dtype if call.get("dtype") is None else _type(call.get("dtype"))
+    dtype = x.dtype if call.get("dtype") is None else type_of(call.get("dtype"))
     columns = torch.arange(x.shape[1]) - call.get("k", 0)
     return (torch.arange(x.shape[0])[:, None] == columns[None, :]).to(dtype)

@@ -110,7 +110,7 @@ def _matrix(call: Call, mode: str, where: str, size: int, out: int, scale: float
         at = _origin(where, i, size, out, scale)
         shrink = min(scale, 1.0) if call.get("antialias", 0) else 1.0
         reach = (2 if mode == "cubic" else 1) / shrink
-        first, last = math.floor(at - reach) , math.ceil(at + reach)
+        first, last = math.floor(at - reach), math.ceil(at + reach)
         places = [n for n in range(first, last + 1) if abs(n - at) < reach]
         kernel = _cubic if mode == "cubic" else _triangle
         weights = np.array([kernel((n - at) * shrink, call.get("cubic_coeff_a", -0.75)) for n in places])
