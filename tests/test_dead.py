@@ -245,7 +245,7 @@ def test_what_depends_on_state_noise_or_computed_norms_stays() -> None:
             model.first.weight[3], model.first.bias[3] = model.first.weight[2], model.first.bias[2]
         graph = trace(model, (torch.randn(4, 6),))
         dead = silence(graph, find_groups(graph))
-        assert not dead.constants and not dead.constant and sum(dead.twins.values()) == (kind != "noise"), (kind, dead)
+        assert not dead.constants and not dead.constant and sum(dead.twins.values()) == (kind == "norm"), (kind, dead)
 
 
 class Stream(nn.Module):
