@@ -38,7 +38,8 @@ ModelSpec = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="a file (.pt .pth .pt2 .safetensors), a folder of transformers, `demo`, timm:NAME, torchvision:NAME, package.module:function",
+        help="a file (.pt .pth .pt2 .safetensors .onnx), a folder of transformers, `demo`, or a constructor: timm:NAME, torchvision:NAME, "
+        "package.module:function",
     ),
 ]
 Arch = Annotated[str | None, typer.Option("--arch", help="constructor for a state_dict or safetensors file; transformers:CLASS for a folder")]
