@@ -210,7 +210,7 @@ def _fitted(data: Mapping[str, Any]) -> str:
 def _int8(found: Mapping[str, Any]) -> str:
     """How the quantised file answers, and how fast."""
     agreement = f"it agrees with model.onnx on {100 * found['agreement']:.1f} %, and" if found.get("agreement") is not None else "it"
-    accuracy = f" Accuracy {100 * found['accuracy']:.2f} %." if found.get("accuracy") is not None else f" {found.get('accuracy_note', '')}"
+    accuracy = f" Accuracy {100 * found['accuracy']:.2f} %." if found.get("accuracy") is not None else ""
     speed = " ".join(filter(None, _speed(found["latency_ms"]))) + " beside original.onnx." if found.get("latency_ms") else ""
     return (
         f"model.int8.onnx, {_bytes(found['bytes'])}: on {found['compared_on']} samples {agreement} is off by {100 * found['error']:.1f} % of the "
