@@ -149,7 +149,8 @@ def page(results: dict[str, Any]) -> str:
     """The part of docs/onnx.md that this script writes."""
     head = ("file", "opset", "nodes (operators)", "MACs kept", "import", "small", "reference", "latency", "size, kB", "free axes", "s")
     lines = ["### Files", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, row in results["files"].items():
+    for name in FILES:
+        row = results["files"][name]
         if "failed" in row:
             lines.append(f"| {name} | {row['failed']} |" + " |" * (len(head) - 2))
             continue
@@ -166,7 +167,7 @@ def page(results: dict[str, Any]) -> str:
     lines += ["", f"{len(kept)} of {len(results['files'])} files compressed and verified; names of inputs and outputs kept: {named}."]
     head = ("model", "exporter", "nodes", "import", "MACs kept from the file", "from the torch model")
     lines += ["", "### Round trips", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in results["trips"]:
+    for row in sorted(results["trips"], key=lambda row: TRIPS.index(row["model"])):
         middle = f"{row['failed']} | | " if "failed" in row else f"{row['nodes']} | {row['import']:.0e} | {row['macs']:.3f}"
         lines.append(f"| {row['model']} | {row['exporter']} | {middle} | {row['torch']:.3f} |")
     nodes = results["nodes"]
@@ -191,19 +192,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=Path, required=True, help="the folder that pip installed the files' packages into")
     parser.add_argument("--write", action="store_true", help="keep the results in bench/results and docs")
+    parser.add_argument("--only", metavar="WORD", default="", help="run files and models with this in their names; other rows stay")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    results: dict[str, Any] = {"files": {}, "trips": []}
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if arguments.only else {"files": {}, "trips": []}
     for name, inputs in FILES.items():
+        if arguments.only not in name:
+            continue
         try:
             results["files"][name] = file_row(arguments.files / name, inputs)
         except StructpruneError as error:
             results["files"][name] = {"failed": str(error).replace(str(arguments.files), "")[:200]}
         print(name, results["files"][name], file=sys.stderr, flush=True)
     for spec in TRIPS:
+        if arguments.only not in spec:
+            continue
         rows = trip_rows(spec)
-        results["trips"] += rows
+        results["trips"] = [row for row in results["trips"] if row["model"] != spec] + rows
         print(*rows, sep="\n", file=sys.stderr, flush=True)
     results["nodes"] = node_tests()
     results["ran_on"] = (

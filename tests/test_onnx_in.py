@@ -486,6 +486,24 @@ def test_a_value_that_decides_is_fixed_and_any_other_is_not_answered() -> None:
     assert result.report.data["macs"]["after"] * 2 == result.report.data["macs"]["before"]
 
 
+def test_noise_in_the_place_of_a_fixed_value_does_not_make_a_check_say_nothing() -> None:
+    imported = load_onnx(saved(switched()), ["rate:=16000"])
+    result = sp.compress(imported.model, imported.args, "channels=0.5")
+    assert sp.verify(imported.model, result.small, result.plan).error <= 1e-8  # on noise of the plan's shapes
+    with torch.no_grad():
+        next(result.small.parameters()).mul_(1.01)
+    with pytest.raises(sp.StructpruneError, match="differs from the reference"):
+        sp.verify(imported.model, result.small, result.plan)
+    again = sp.apply(load_onnx("net.onnx", ["rate:=16000"]).model, result.plan)
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in result.small.parameters())
+
+
+def test_another_number_of_inputs_is_refused() -> None:
+    imported = load_onnx(saved(convolutional()))
+    with pytest.raises(InputError, match=r"net.onnx has 1 inputs \(image:0\), and 2 are given"):
+        sp.compress(imported.model, imported.args * 2, "channels=0.5")
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------------------
 
 

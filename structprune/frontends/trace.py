@@ -41,12 +41,12 @@ def trace(
     and what is traced must answer as the file does. Parametrizations (weight norm, spectral norm, ...) are folded into the weights that they
     compute. Raises TraceError, with the user's source line, for a model that torch.export cannot trace.
     """
-    args = (args,) if isinstance(args, Tensor) else tuple(args)
-    kwargs = dict(kwargs or {})
     model = fold_parametrizations(model)
+    promised = signature_of(model)
+    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    args, kwargs = args if promised is None else promised.given(args), dict(kwargs or {})
     notes: list[str] = []
     given = pytree.tree_leaves((args, kwargs))
-    promised = signature_of(model)
     wanted = _wanted_axes(model, args, kwargs, dynamic)
     if promised is not None:
         wanted = [tuple(sorted(free.union(asked))) for free, asked in zip(promised.free(), wanted, strict=True)]

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structprune.errors import InputError
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -25,6 +27,16 @@ class Signature:
     outputs: tuple[str, ...]
     sizes: tuple[tuple[int | str, ...], ...]
     fixed: tuple[tuple[str, float], ...] = ()
+
+    def given(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """The inputs of a call, in which those that are fixed have their value: to any other the answer tells nothing.
+
+        Raises InputError for another number of inputs than the file has.
+        """
+        if len(args) != len(self.inputs):
+            raise InputError(f"{self.file} has {len(self.inputs)} inputs ({', '.join(self.inputs)}), and {len(args)} are given")
+        fixed = dict(self.fixed)
+        return tuple(torch.full_like(v, fixed[name]) if name in fixed else v for name, v in zip(self.inputs, args, strict=True))
 
     def free(self, only: Set[str] | None = None) -> list[set[int]]:
         """The axes of every input that may have any size; with `only`, those of these names."""
