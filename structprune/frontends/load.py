@@ -536,8 +536,6 @@ def _written(value: Any) -> str:
     return ("x".join(map(str, value.shape)) or "scalar") + dtype
 
 
-
-
 def _reason(error: BaseException) -> str:
     """An exception in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
