@@ -212,6 +212,42 @@ def test_a_dead_layer_keeps_one_channel(chain: Chain) -> None:
     assert [line for line in result.report.data["notes"] if line.startswith("wide: all channels are dead, and one stays")]
 
 
+@torch.no_grad()
+def test_an_answer_that_no_input_reaches_is_told(chain: Chain) -> None:
+    chain.head.weight.zero_()
+    assert any("does not depend on the inputs" in line for line in dead_of(chain).report.data["notes"])
+    assert not any("does not depend" in line for line in dead_of(Chain().eval()).report.data["notes"])
+
+
+def test_what_depends_on_state_noise_or_computed_norms_stays() -> None:
+    """Each would be taken for a constant, or for a twin, by a rule that looked at weights alone."""
+
+    class Counts(nn.Module):
+        def __init__(self, kind: str) -> None:
+            super().__init__()
+            self.kind, self.first, self.second = kind, nn.Linear(6, 8), nn.Linear(8, 3)
+            self.register_buffer("state", torch.zeros(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            if self.kind == "state":
+                self.state.add_(1.0)
+                y = y * 0 + y * self.state
+            elif self.kind == "norm":
+                y = nn.functional.batch_norm(y, torch.zeros(8), torch.ones(8), torch.zeros(8), x.sum().expand(8), False)
+            else:
+                y = y + torch.rand_like(y)
+            return self.second(y)
+
+    for kind in ("state", "norm", "noise"):
+        model = Counts(kind).eval()
+        with torch.no_grad():
+            model.first.weight[3], model.first.bias[3] = model.first.weight[2], model.first.bias[2]
+        graph = trace(model, (torch.randn(4, 6),))
+        dead = silence(graph, find_groups(graph))
+        assert not dead.constants and not dead.constant and sum(dead.twins.values()) == (kind == "norm"), (kind, dead)
+
+
 class Stream(nn.Module):
     def __init__(self) -> None:
         super().__init__()

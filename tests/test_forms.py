@@ -92,6 +92,17 @@ def test_int8(tmp_path: Path, run) -> None:
     assert {n.op_type for n in onnx.load("o/model.int8.onnx").graph.node} >= {"QuantizeLinear", "DequantizeLinear"}
 
 
+def test_an_evaluation_that_wants_parameters(tmp_path: Path) -> None:
+    model, inputs = models.build("residual")
+
+    def score(module: nn.Module) -> float:
+        return float(next(module.parameters()).numel() > 0)
+
+    result = sp.compress(model, inputs, target="channels=0.5", calibration=torch.randn(16, 3, 8, 8), evaluate=score)
+    report = result.save(tmp_path / "out", latency=False, quantize="int8")
+    assert "accuracy" not in report.data["int8"] and any("does not take an ONNX file" in note for note in report.data["notes"])
+
+
 def test_forms_that_cannot_be(tmp_path: Path, run) -> None:
     model, inputs = models.build("residual")
     result = sp.compress(model, inputs, target="channels=0.5")

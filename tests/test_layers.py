@@ -23,15 +23,8 @@ DOORS = {
     "networkx": {"analysis/explain.py"},
     "onnx": {"backends/onnx.py", "backends/benchmark.py", "backends/kernels.py", "frontends/onnx_in/reading.py"},
     "onnxslim": {"backends/onnx.py"},
-    "onnxruntime": {
-        "backends/onnx.py",
-        "backends/benchmark.py",
-        "backends/candidates.py",
-        "backends/kernels.py",
-        "backends/quantize.py",
-        "backends/tables.py",
-        "frontends/onnx_in/check.py",
-    },
+    "onnxruntime": {f"backends/{n}.py" for n in ("onnx", "benchmark", "candidates", "kernels", "quantize", "tables")}
+    | {"frontends/onnx_in/check.py"},
     "torch_pruning": {"decide/torch_pruning.py"},
     "vl_convert": {"backends/charts.py"},
     "jinja2": {"backends/page.py"},

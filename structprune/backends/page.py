@@ -204,7 +204,7 @@ def _map(data: Mapping[str, Any]) -> dict[str, Any] | None:
         ],
         "rows": rows,
         "labels": right,
-        "width": round(right + 7 * longest + 8),
+        "width": round(right + 7.5 * longest + 8),
         "height": lanes.ROW * len(rows) + 10,
     }  # fmt: skip
 

@@ -25,7 +25,7 @@ from torch import Tensor, fx
 
 from structprune.analysis.groups import Groups
 from structprune.calibrate.readers import Reader, readers, shift_of, takes_a_shift
-from structprune.decide.influence import Influence, Known, influence
+from structprune.decide.influence import Influence, Known, influence, is_random
 from structprune.decide.plan import described_inputs, planned
 from structprune.errors import PlanError
 from structprune.ir.axes import Atom, Axis, Shape, positions
@@ -56,6 +56,7 @@ class Dead:
     constants: dict[str, int] = field(default_factory=dict)
     twins: dict[str, int] = field(default_factory=dict)
     stuck: dict[str, int] = field(default_factory=dict)
+    constant: bool = False  # the whole answer is: no weight on the way to it lets the inputs through
 
     @property
     def edited(self) -> bool:
@@ -86,6 +87,7 @@ class Dead:
         """What a user should know about channels that stay."""
         empty = [name for name, channels in self.channels.items() if channels.all()]
         return [
+            *(["the answer does not depend on the inputs: some layer lets nothing through; are these the trained weights?"] if self.constant else []),
             *(f"{name}: all channels are dead, and one stays" for name in empty),
             *(
                 f"{name}: {number} channels are constants, and stay: a layer that reads them cannot take them up"
@@ -105,6 +107,7 @@ def silence(graph: Graph, groups: Groups) -> Dead:
     dead = Dead({g.name: np.zeros(g.size, dtype=bool) for g in groups})
     for _ in range(_ROUNDS):
         view = _View(graph, groups)
+        dead.constant = view.answers_alike()
         changed = False
         found: dict[Atom, np.ndarray] = {}
         for group in groups:
@@ -188,6 +191,12 @@ class _View:
         if not operands or parameters:
             self.barred.add(atom)
         self.edges.setdefault(atom, []).extend(_Edge(node, self.flow.reads[node][n]) for n in operands if n.op != "get_attr")
+
+    def answers_alike(self) -> bool:
+        """Whether the model's answer is the same for all inputs."""
+        answers = [n for node in self.graph.nodes if node.op == "output" for n in node.all_input_nodes]
+        known = [k for n in answers for k in (self.flow.known[n] if isinstance(self.flow.known[n], list) else [self.flow.known[n]])]
+        return all(k.unknown is None for k in known if isinstance(k, Known))
 
     # --- what may go ----------------------------------------------------------------------------------------------------------
 
@@ -285,7 +294,7 @@ class _View:
             if atom not in self.types.atoms(node):
                 continue
             twice = any(sum(len(positions(axis, atom)) for axis in shape) > 1 for shape in self.shapes[node])
-            if twice or atom in self.reads.get(node, ()):
+            if twice or atom in self.reads.get(node, ()) or is_random(node):
                 return None
             known = self.flow.known[node]
             if isinstance(known, Known) and known.unknown is None:

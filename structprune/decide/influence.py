@@ -74,7 +74,10 @@ class _Flow:
                 self.known[node] = _input(value) if isinstance(value, Tensor) else value
             elif node.op == "get_attr":
                 value = self.graph.tensor(node)
-                self.known[node] = Known(in_double(value.detach())) if isinstance(value, Tensor) else value
+                if isinstance(value, Tensor):  # a buffer that the model writes to is another one in the next call
+                    self.known[node] = _input(value.detach()) if node in self.opaque else Known(in_double(value.detach()))
+                else:
+                    self.known[node] = value
             elif node.op == "call_function":
                 self.reads[node] = {n: self._current(n) for n in node.all_input_nodes}
                 self.known[node] = self._answer(node)
@@ -100,7 +103,7 @@ class _Flow:
         if not _tensors(value):  # a size
             return value
         tensors = [k for n in self.reads[node].values() for k in _leaves(self.known[n])]
-        if node in self.opaque or _random(node):
+        if node in self.opaque or is_random(node):
             return _map(value, lambda v: Known(_zeroed(v, None), torch.ones_like(v, dtype=torch.bool)))
         if all(k.unknown is None for k in tensors):
             return _map(value, Known)
@@ -210,7 +213,7 @@ def _spread(flow: _Flow, node: fx.Node, marks: Marks) -> Any:
         same = (table == table[:1]).all(0).logical_not().float()  # columns that tell rows apart
         return mark(args[1])[..., None] * same + mark(args[0]).sum(0)
     if (module in (layout.__name__, joining.__name__) or rule in _REARRANGING) and rule not in _MIXING and name != "scatter_reduce":
-        if not all(known(n).unknown is None for n in numbers):  # which entries are read depends on the inputs
+        if not all(known(n).unknown is None for n in numbers) or "alpha" in node.kwargs:  # which entries are read depends on the inputs; or a sign
             return everything()
         call = _without_value(node)
 
@@ -227,6 +230,9 @@ def _spread(flow: _Flow, node: fx.Node, marks: Marks) -> Any:
     if rule is not None and rule.__name__ in ("pool", "resample"):  # every position of a channel may tell on every other one
         space = list(range(-int(re.findall(r"(\d)d", name)[0]), 0))
         return _map(_shapes(node), lambda shape: mark(args[0]).sum(space, keepdim=True).expand(shape))
+    others = [n for n in node.all_input_nodes if n is not args[0]] if args else []
+    if module == normalization.__name__ and any(k.unknown is not None for n in others for k in _leaves(known(n))):
+        return everything()  # scales or statistics that depend on the inputs
     if rule is normalization.batch_norm and (len(args) < 6 or args[5] is not True):
         return mark(args[0]) * _per_channel(mattering(args[1]) if len(args) > 1 else torch.ones(1), known(args[0]).value.dim())
     if rule in (normalization.layer_norm, normalization.rms_norm, normalization.group_norm, normalization.instance_norm):
@@ -356,7 +362,7 @@ _SHARING = frozenset({
 _COPYING = frozenset({"cat", "concat", "concatenate", "stack", "pad", "constant_pad_nd", "repeat", "tile", "repeat_interleave", "roll"})
 
 
-def _random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
     """Whether the answer is drawn. Dropout answers its input, for this is evaluation; attention draws where it is told to drop."""
     tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
     name = operator_name(node)
