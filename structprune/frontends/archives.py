@@ -31,6 +31,8 @@ _ENTRIES = 100_000
 
 _FORGED = "is no program that torch.export.save writes"
 _NAME = re.compile(r"[\w.]*")
+_WEIGHT = re.compile(r"[\w.\-+:/@ ]*")  # no quotes, brackets or escapes: a graph's code has these names in quotes
+_WEIGHT_KEYS = frozenset({"parameter_name", "buffer_name", "tensor_constant_name", "custom_obj_name"})
 _FOREIGN = re.compile(r"[\w.\s\[\]{}\",:\\-]*")  # JSON within JSON: structures of plain names
 _OPERATOR = re.compile(r"torch\.ops\.([A-Za-z]\w*)\.(\w+)(?:\.(\w+))?")
 _BARRED_SPACES = frozenset({"prim", "profiler", "c10d", "rpc", "inductor", "static_runtime", "symm_mem", "dist", "cuda", "debugprims"})
@@ -134,7 +136,7 @@ def _check_model(content: Any) -> None:
             _check_expression(value)
         elif key in ("in_spec", "out_spec") and value is not None:
             _check_structure(value)
-        elif key in ("name", "parameter_name", "buffer_name", "tensor_constant_name", "custom_obj_name") and not _NAME.fullmatch(str(value)):
+        elif (key == "name" and not _NAME.fullmatch(str(value))) or (key in _WEIGHT_KEYS and not _WEIGHT.fullmatch(str(value))):
             raise _Forged(f"the name {str(value)[:60]!r}")
         elif key == "forward_arg_names" and not all(_NAME.fullmatch(str(v)) for v in value or ()):
             raise _Forged("names of arguments that are none")
