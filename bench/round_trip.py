@@ -40,6 +40,8 @@ inputs = given["inputs"]
 with torch.no_grad():
     pairs = list(zip(floats(model(*inputs)), given["answers"], strict=True))
 error = max(float((a - b).abs().nan_to_num().max() / (b.abs().nan_to_num().max() + 1e-9)) for a, b in pairs)
+if not any(p.requires_grad for p in model.parameters()):  # frozen as it came, and so as it was loaded
+    model.requires_grad_(True)
 model.train()
 before = [p.detach().clone() for p in model.parameters()]
 optimiser = torch.optim.SGD(model.parameters(), lr=1e-4)

@@ -115,6 +115,14 @@ def test_a_program_that_wants_to_run(attack: str, program: Path, monkeypatch: py
     assert left() == before and not Path(MARK).exists() and not Path("../../outside").exists()
 
 
+def test_names_of_modules_that_are_no_identifiers() -> None:
+    model = torch.nn.Sequential()
+    model.add_module("block4-5", torch.nn.Linear(3, 4))
+    model.add_module("a:b c", torch.nn.Linear(4, 2))
+    sp.compress(model, (torch.randn(2, 3),), target="channels=0.5").save("out", latency=False)
+    assert "block4-5.weight" in dict(sp.load("out").named_parameters())
+
+
 def test_torch_itself_would_run_it(program: Path) -> None:
     """The attack is real: without our look at the file, the pickle does what it says."""
     rewritten(str(program), "evil.pt2", *PROGRAMS["example inputs"]())

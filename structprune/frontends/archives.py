@@ -31,7 +31,7 @@ _ENTRIES = 100_000
 
 _FORGED = "is no program that torch.export.save writes"
 _NAME = re.compile(r"[\w.]*")
-_TENSOR = re.compile(r"[\w./:-]*")  # such as ONNX files have; nothing that ends a string in the code that torch.fx writes
+_TENSOR = re.compile(r"[\w.\-+:/@ ]*")  # no quotes, brackets or escapes: torch.fx writes these names, in quotes, into code that it runs
 _NAMES = {"name": _NAME, "custom_obj_name": _NAME, "parameter_name": _TENSOR, "buffer_name": _TENSOR, "tensor_constant_name": _TENSOR}
 _FOREIGN = re.compile(r"[\w.\s\[\]{}\",:\\-]*")  # JSON within JSON: structures of plain names
 _OPERATOR = re.compile(r"torch\.ops\.([A-Za-z]\w*)\.(\w+)(?:\.(\w+))?")
