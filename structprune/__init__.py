@@ -7,7 +7,8 @@ from structprune.decide import plan
 from structprune.errors import StructpruneError
 from structprune.frontends.trace import trace
 from structprune.ir.plan import Plan
-from structprune.pipeline import Result, apply, compress, front, inspect, verify
+from structprune.pipeline import apply, compress, front, inspect, verify
+from structprune.result import Result
 from structprune.teaching import recover
 
 __version__ = "0.1.0"

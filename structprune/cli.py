@@ -130,6 +130,7 @@ def compress(
         from structprune import pipeline
         from structprune.backends.directory import check_writable
         from structprune.frontends.trace import parse_dynamic
+        from structprune.result import check_form
 
         target = "dead" if dead else target
         directory = out if out is not None else Path("structprune-" + _file_name(model))
@@ -151,7 +152,7 @@ def compress(
             "seed": seed,
             "progress": say,
         }
-        pipeline.check_form(half, quantize, options["calibration"] is not None)
+        check_form(half, quantize, options["calibration"] is not None)
         saving: dict[str, Any] = {
             "latency": latency,
             "half": half,

@@ -22,9 +22,9 @@ from structprune.errors import InputError
 from structprune.frontends.load import named_object, users_code
 from structprune.frontends.program import load_graph
 from structprune.ir.plan import Plan
-from structprune.pipeline import Clock, Evaluate, Progress, Result
 from structprune.recovery import distributed
 from structprune.recovery.finetune import Flat, Recipe, Train, Trained, finetune, flat, teacher_of
+from structprune.result import Clock, Evaluate, Progress, Result
 
 
 def recover(

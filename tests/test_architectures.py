@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 import structprune as sp
 from structprune.ir.traced import TracedModule
-from structprune.pipeline import Result
+from structprune.result import Result
 
 # what stays of the multiply-accumulates, where the widths that users read and write leave more than a third
 KEPT = {"contrastive": 0.5, "slow_fast": 0.45, "deformable_attention": 0.4, "expert_modules": 0.4}

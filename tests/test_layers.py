@@ -15,7 +15,7 @@ ROOT = Path(structprune.__file__).parent
 # from the bottom up: a layer may import itself and what stands before it
 LAYERS = [
     "errors", "notebook", "limits", "demo", "ir", "ops", "analysis", "frontends", "transform", "calibrate", "decide", "recovery", "backends",
-    "closed_loop", "pipeline", "teaching", "settings", "terminal", "cli",
+    "closed_loop", "result", "pipeline", "teaching", "settings", "terminal", "cli",
 ]  # fmt: skip
 
 # foreign libraries behind one door

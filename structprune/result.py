@@ -1,0 +1,274 @@
+"""What `compress` gives back: the small model, and the files that it is deployed as."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from structprune.backends import directory as out
+from structprune.backends import onnx, profiles, runtimes
+from structprune.backends.benchmark import Comparison, environment
+from structprune.backends.quantize import OnnxModule
+from structprune.backends.quantize import quantize as quantized
+from structprune.backends.report import Report
+from structprune.backends.runtimes import Runtime
+from structprune.closed_loop import Dense
+from structprune.errors import InputError, VerificationError
+from structprune.frontends.onnx_in.check import runs as runs_in_onnxruntime
+from structprune.frontends.onnx_in.reading import read_again
+from structprune.frontends.program import save_program
+from structprune.frontends.trace import from_exported, retrace
+from structprune.ir.graph import Graph, resized
+from structprune.ir.plan import Plan
+from structprune.ir.samples import Samples
+from structprune.ir.traced import TracedModule
+from structprune.transform.precision import call_in_float32, floated, in_float32, in_half, type_of
+
+Progress = Callable[[str], None]
+Evaluate = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A verified small model, with the plan that made it and the report of what was done."""
+
+    model: nn.Module
+    plan: Plan
+    report: Report
+    graph: Graph = field(repr=False)
+    small: TracedModule = field(repr=False)  # the same weights as `model`, as a graph
+    clock: Clock = field(repr=False)
+    runtime: Runtime  # that it is deployed in
+    dense: Dense | None = field(default=None, repr=False)  # the model before pruning, where it was exported to be timed
+    samples: Samples | None = field(default=None, repr=False)  # of the model's inputs, where some were given
+    evaluate: Evaluate | None = field(default=None, repr=False)
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_() + self.plan._repr_html_()
+
+    def export_onnx(self, path: str | Path, *, opset: int | None = None) -> float:
+        """Write the small model, with its present weights, as ONNX; returns ONNX Runtime's largest relative difference from it."""
+        return self._export(*self._form(half=False), Path(path), opset)
+
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        latency: bool = True,
+        model_name: str = "",
+        notes: Sequence[str] = (),
+        half: bool = False,
+        quantize: str | None = None,
+        opset: int | None = None,
+        typed: Mapping[str, Any] | None = None,
+    ) -> Report:
+        """Write the output directory (all files or none) and return the full report.
+
+        latency: measure both models, in the runtime of deployment and as ONNX files in ONNX Runtime.
+        half: the small model computes in float16, in all its files; inputs and answers keep their type.
+        quantize: 'int8' writes model.int8.onnx beside the others, calibrated and judged on the samples that `compress` was given.
+        opset: the version of ONNX's operators; by default that of torch's exporter.
+        typed: for the report, the "command" and the "config" file that the user gave.
+        Raises InputError for a directory that cannot be written, and VerificationError where ONNX Runtime disagrees with torch.
+        """
+        check_form(half, quantize, self.samples is not None)
+        data = self.report.to_dict() | {"model": model_name, **(typed or {}), "notes": [*notes, *self.report.data["notes"]]}
+        with out.all_or_none(Path(directory)) as work:
+            data["verification"]["onnx_error"] = self.write_model(work, half=half, opset=opset)
+            data["precision"] = "float16" if half else str(type_of(self.small)).removeprefix("torch.")
+            self.plan.save(work / "plan.json")
+            with self.clock("onnx"):
+                if self.graph.signature is not None:
+                    (work / "original.onnx").write_bytes(read_again(self.graph.signature))
+                elif self.dense is not None and self.dense.original.suffix == ".onnx":
+                    shutil.copyfile(self.dense.original, work / "original.onnx")
+                else:
+                    self._export_original(work / "original.onnx", opset)
+            data["onnx_bytes"] = {"before": onnx.size(work / "original.onnx"), "after": onnx.size(work / "model.onnx")}
+            if latency:
+                with self.clock("benchmark"):
+                    data["latency_ms"] = self._latencies(work)
+                with self.clock("profile"):
+                    data["operators"] = self._operators(work)
+            if quantize is not None:
+                with self.clock("quantize"):
+                    data["int8"] = self._quantized(work, latency)
+                data["notes"] += [note] if (note := data["int8"].pop("note", "")) else []
+            data["seconds"] = dict(self.clock.seconds)
+            report = Report(data)
+            report.save_json(work / "report.json")
+            report.save_html(work / "report.html")
+        return report
+
+    def write_model(self, folder: Path, *, half: bool = False, opset: int | None = None) -> float:
+        """Write the small model as model.pt2, model.safetensors and model.onnx; returns ONNX Runtime's largest relative difference from it."""
+        with self.clock("export"):
+            module, graph = self._form(half)
+            save_program(retrace(module, graph).exported, folder / "model.pt2", self._metadata())
+            out.save_weights(module, folder / "model.safetensors", self._metadata())
+        with self.clock("onnx"):
+            return self._export(module, graph, folder / "model.onnx", opset)
+
+    def _form(self, half: bool) -> tuple[TracedModule, Graph]:
+        """The small model with its present weights, as it is or in float16, and how it is called."""
+        if self.small is not self.model:  # the user may have trained the model since
+            self.small.load_state_dict(self.model.state_dict(), strict=False)
+        if not half:
+            return self.small, self.graph
+        bfloat16 = type_of(self.small) == torch.bfloat16
+        return in_half(in_float32(self.small) if bfloat16 else self.small), _in_float32(self.graph) if bfloat16 else self.graph
+
+    def _metadata(self) -> dict[str, str]:
+        """For the files: who made them, by which plan, for which target."""
+        return {"structprune.version": version("structprune"), "structprune.plan": self.plan.digest, "structprune.target": self.plan.target}
+
+    def _quantized(self, work: Path, latency: bool) -> dict[str, Any]:
+        """Write model.int8.onnx; what it loses beside model.onnx, and what it gains."""
+        assert self.samples is not None
+        target = work / "model.int8.onnx"
+        found = quantized(work / "model.onnx", target, self.samples, self.graph.dynamic_batch) | {"bytes": target.stat().st_size}
+        if self.evaluate is not None:
+            try:
+                found["accuracy"] = self.evaluate(OnnxModule(target))
+            except Exception as error:  # it was written for a module with parameters, which a file has not
+                found["note"] = f"int8 has no accuracy: evaluate= does not take an ONNX file: {type(error).__name__} {error}"
+        if latency:
+            inputs = [v for v in floated(self.graph.given_inputs()) if isinstance(v, Tensor)]
+            compared = runtimes.compare(Runtime("onnxruntime", "cpu", self.runtime.threads), work / "original.onnx", target, inputs)
+            found["latency_ms"] = _latency(compared)
+        return found
+
+    def _latencies(self, work: Path) -> dict[str, Any]:
+        """In the runtime of deployment, and in ONNX Runtime on the CPU, and on the GPU where there is one: by runtime."""
+        inputs = tuple(v for v in self.graph.given_inputs() if isinstance(v, Tensor))
+        on_cpu = Runtime("onnxruntime", "cpu", self.runtime.threads)
+        has_gpu = "CUDAExecutionProvider" in environment()["providers"] and torch.cuda.is_available()
+        found = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for where in dict.fromkeys([self.runtime, on_cpu, *([replace(on_cpu, device="cuda")] if has_gpu else [])]):
+                original = where.file(work, "original")
+                given = floated(inputs) if where.name == "onnxruntime" and type_of(self.small) == torch.bfloat16 else inputs
+                if not original.exists():  # only ONNX stays in the directory
+                    original = where.file(Path(folder), "original")
+                    runtimes.save(where, self.graph.exported, self.graph, original)
+                compared = runtimes.compare(where, original, where.file(work, "model"), given)
+                found[compared.latencies[0].runtime] = _latency(compared)
+        return found
+
+    def _export_original(self, path: Path, opset: int | None) -> None:
+        graph, program = self.graph, self.graph.exported
+        if type_of(self.small) == torch.bfloat16:
+            graph = _in_float32(graph)
+            program = retrace(in_float32(from_exported(program, self.graph.args, self.graph.kwargs).module), graph).exported
+        onnx.export(program, path, graph.input_names, graph.output_names, opset=opset)
+
+    def _operators(self, work: Path) -> dict[str, Any]:
+        """Where the time of both files goes in ONNX Runtime on the CPU, by operator."""
+        inputs = tuple(v for v in self.graph.given_inputs() if isinstance(v, Tensor))
+        return profiles.to_dict(profiles.profiles({name: work / f"{name}.onnx" for name in ("original", "model")}, inputs, self.runtime.threads))
+
+    def _export(self, module: TracedModule, graph: Graph, path: Path, opset: int | None) -> float:
+        """Of a model in bfloat16, of which ONNX Runtime knows little, the file computes in float32; of one in float16 the answers are compared with
+        the small model's own.
+        """
+        reference = self.small if graph is self.graph else in_float32(self.small)
+        if type_of(module) == torch.bfloat16:
+            module, graph = in_float32(module), _in_float32(graph)
+            reference = module
+        tolerance = onnx.TOLERANCE_HALF if type_of(module) == torch.float16 else None
+        sizes = graph.signature.sizes if graph.signature is not None else ()
+        onnx.export(retrace(module, graph).exported, path, graph.input_names, graph.output_names, self._metadata(), sizes, opset)
+        error = onnx.check(path, reference, *graph.example(), tolerance)
+        if graph.dynamic_batch:
+            args, kwargs = pytree.tree_map_only(Tensor, lambda t: t[:1] if t.dim() else t, graph.example())
+            error = max(error, onnx.check(path, reference, args, kwargs, tolerance))
+        if any(graph.lengths):
+            error = max([error, *(onnx.check(path, reference, *example, tolerance) for example in _other_sizes(graph, reference))])
+        return error
+
+
+def check_form(half: bool, quantize: str | None, samples: bool) -> None:
+    """Raise InputError for a form that a result cannot be saved in."""
+    if quantize is not None and quantize != "int8":
+        raise InputError(f"quantize={quantize!r} is not known; use 'int8', or leave it out")
+    if quantize is not None and half:
+        raise InputError("half and quantize exclude each other: int8 starts from the model in float32; leave one out")
+    if quantize is not None and not samples:
+        raise InputError("int8 needs samples of the model's inputs, from which ranges are taken; give some as calibration= (--calibration)")
+
+
+def _in_float32(graph: Graph) -> Graph:
+    """How `in_float32` of a module is called."""
+    args, kwargs = call_in_float32(graph.args, graph.kwargs)
+    return replace(graph, args=args, kwargs=kwargs)
+
+
+def _other_sizes(graph: Graph, module: nn.Module) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The example with its dynamic axes at half and at twice their length, where the module runs so.
+
+    Raises VerificationError where it runs at neither. Sizes at which the file that the model was read from does not run say nothing.
+    """
+    spec = pytree.tree_structure((graph.args, dict(graph.kwargs)))
+    found, refused = [], ""
+    for factor in (0.5, 2):
+        args, kwargs = pytree.tree_unflatten(resized(graph.given_inputs(), graph.lengths, factor), spec)
+        if graph.signature is not None and not runs_in_onnxruntime(graph.signature.file, args):
+            continue
+        try:
+            with torch.no_grad():
+                module(*args, **kwargs)
+            found.append((args, kwargs))
+        except RuntimeError as error:  # a window, a stride or a table of positions that does not fit
+            refused = str(error).splitlines()[0]
+    if not found and refused:
+        raise VerificationError(f"the small model runs at neither half nor twice the size of the dynamic axes: {refused}")
+    return found
+
+
+class Clock:
+    """Seconds of each stage, and word of it to whoever shows progress."""
+
+    def __init__(self, progress: Progress | None = None):
+        self.seconds: dict[str, float] = {}
+        self.say = progress or (lambda line: None)
+
+    def copy(self) -> Clock:
+        """One that has seen the same stages, and goes on alone."""
+        clock = Clock(self.say)
+        clock.seconds = dict(self.seconds)
+        return clock
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self.say(stage)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+def _latency(compared: Comparison) -> dict[str, Any]:
+    """For the report: plain JSON."""
+    before, after = compared.latencies
+    ratio = compared.ratios[after.name]
+    return {
+        "before": {"median": before.median_ms, "low": before.low_ms, "high": before.high_ms},
+        "after": {"median": after.median_ms, "low": after.low_ms, "high": after.high_ms},
+        "ratio": {"median": ratio.median, "low": ratio.low, "high": ratio.high},
+        "verdict": compared.verdict(after.name),
+        "threads": compared.threads,
+        "device": compared.device,
+        "notes": list(compared.notes),
+    }
