@@ -57,7 +57,7 @@ def of_report(data: Mapping[str, Any]) -> str:
         map=_map(data),
         groups=[_group(g) for g in groups],
         frozen=None if frozen is None else _reasons(frozen),
-        verification=_verification(data.get("verification") or {}),
+        verification=_verification(data.get("verification") or {}, data.get("int8")),
         reference=words.REFERENCE,
         notes=words.notes_of(data) or ["none"],
         seconds=data.get("seconds") or {},
@@ -259,7 +259,7 @@ def _reasons(frozen: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _verification(check: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+def _verification(check: Mapping[str, Any], int8: Mapping[str, Any] | None) -> list[tuple[str, list[str]]]:
     """Names and values; a value of several parts unfolds."""
     recorded = {key: words.shown(check.get(key), words.scientific, "not recorded") for key in ("masked_error", "tolerance")}
     result = "passed" if words.passed(check) else "not passed"
@@ -273,6 +273,7 @@ def _verification(check: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         ("arithmetic", [exact]),
         ("the module you get", [": ".join(filter(None, (check.get("module"), check.get("module_note")))) or "not recorded"]),
         ("batch size", [batch]),
+        *([("in 8 bits", [words.int8(int8)])] if int8 else []),
         *((f"not exact: {r}", [e["name"] for e in inexact if e["reason"] == r]) for r in dict.fromkeys(e["reason"] for e in inexact)),
     ]
 
