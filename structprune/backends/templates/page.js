@@ -132,5 +132,5 @@ document.addEventListener("click", async (event) => {
   document.getElementById(link.getAttribute("href").slice(1))?.scrollIntoView();
 });
 
-// On paper nothing is folded away.
-addEventListener("beforeprint", () => { for (const fold of document.querySelectorAll("details")) fold.open = true; });
+// On paper nothing is folded away but the lists within tables.
+addEventListener("beforeprint", () => { for (const fold of document.querySelectorAll("details:not(table details)")) fold.open = true; });
