@@ -134,7 +134,11 @@ def test_the_command_takes_both(run, tmp_path: Path) -> None:
     report = json.loads(out)
     whole = sum(p.numel() for p in models.build("residual")[0].parameters())
     assert report["accuracy"]["before"] == whole > report["accuracy"]["after"] == report["accuracy"]["pruned"]
-    assert report["calibration"] == {"samples": 32, "labels": False} and report["criterion"] == "reconstruction" and report["compensation"]
+    assert (
+        report["calibration"] == {"samples": 32, "labels": False, "synthetic": False}
+        and report["criterion"] == "reconstruction"
+        and report["compensation"]
+    )
     assert "fitted to the original's answers on 32 samples" in html.unescape(Path("small/report.html").read_text())
     status, out, err = run("compress", "theirs:build", "--calibration", "theirs:score", "--no-latency", "--out", "other")
     assert (status, err.strip().splitlines()[-1].startswith("structprune: ")) == (2, True) and not Path("other").exists()

@@ -23,8 +23,8 @@ def commands(text: str) -> Iterator[list[str]]:
     """Of every line that starts with `structprune`, in a block or between backticks; MODEL or =R leave something to the reader."""
     lines = [line for _, _, block in _BLOCK.findall(text) for line in block.splitlines()] + re.findall(r"`(structprune [^`]+)`", text)
     for line in lines:
-        words = shlex.split(line, comments=True)
-        if words[:1] == ["structprune"] and len(words) > 2 and not any(re.search(r"(^|=)[A-Z]+$", word) for word in words):
+        words = shlex.split(line, comments=True) if line.startswith("structprune ") else []
+        if len(words) > 2 and not any(re.search(r"(^|=)[A-Z]+$", word) for word in words):
             yield words[1:]
 
 
