@@ -68,6 +68,12 @@ def _pt2(path: Path) -> None:
     torch.export.save(torch.export.export(net(), (torch.zeros(2, 3, 8, 8),), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)), path)
 
 
+def _onnx(path: Path) -> None:
+    import torch
+
+    torch.onnx.export(net(), (torch.zeros(2, 3, 8, 8),), path, dynamo=True, external_data=False, optimize=False, verbose=False)
+
+
 def _plan(path: Path) -> None:
     import torch
 
@@ -98,6 +104,7 @@ KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
     ".pt": (_pt, _load_weights),
     ".safetensors": (_safetensors, _load_weights),
     ".pt2": (_pt2, _load),
+    ".onnx": (_onnx, _load),
     "plan.json": (_plan, _load_plan),
 }
 
@@ -313,7 +320,7 @@ def main() -> None:
     print(f"{total} damaged files in {seconds:.0f} s: {len(wrong)} wrong")
     if arguments.write:
         machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-        versions = {name: version(name) for name in ("torch", "safetensors")}
+        versions = {name: version(name) for name in ("torch", "safetensors", "onnx", "onnxruntime")}
         RESULTS.write_text(json.dumps({"machine": machine, "versions": versions, "rows": rows, "wrong": wrong}, indent=1) + "\n")
 
 
