@@ -70,7 +70,7 @@ def test_imports_point_downward() -> None:
 def test_the_picture_of_the_architecture_is_that_of_the_code() -> None:
     among = [(layer(p), name.split(".")[1]) for p in sources() for name in imports(p) if name.startswith("structprune.")]
     actual = nx.transitive_reduction(nx.DiGraph([(a, b) for a, b in among if a != b and b in LAYERS]))
-    page = (ROOT.parent / "docs/architecture.md").read_text()
+    page = (Path(__file__).parent.parent / "docs/architecture.md").read_text()
     drawn = re.search(r"```mermaid\n(.*?)```", page, re.DOTALL)
     assert drawn is not None
     assert set(re.findall(r"(\w+) --> (\w+)", drawn[1])) == set(actual.edges)
