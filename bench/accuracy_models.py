@@ -188,7 +188,7 @@ RECIPES = {
     "resnet20": Recipe(ResNet20, 12, "sgd", 0.15, 5e-4),
     "vgg11_bn": Recipe(VGG11, 6, "sgd", 0.1, 5e-4),
     "mobilenetv2": Recipe(MobileNetV2, 10, "sgd", 0.15, 1e-4),
-    "vit": Recipe(ViT, 12, "adamw", 2e-3, 0.05),
+    "vit": Recipe(ViT, 16, "adamw", 2e-3, 0.05),
 }
 
 

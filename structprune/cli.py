@@ -94,6 +94,7 @@ def compress(
         ),
     ] = None,
     compensate: Annotated[bool, typer.Option(help="fit the weights that are left to the calibration samples")] = True,
+    sharded: Annotated[bool, typer.Option("--sharded", help="under torchrun: the processes share the work on the samples")] = False,
     evaluate: Annotated[
         str | None, typer.Option("--evaluate", metavar="MODULE:FUNCTION", help="a function of the model that returns a score, higher is better")
     ] = None,
@@ -126,7 +127,8 @@ def compress(
     """Compress MODEL, verify the result, and write original.onnx, model.onnx, model.pt2, weights, plan and report."""
     _state["debug"] = debug
     _limit(time_limit, memory_limit)
-    with terminal.progress(quiet) as say:
+    silent = sharded and _rank() > 0  # the first process speaks and writes
+    with terminal.progress(quiet or silent) as say:
         from structprune import pipeline
         from structprune.backends.directory import check_writable
         from structprune.frontends.trace import parse_dynamic
@@ -150,6 +152,7 @@ def compress(
             "device": device,
             "threads": threads,
             "seed": seed,
+            "sharded": sharded,
             "progress": say,
         }
         check_form(half, quantize, options["calibration"] is not None)
@@ -168,12 +171,17 @@ def compress(
             from structprune.backends import front
 
             results = pipeline.front(loaded.model, loaded.args, target, **options)
+            if silent:
+                return
             reports = {r.plan.target.replace("=", "-"): r for r in results}
             rows = front.rows_of({name: r.save(directory / name, **saving) for name, r in reports.items()})
             front.save(rows, directory, loaded.name)
             answer, show = rows, partial(print, front.table(rows))
         else:
-            report = pipeline.compress(loaded.model, loaded.args, target, **options).save(directory, **saving)
+            result = pipeline.compress(loaded.model, loaded.args, target, **options)
+            if silent:
+                return
+            report = result.save(directory, **saving)
             answer, show = report.to_dict(), partial(terminal.show_report, report)
     _answer(answer, show, directory, as_json)
 
@@ -370,7 +378,6 @@ def recover(
     with terminal.progress(quiet) as say:
         from structprune import teaching
         from structprune.frontends.load import load
-        from structprune.recovery import distributed
 
         target = out if out is not None else directory.with_name(f"{directory.absolute().name}-recovered")
         options: dict[str, Any] = {
@@ -386,8 +393,15 @@ def recover(
             "seed": seed,
         }
         report = teaching.recover_directory(directory, train, target, progress=say, **options)
-    if distributed.rank() == 0:
+    if _rank() == 0:
         _answer(report.to_dict(), partial(terminal.show_report, report), target, as_json)
+
+
+def _rank() -> int:
+    """The number of this process under torchrun, from 0."""
+    from structprune import processes
+
+    return processes.rank()
 
 
 def _answer(answer: Any, show: Callable[[], None], directory: Path, as_json: bool) -> None:

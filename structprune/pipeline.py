@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structprune import decide
+from structprune import decide, processes
 from structprune.analysis.explain import why
 from structprune.analysis.groups import Groups, find_groups
 from structprune.analysis.outline import outline
@@ -62,6 +62,7 @@ def compress(
     device: str = "cpu",
     threads: int | None = None,
     seed: int = 0,
+    sharded: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Make `model` smaller, and prove it: the result has passed verification, or an error is raised.
@@ -87,13 +88,16 @@ def compress(
     align: widths are multiples of this, in the place of the steps that were measured for each group.
     runtime: what the model is deployed in: 'onnxruntime', 'torch' or 'torch.compile'; device: 'cpu', 'cuda', 'cuda:N', or of ONNX Runtime
         'tensorrt'; threads: of the processor, in all measurements; as torch is set if not given.
+    sharded: under torchrun, every process makes this same call, and does its share of the work on the samples; all get the same result.
 
     Raises TraceError, InputError, TargetError or VerificationError; see structprune.errors.
     """
-    options = Options(criterion, tuple(ignore), allocation, align, runtime, device, threads, seed, compensate)
+    options = Options(criterion, tuple(ignore), allocation, align, runtime, device, threads, seed, compensate, sharded)
     if target.strip() == decide.TARGET:
         return _without_dead(model, example_inputs, example_kwargs, dynamic, calibration, evaluate, options, Clock(progress))
-    return _decide(_prepare(model, example_inputs, example_kwargs, dynamic, calibration, evaluate, [target], options, Clock(progress)), target)
+    with processes.sharing(sharded):
+        ready = _prepare(model, example_inputs, example_kwargs, dynamic, calibration, evaluate, [target], options, Clock(progress))
+        return _decide(ready, target)
 
 
 def front(
@@ -110,19 +114,20 @@ def front(
 ) -> list[Result]:
     """`compress` to several targets: 'latency=0.3:0.9:7' stands for seven, from 0.3 to 0.9. The model is traced, scored and timed once.
 
-    options: criterion, ignore, allocation, align, runtime, device, threads, seed and compensate, as of `compress`. Raises as it does; a target that
-    cannot be reached is left out, with a word to `progress`, unless none can.
+    options: criterion, ignore, allocation, align, runtime, device, threads, seed, compensate and sharded, as of `compress`. Raises as it does; a
+    target that cannot be reached is left out, with a word to `progress`, unless none can.
     """
-    targets = decide.spread(target)
-    ready = _prepare(model, example_inputs, example_kwargs, dynamic, calibration, evaluate, targets, Options(**options), Clock(progress))
+    targets, chosen = decide.spread(target), Options(**options)
     results: list[Result] = []
-    for one in targets:
-        try:
-            results.append(_decide(ready, one))
-        except TargetError as unreachable:
-            if one == targets[-1] and not results:
-                raise
-            ready.clock.say(str(unreachable))
+    with processes.sharing(chosen.sharded):
+        ready = _prepare(model, example_inputs, example_kwargs, dynamic, calibration, evaluate, targets, chosen, Clock(progress))
+        for one in targets:
+            try:
+                results.append(_decide(ready, one))
+            except TargetError as unreachable:
+                if one == targets[-1] and not results:
+                    raise
+                ready.clock.say(str(unreachable))
     return results
 
 
@@ -139,6 +144,7 @@ class Options:
     threads: int | None = None
     seed: int = 0
     compensate: bool = True
+    sharded: bool = False
 
     def deployed(self) -> Runtime:
         """Raises InputError for a runtime or device that is not there."""
@@ -175,6 +181,8 @@ def _prepare(
     """All that one decision shares with another."""
     deployed = options.deployed()
     measured = any(t.key == "latency" for target in targets for t in decide.parse_target(target))
+    if options.sharded and measured:
+        raise InputError("a latency is measured by one process at a time: compress to a latency without sharded, or to macs=")
     with clock("trace"):
         folded = fold_parametrizations(model)
         must_be_finite(folded, example_inputs, example_kwargs)

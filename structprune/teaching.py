@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from structprune import processes
 from structprune.backends import directory as out
 from structprune.backends import onnx
 from structprune.backends.benchmark import place_of
@@ -22,7 +23,6 @@ from structprune.errors import InputError
 from structprune.frontends.load import named_object, users_code
 from structprune.frontends.program import load_graph
 from structprune.ir.plan import Plan
-from structprune.recovery import distributed
 from structprune.recovery.finetune import Flat, Recipe, Train, Trained, finetune, flat, teacher_of
 from structprune.result import Clock, Evaluate, Progress, Result
 
@@ -68,10 +68,10 @@ def recover(
     recipe = Recipe(epochs, lr, tuple(distill), labels, tuple(features), ema, patience, seed)
     if patience is not None and evaluate is None:
         raise InputError("patience= needs evaluate=, a function of the model that returns a score, to know when to end")
-    place = place_of(distributed.local_device(device))
+    place = place_of(processes.local_device(device))
     clock = Clock(progress)
     clock.seconds = dict(result.clock.seconds)
-    say = clock.say if distributed.rank() == 0 else lambda line: None
+    say = clock.say if processes.rank() == 0 else lambda line: None
     model, small = copy.deepcopy((result.model, result.small))
 
     def score(state: Mapping[str, Tensor]) -> float:
@@ -81,7 +81,7 @@ def recover(
             return float(evaluate(model.eval()))
 
     path = Path(checkpoint) if checkpoint is not None else None
-    with clock("recover"), distributed.joined(place):
+    with clock("recover"), processes.joined(place):
         trained = finetune(
             copy.deepcopy(small),
             _teacher(result, teacher, recipe, place),
@@ -93,7 +93,7 @@ def recover(
             path=path,
             progress=say,
         )
-        record = _record(trained, recipe, teacher, place, distributed.count())
+        record = _record(trained, recipe, teacher, place)
     for module in {small, model}:  # they share tensors, except for buffers of the user's class that the graph copied
         module.load_state_dict(trained.state, strict=False)
     report = result.report.to_dict() | {"recovery": record, "seconds": dict(clock.seconds)}
@@ -116,7 +116,7 @@ def recover_directory(
     recovered = recover(result, _train(train), teacher=dense, progress=progress, **options)
     report = recovered.report.to_dict()
     report["recovery"]["teacher"] = type(teacher).__name__ if teacher is not None else "original.onnx"
-    if distributed.rank() != 0:  # the first process writes
+    if processes.rank() != 0:  # the first process writes
         return Report(report)
     with out.all_or_none(target) as work:
         report["verification"]["onnx_error"] = recovered.write_model(work)
@@ -137,7 +137,7 @@ def _teacher(result: Result, given: Callable[..., Any] | None, recipe: Recipe, p
     return flat(module, recipe.features).to(place)  # type: ignore[no-any-return]
 
 
-def _record(trained: Trained, recipe: Recipe, teacher: Any, place: torch.device, processes: int) -> dict[str, Any]:
+def _record(trained: Trained, recipe: Recipe, teacher: Any, place: torch.device) -> dict[str, Any]:
     """For the report: plain JSON."""
     return {
         **trained.record,
@@ -148,7 +148,7 @@ def _record(trained: Trained, recipe: Recipe, teacher: Any, place: torch.device,
         "ema": recipe.ema,
         "seed": recipe.seed,
         "device": str(place),
-        "processes": processes,
+        "processes": processes.count(),
     }
 
 

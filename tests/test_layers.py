@@ -14,7 +14,8 @@ ROOT = Path(structprune.__file__).parent
 
 # from the bottom up: a layer may import itself and what stands before it
 LAYERS = [
-    "errors", "notebook", "limits", "demo", "ir", "ops", "analysis", "frontends", "transform", "calibrate", "decide", "recovery", "backends",
+    "errors", "notebook", "limits", "processes",
+    "demo", "ir", "ops", "analysis", "frontends", "transform", "calibrate", "decide", "recovery", "backends",
     "closed_loop", "result", "pipeline", "teaching", "settings", "terminal", "cli",
 ]  # fmt: skip
 

@@ -8,6 +8,8 @@ import random
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -309,13 +311,13 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
 import test_recover, structprune as sp
-from structprune.recovery import distributed
+from structprune import processes
 torch.manual_seed(0)
 result = sp.compress(test_recover.Small().double(), test_recover.noise(4), "channels=0.5")
 options = {"evaluate": lambda m: -m.head.bias.sum().item(), "patience": 5}
 trained = sp.recover(result, test_recover.uneven(), epochs=2, distill=("logits", "dist", "mse"), **options)
 assert trained.report.data["recovery"]["processes"] == 2
-torch.save(trained.model.state_dict(), f"{sys.argv[2]}/{distributed.rank()}.pt")
+torch.save(trained.model.state_dict(), f"{sys.argv[2]}/{processes.rank()}.pt")
 """
 
 
@@ -326,20 +328,27 @@ def uneven() -> list[tuple[Tensor, Tensor]]:
     return batches
 
 
-def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+@contextmanager
+def two_processes(program: str, folder: Path) -> Iterator[None]:
+    """Run the program, which is told where this file and `folder` are, twice, as torchrun does; at the end both have ended well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _WORKER, str(Path(__file__).parent), str(tmp_path)]
+    command = [sys.executable, "-c", program, str(Path(__file__).parent), str(folder)]
     ranks = [subprocess.Popen(command, env={**os.environ, **place, "RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(2)]
-    torch.manual_seed(0)
-    result = sp.compress(Small().double(), noise(4), "channels=0.5")
-    options: dict[str, Any] = {"evaluate": lambda m: -m.head.bias.sum().item(), "patience": 5}
-    alone = state(sp.recover(result, uneven(), epochs=2, distill=("logits", "dist", "mse"), **options).model)
+    yield
     for process in ranks:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
+
+
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    with two_processes(_WORKER, tmp_path):
+        torch.manual_seed(0)
+        result = sp.compress(Small().double(), noise(4), "channels=0.5")
+        options: dict[str, Any] = {"evaluate": lambda m: -m.head.bias.sum().item(), "patience": 5}
+        alone = state(sp.recover(result, uneven(), epochs=2, distill=("logits", "dist", "mse"), **options).model)
     first, second = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
     assert same(first, second)
     assert max((alone[name] - first[name]).abs().max().item() for name in alone) < 1e-10
@@ -435,3 +444,36 @@ def test_a_result_of_a_traced_model_trains_too(tmp_path: Path) -> None:
     assert recovered.model is recovered.small and same(state(result.model), before) and not same(state(recovered.model), before)
     recovered.save(tmp_path / "out", latency=False)
     torch.testing.assert_close(sp.load(tmp_path / "out")(x), recovered.model(x))
+
+
+_SHARING = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
+import test_recover, structprune as sp
+from structprune import processes
+result = test_recover.compressed(sharded=True)
+assert processes.count() == 1, "they have parted again"
+torch.save((result.plan.to_dict(), result.model.state_dict()), f"{sys.argv[2]}/{processes.rank()}.pt")
+"""
+
+
+def compressed(sharded: bool) -> sp.Result:
+    torch.manual_seed(0)
+    return sp.compress(Small().double(), noise(4), "macs=0.5", calibration=torch.cat([noise(4, seed) for seed in range(9)]), sharded=sharded)
+
+
+def test_two_processes_share_the_samples_and_compress_as_one_does(tmp_path: Path) -> None:
+    with two_processes(_SHARING, tmp_path):
+        alone = compressed(sharded=False)
+    (plan, first), (other_plan, second) = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in range(2))
+    assert plan == other_plan == alone.plan.to_dict()
+    assert same(first, second)
+    mine = state(alone.model)
+    assert not same(mine, state(sp.apply(Small().double(), alone.plan))), "weights were fitted"
+    assert max((mine[name] - first[name]).abs().max().item() for name in mine) < 1e-6
+
+
+def test_sharing_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(InputError, match="without sharded"):
+        sp.compress(Small(), noise(4), "latency=0.5", sharded=True)

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx
 
+from structprune import processes
+from structprune.errors import InputError
 from structprune.ir.graph import Graph, shape_of
 from structprune.ir.liveness import alive
 from structprune.ir.samples import Samples, samples_in
@@ -38,21 +40,26 @@ def arrivals(graph: Graph, samples: Samples, memory: float = MEMORY) -> dict[fx.
     At every time they are evenly spread over all samples, and their values, there and at all nodes that follow, take `memory` bytes at most (those
     of 16 samples may take more). Each time their number doubles at least, or all are there. Where the graph takes no other batches than the
     example's, batches join as they are.
+
+    Of several processes that share the work, each gets its share, and the memory of all makes room. Raises InputError for fewer samples than
+    processes.
     """
     divisible = graph.dynamic_batch
     count = samples.count(divisible)
     each = 1 if divisible else max(1, len(samples) // count)
+    if count < (sharers := processes.sharers()):
+        raise InputError(f"{count} {'samples' if divisible else 'batches'} cannot be shared by {sharers} processes; give more, or leave out sharded")
     waiting = list(range(count))
     found: dict[fx.Node, list[Arrival]] = {}
     for node, taken in _bytes_ahead(graph):
         here = count - len(waiting)
-        room = min(count, max(_LEAST, int(memory / max(taken, 1.0))) // each or 1)
+        room = min(count, sharers * max(_LEAST, int(memory / max(taken, 1.0))) // each or 1)
         if waiting and (room >= 2 * here or room == count):
             places = set(np.linspace(0, len(waiting), room - here, endpoint=False).astype(int).tolist())
             joining = [number for place, number in enumerate(waiting) if place in places]
             waiting = [number for place, number in enumerate(waiting) if place not in places]
             found[node if found else next(iter(graph.nodes))] = [
-                Arrival(batch, first) for first, some in _pieces(joining, count) for batch in samples.of(some, divisible).batches
+                Arrival(batch, first) for first, some in _pieces(processes.share_of(joining), count) for batch in samples.of(some, divisible).batches
             ]
     return found
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from structprune import processes
 from structprune.calibrate.arrivals import arrivals
 from structprune.calibrate.divergence import sampled_loss
 from structprune.calibrate.readers import Reader, matrix, places, readers, rows_of_answer, rows_of_input, takes_a_shift
@@ -70,18 +71,20 @@ def _sums(run: Stepping, reader: Reader, weight: Tensor, centred: bool) -> tuple
     gram = mean = answers = squares = torch.zeros(())
     origin: Tensor | None = None  # from which x is measured: near its mean, little is lost to rounding
     rows = 0
-    total = sum(values[reader.node].shape[0] for values in run.values)
+    total = processes.number_of_all(sum(values[reader.node].shape[0] for values in run.values))
     for number, values in enumerate(run.values):
         answer = values[reader.node]
         chosen = places(reader, answer, _ROWS / total, seed=number)
         x = rows_of_input(reader, values[reader.input], weight.shape[2:], answer.shape[2:] if reader.rank else (), chosen).float()
         if centred:
-            origin = x.mean(1, keepdim=True) if origin is None else origin
+            origin = processes.same_everywhere(x.mean(1, keepdim=True)) if origin is None else origin
             x = x - origin
         y = rows_of_answer(reader, answer, chosen).double()
         product = torch.bmm(x.transpose(1, 2), x) if x.shape[2] <= _WIDEST else x.square().sum(1)
         gram, mean, rows = gram + product.double(), mean + x.sum(1).double(), rows + x.shape[1]
         answers, squares = answers + y.sum(1), squares + y.square().sum(1)
+    gram, mean, answers, squares = processes.total(gram, mean, answers, squares)
+    rows = int(processes.number_of_all(rows))
     gram, mean = gram / rows, mean / rows
     if centred:
         gram = gram - (mean[..., :, None] * mean[..., None, :] if gram.dim() == 3 else mean.square())

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from structprune import processes
 from structprune.analysis.groups import Groups
 from structprune.calibrate.damped import factor
 from structprune.calibrate.divergence import answers_of, divergence
@@ -52,15 +53,15 @@ def measured_losses(
     shares = _SHARES[: max(1, _RUNS // len(groups))]
     batches = _some(samples, graph, groups, len(shares) * len(groups))
     wanted = _run(graph.module, batches)
-    losses = {}
-    for number, group in enumerate(groups):
+    measured = {}
+    for number, group in processes.share_of(enumerate(groups)):
         say(f"measure what group {number + 1} of {len(groups)} is worth")
         points = {group.size: 0.0}
         for width in sorted({max(1, round(share * group.size)) for share in shares} - {group.size}, reverse=True):
             keep = best_channels([group], {group.atom: width}, scores)
             points[width] = max(_NOISE, divergence(_run(_narrowed(graph, groups, found, group, keep), batches), wanted))
-        losses[group.name] = _curve(points, shapes[group.name])
-    return losses
+        measured[group.name] = points
+    return {name: _curve(points, shapes[name]) for name, points in processes.all_of(measured).items()}
 
 
 def _some(samples: Samples, graph: Graph, groups: Groups, runs: int) -> Sequence[list[Any]]:

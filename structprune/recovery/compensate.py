@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from structprune import processes
 from structprune.analysis.infer import Types
 from structprune.calibrate.arrivals import MEMORY, arrivals
 from structprune.calibrate.damped import factor
@@ -59,7 +60,8 @@ def compensate(
     """Fit the small model's weights, in place, on samples without labels. Returns what was fitted, in the order of the graph."""
     dense, small = Stepping(graph.module), Stepping(surgery.module)
     joining = arrivals(graph, samples, MEMORY / 2)
-    if (joined := sum(samples_in(one.batch) for some in joining.values() for one in some)) < len(samples):
+    joined = int(processes.number_of_all(sum(samples_in(one.batch) for some in joining.values() for one in some)))
+    if joined < len(samples):
         progress(f"{joined} of {len(samples)} samples are used: the values of more take over {MEMORY >> 30} GiB")
     firsts: list[float] = []  # of each batch, the share that the ridge is not chosen by
     mine = readers(graph)
@@ -107,7 +109,7 @@ def _fit(
     shift = shift_of(reader, module)
     branch = _branch_of(node, module)
     moments = _Moments(shift is not None)
-    total = sum(wide[original].shape[0] for wide in dense.values)
+    total = processes.number_of_all(sum(wide[original].shape[0] for wide in dense.values))
     for number, (wide, narrow, answer) in enumerate(zip(dense.values, small.values, small.compute(node), strict=True)):
         chosen = places(reader, answer, _ROWS / total, seed=number)
         wanted = kept_part(wide[original], shape, keep)
@@ -121,6 +123,7 @@ def _fit(
             rows_of_answer(reader, wanted, chosen),
             first=firsts[number],
         )
+    moments.gather()
     if not moments.energy > _NOTHING * moments.scale or not math.isfinite(moments.energy):  # nothing is off, or masks of -inf are read
         return None
     change, bias, ridge, after = moments.solve()
@@ -183,7 +186,7 @@ class _Moments:
         x, r = x.float(), r.float()
         if self._with_shift:
             if self._origin is None:
-                self._origin = x.mean(1, keepdim=True)
+                self._origin = processes.same_everywhere(x.mean(1, keepdim=True))
             x = torch.cat([x - self._origin, x.new_ones(*x.shape[:2], 1)], 2)
         middle = round(first * x.shape[1])
         for half, (own, off) in enumerate(((x[:, :middle], r[:, :middle]), (x[:, middle:], r[:, middle:]))):
@@ -200,6 +203,13 @@ class _Moments:
                     self._halves[half][name] += value
         self.energy += float(r.double().square().sum())
         self.scale += float((wanted - wanted.mean(1, keepdim=True)).double().square().sum()) + 1e-30
+
+    def gather(self) -> None:
+        """Of all processes that share the work."""
+        for half in self._halves:
+            half.update(zip(half, processes.total(*half.values()), strict=True))
+        self._number = [int(processes.number_of_all(n)) for n in self._number]
+        self.energy, self.scale = processes.number_of_all(self.energy), processes.number_of_all(self.scale)
 
     def solve(self) -> tuple[Tensor, Tensor, float, float]:
         """ΔW [groups, m, n], Δb [groups, m], the ridge, and the energy that is left of the difference."""

@@ -10,9 +10,7 @@ Without torch.distributed all of this does nothing.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,54 +20,9 @@ from torch import Tensor, fx
 from structprune.errors import InputError
 from structprune.ir.samples import samples_in
 from structprune.ir.traced import TracedModule
+from structprune.processes import count, rank
 
 aten = torch.ops.aten
-
-
-@contextmanager
-def joined(device: torch.device) -> Iterator[None]:
-    """Meet the other processes of `torchrun`, where there are any, and part from them at the end. A group that is already there stays."""
-    mine = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # where NCCL puts what it sends of its own accord
-    if mine:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        if mine:
-            dist.destroy_process_group()
-
-
-def local_device(device: str) -> str:
-    """'cuda:1' for the 'cuda' of the process that `torchrun` calls local rank 1."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
-
-
-def rank() -> int:
-    """The number of this process, from 0; also before and after the processes have met."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
-
-
-def count() -> int:
-    """How many processes there are, once they have met."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def from_first(value: Any) -> Any:
-    """What the first process holds, on every process."""
-    if count() == 1:
-        return value
-    held = [value]
-    dist.broadcast_object_list(held, 0)
-    return held[0]
-
-
-def equalise(tensors: Iterable[Tensor]) -> None:
-    """Give every process the first one's values, in place."""
-    if count() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor.detach(), 0)
 
 
 def share_of(values: Sequence[Any]) -> tuple[list[Any], list[int]]:

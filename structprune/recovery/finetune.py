@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from structprune import processes
 from structprune.errors import InputError
 from structprune.frontends.load import users_code
 from structprune.frontends.samples import batch_of, batch_size
@@ -128,7 +129,7 @@ def finetune(
     graph: says what a batch is. score: weights -> higher is better, asked before and after every epoch. path: of the checkpoint.
     Raises InputError for a batch, a teacher or a checkpoint that does not fit, and for a loss that is not finite.
     """
-    if distributed.count() > 1 and not graph.dynamic_batch:
+    if processes.count() > 1 and not graph.dynamic_batch:
         raise InputError("the model takes batches of one size only, which processes cannot share; train in one process, without torchrun")
     mean = follows_batches(copy.deepcopy(flat(student)).to(device))
     student = distributed.with_shared_statistics(flat(student, recipe.features).to(device).train())  # type: ignore[arg-type]
@@ -137,13 +138,13 @@ def finetune(
         raise InputError("no parameter of the small model requires gradients, so nothing can train; call model.requires_grad_() before compressing")
     name, lr = _optimiser(student, recipe)
     for module in (student, mean):
-        distributed.equalise(module.state_dict().values())
+        processes.equalise(module.state_dict().values())
     run = _Run(student, distributed.with_shared_statistics(mean), _make(name, lr, parameters))
     with _randomness_kept(device):
         batches = _count(train, graph, recipe.seed)
         task = {**asdict(recipe), "optimiser": name, "lr": lr, "batches": batches, "weights": _digest(student)}
-        keeper = Checkpoint(path if distributed.rank() == 0 else None, task)
-        saved = distributed.from_first(keeper.read())
+        keeper = Checkpoint(path if processes.rank() == 0 else None, task)
+        saved = processes.from_first(keeper.read())
         if saved is not None:
             run.restore(saved)
             progress(f"go on after step {run.step} of {batches * recipe.epochs}")
@@ -235,7 +236,7 @@ def _step(
     mine, sizes = distributed.share_of(inputs)
     device = parameters[0].device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(_seed_of(recipe.seed, run.step, distributed.rank() + 1))  # what is dropped does not depend on how often it was drawn before
+        torch.manual_seed(_seed_of(recipe.seed, run.step, processes.rank() + 1))  # what is dropped does not depend on how often it was drawn before
         with torch.no_grad():
             targets, wanted = teacher(*(v.clone() if isinstance(v, Tensor) else v for v in mine))
         answers, features = run.student(*mine)
@@ -311,7 +312,7 @@ def _end_epoch(run: _Run, recipe: Recipe, progress: Callable[[str], None]) -> No
 def _rate(run: _Run, score: Callable[[Mapping[str, Tensor]], float], progress: Callable[[str], None]) -> None:
     """Ask for the score of the weights as they would come out now, on the first process alone, and keep the best."""
     state = run.mean.state_dict()
-    found = distributed.from_first(score(state) if distributed.rank() == 0 else None)
+    found = processes.from_first(score(state) if processes.rank() == 0 else None)
     if not run.scores or found > max(run.scores):
         run.best = {name: value.clone() for name, value in state.items()}
     run.scores.append(found)
