@@ -71,6 +71,7 @@ Seed = Annotated[int, typer.Option("--seed", help="seed of everything random")]
 
 _state = {"debug": False}
 _NO_MEMORY = "there is not enough memory for this model; raise --memory-limit if you set one, or give smaller inputs or fewer samples"
+_NO_SAMPLES = "no samples were given: a few hundred unlabelled ones keep most of the accuracy, as --calibration photos/"
 
 
 @app.command()
@@ -162,7 +163,7 @@ def compress(
             "quantize": quantize,
             "opset": opset,
             "model_name": loaded.name,
-            "notes": loaded.notes,
+            "notes": (*loaded.notes, *([_NO_SAMPLES] if options["calibration"] is None and not dead else [])),
             "typed": {"command": shlex.join(["structprune", *sys.argv[1:]]), "config": context.obj},
         }
         answer: Any
@@ -405,12 +406,15 @@ def _rank() -> int:
 
 
 def _answer(answer: Any, show: Callable[[], None], directory: Path, as_json: bool) -> None:
-    """What was made, as JSON or for people, and where it lies."""
+    """What was made, as JSON or for people, where it lies, and what to do with it."""
+    page, again = ("report.html", "time both models again: structprune bench")
+    if isinstance(answer, list):  # a front
+        page, again = ("front.html", "print the table again: structprune compare")
     if as_json:
         print(json.dumps(answer, indent=1))
     else:
         show()
-        print(f"\nwritten to {directory}/")
+        print(f"\nwritten to {directory}/\nopen {directory / page} in a browser; {again} {shlex.quote(str(directory))}")
 
 
 def _loaded(say: Callable[[str], None], model: str, **options: Any) -> Loaded:

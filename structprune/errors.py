@@ -47,6 +47,6 @@ class VerificationError(StructpruneError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about a name that is not known: names that are, and look like it; or nothing."""
+    """What follows a name that is not known: names that are, and look like it, in brackets; or nothing."""
     close = difflib.get_close_matches(word, list(known), n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    return f" (did you mean {' or '.join(close)}?)" if close else ""

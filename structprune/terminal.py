@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +21,15 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from structprune.ir.axes import Atom, Axis, Product
+
 if TYPE_CHECKING:  # torch is imported when a command runs, not for --help
     from structprune.analysis.groups import Groups
     from structprune.backends.report import Report
 
 _COUNTED = re.compile(r"(\d+) of (\d+)")
+_PACE = 10.0  # seconds between two lines of one count in a pipe
+_STAYS = "stays"  # in the place of a group's name
 _WIDEST = 10_000  # columns of a pipe: who reads it wants whole lines
 
 
@@ -33,13 +37,14 @@ class progress:
     """Says on stderr what is being done; libraries' chatter stays out of it.
 
     On a terminal one line tells the time that has passed, the stage, and, where a stage counts ('3 of 12'), a bar and the time that is left.
-    quiet: nothing is said.
+    In a pipe each stage is a line, and a count one every few seconds. quiet: nothing is said.
     """
 
     def __init__(self, quiet: bool = False, console: Console | None = None):
         self._quiet = quiet
         self._console = console if console is not None else Console(stderr=True)
         self._live = self._console.is_terminal and not quiet
+        self._said: tuple[str, float] = ("", 0.0)  # the last line's stage, and when it was
 
     def __enter__(self) -> Callable[[str], None]:
         warnings.simplefilter("ignore")
@@ -57,13 +62,20 @@ class progress:
     def _say(self, text: str) -> None:
         if self._live:
             self._show(text)
-        elif not self._quiet:
+        elif not self._quiet and self._is_news(text):
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def _is_news(self, text: str) -> bool:
+        stage, counted = _stage(text)
+        now = time.monotonic()
+        if stage == self._said[0] and not (counted and now - self._said[1] > _PACE):
+            return False
+        self._said = (stage, now)
+        return True
+
     def _show(self, text: str) -> None:
-        counted = _COUNTED.search(text)
+        stage, counted = _stage(text)
         done, total = (int(counted[1]), int(counted[2])) if counted else (0, None)
-        stage = text[: counted.start()] if counted else text
         if (stage, total) != self._stage:  # each has a pace of its own
             self._stage = (stage, total)
             self._shown.remove_task(self._task)
@@ -74,6 +86,12 @@ class progress:
         self._stdout.__exit__(None, None, None)
         if self._live:
             self._shown.stop()
+
+
+def _stage(text: str) -> tuple[str, re.Match[str] | None]:
+    """What stands before a count, and the count; of a line without one, all of it."""
+    counted = _COUNTED.search(text)
+    return text[: counted.start()] if counted else text, counted
 
 
 class _Passed(ProgressColumn):
@@ -128,25 +146,20 @@ def show_report(report: Report) -> None:
 def show_groups(groups: Groups) -> None:
     """A tree of the user's module names: each weight with its axes, which group each belongs to, or that it stays; then why."""
     console = _console()
-    standing: dict[tuple[str, int], list[str]] = {}
-    for group in groups:
-        for m in group.members:
-            standing.setdefault((m.tensor, m.dim), []).append(group.name)
-    for frozen in groups.frozen:
-        for m in frozen.members:
-            standing.setdefault((m.tensor, m.dim), []).append("stays")
+    names = {group.atom: group.name for group in groups} | {frozen.atom: _STAYS for frozen in groups.frozen if frozen.atom is not None}
+    standing = {(m.tensor, m.dim) for one in (*groups, *groups.frozen) for m in one.members}
     console.print(
         Text(f"{len(groups)} groups of coupled channels; {groups.params():,} parameters, {groups.macs():,} multiply-accumulates", style="bold")
     )
     tree = Tree(Text("model"), guide_style="dim")
     branches: dict[str, Tree] = {"": tree}
     for name, axes in groups.axes.items():
-        where = [(dim, standing[name, dim]) for dim in range(len(axes)) if (name, dim) in standing]
+        where = [(dim, _spelled(axis, names)) for dim, axis in enumerate(axes) if (name, dim) in standing]
         if len(axes) < 2 or not where:  # vectors follow the weights of their module
             continue
         said = Text.assemble((f"  {'×'.join(str(axis.size) for axis in axes)}", "dim"))
-        for dim, names in where:
-            said.append(f"  axis {dim}: ", style="dim").append(" × ".join(names), style="dim" if names == ["stays"] else "cyan")
+        for dim, spelled in where:
+            said.append(f"  axis {dim}: ", style="dim").append(spelled, style="dim" if spelled == _STAYS else "cyan")
         _branch(branches, name.removesuffix(".weight")).label += said  # type: ignore[operator]
     console.print(tree)
     console.print(Text("\nwhat stays, and why", style="bold"))
@@ -154,10 +167,20 @@ def show_groups(groups: Groups) -> None:
     for (reason, at), number in reasons.items():
         held = [f"{f.name} ({f.channels})" for f in groups.frozen if (f.reason, f.at) == (reason, at)]
         shown = ", ".join(held[:3]) + (f" and {number - 3} more" if number > 3 else "")
-        console.print(Text(f"  {shown}: ").append(reason, style="bold").append(f"  {at}", style="dim"))
+        console.print(Text(f"  {shown}: ").append(reason, style="bold").append(f"  {at}" if at else "", style="dim"))
     for group in groups:
         if not group.exact:
             console.print(Text(f"  {group.name} may shrink, but is not exact: {group.reason}"))
+
+
+def _spelled(axis: Axis, names: Mapping[Atom, str]) -> str:
+    """An axis by the names of its groups: × between factors, the outermost first, + between what is joined. What stays as a whole is one word."""
+    if isinstance(axis, Atom):
+        return names.get(axis, _STAYS)
+    parts = [_spelled(part, names) for part in (axis.factors if isinstance(axis, Product) else axis.terms)]
+    if all(part == _STAYS for part in parts):
+        return _STAYS
+    return " × ".join(f"({p})" if " + " in p else p for p in parts) if isinstance(axis, Product) else " + ".join(parts)
 
 
 def _branch(branches: dict[str, Tree], path: str) -> Tree:

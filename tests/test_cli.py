@@ -47,7 +47,7 @@ def test_compress_demo_then_verify_and_bench(run, tmp_path: Path) -> None:
 def test_a_front_of_models(run, tmp_path: Path) -> None:
     status, out, err = run("compress", "demo", "--target", "macs=0.5:0.8:2", "--no-latency", "--out", "front")
     assert status == 0, err
-    assert "written to front/" in out
+    assert out.endswith("written to front/\nopen front/front.html in a browser; print the table again: structprune compare front\n")
     rows = json.loads((tmp_path / "front/front.json").read_text())
     assert [row["target"] for row in rows] == ["macs=0.5", "macs=0.8"]
     assert all(row["macs"] <= asked for row, asked in zip(rows, (0.5, 0.8), strict=True))
@@ -110,7 +110,9 @@ def test_tables_of_measured_times(run, monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_compress_prints_a_summary(run) -> None:
     status, out, _ = run("compress", "demo", "--target", "channels=0.75", "--no-latency")
     assert status == 0
-    assert "written to structprune-demo/" in out
+    assert out.endswith(
+        "written to structprune-demo/\nopen structprune-demo/report.html in a browser; time both models again: structprune bench structprune-demo\n"
+    )
     assert "parameters" in out
     assert "accuracy" in out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import models
@@ -90,6 +91,7 @@ def test_int8(tmp_path: Path, run) -> None:
     predicted = answer(Path("o/model.int8.onnx"), x).argmax(1)
     assert float((predicted == labels.numpy()).mean()) == pytest.approx(int8["accuracy"])
     assert f"on 64 samples it agrees with model.onnx on {100 * int8['agreement']:.1f} %" in Path("o/report.html").read_text()
+    assert re.search(r"Beside original.onnx: .+ \(.*95 % interval .+\)\.", Path("o/report.html").read_text())
     assert {n.op_type for n in onnx.load("o/model.int8.onnx").graph.node} >= {"QuantizeLinear", "DequantizeLinear"}
 
 

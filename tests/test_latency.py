@@ -10,6 +10,7 @@ from typing import Any
 
 import models
 import numpy as np
+import onnx as onnx_library
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import nn
 
 import structprune as sp
 from structprune import closed_loop
-from structprune.backends import eager, kernels, latency, onnx, runtimes
+from structprune.backends import eager, kernels, latency, onnx, profiles, runtimes
 from structprune.backends.benchmark import Comparison, Latency, Ratio, benchmark_afresh
 from structprune.backends.runtimes import Runtime
 from structprune.backends.tables import Tables, rows
@@ -100,6 +101,35 @@ def test_a_kernel_knows_what_was_fused_into_it(tmp_path: Path) -> None:
     assert [c["batch"] for c in convolutions] == [2] * 3
 
 
+@pytest.mark.parametrize("name", ["residual", "attention"])
+def test_a_kernel_bears_the_name_of_the_users_layer(name: str, tmp_path: Path) -> None:
+    """Fused or not, and where the simplifier has folded the weight: those that multiply by a weight are all there, once."""
+    graph, groups, path, origins = prepared(*models.build(name), tmp_path)
+    found = kernels.profile(path, [v.numpy() for v in graph.given_inputs()], threads=1)
+    claimed = [(k.layer, n) for k, n, c in latency.attributed(graph, groups, found, origins) if c is not None and c.kind != "matmul"]
+    layers = [weight.removesuffix(".weight") for weight, axes in groups.axes.items() if weight.endswith(".weight") and len(axes) > 1]
+    assert sorted(layer for layer, _ in claimed) == sorted(layers)
+    theirs = tmp_path / "plain.onnx"  # of another exporter, which tells no layers: the weight's name is the next best
+    stripped = onnx_library.load(path)
+    for node in stripped.graph.node:
+        del node.metadata_props[:]
+    onnx_library.save(stripped, theirs)
+    plain = kernels.profile(theirs, [v.numpy() for v in graph.given_inputs()], threads=1)
+    assert [k.layer for k in plain if "window" in k.settings] == [k.layer for k in found if "window" in k.settings]
+
+
+def test_the_layers_that_did_not_shrink_are_named(tmp_path: Path) -> None:
+    def kernel(name: str, seconds: float, layer: str = "") -> kernels.Kernel:
+        return kernels.Kernel(name, "Conv", seconds, (), (), {}, layer)
+
+    before = [kernel("relu_1_nchwc", 1e-3, "layer1.conv"), kernel("relu_2_nchwc", 1e-3, "layer2.conv"), kernel("token_7", 1e-3)]
+    after = [kernel("relu_1_nchwc", 1e-3), kernel("relu_2_nchwc", 5e-4), kernel("token_7", 1e-3)]
+    text = profiles.to_text({"original": before, "model": after})
+    assert "  layer1.conv " in text and "layer2.conv" not in text and "  token_7 " in text
+    assert "ONNX Runtime's own" in text
+    assert "ONNX Runtime's own" not in profiles.to_text({"original": before[:2], "model": after[:2]})
+
+
 def test_time_grows_with_work() -> None:
     settings = {"type": "float", "batch": 1, "space": [32, 32], "window": [3, 3], "strides": [1, 1], "pads": [1] * 4, "dilations": [1, 1],
                 "activation": "Relu", "sum": True, "blocked": True}  # fmt: skip
@@ -118,6 +148,16 @@ def test_steps_are_found(filters: int, inputs: int, step: int, tmp_path: Path) -
     assert {model.steps[g.atom] for g in groups} == {step}
     _, _, asked = modelled(tmp_path, Known(filters, inputs), align=12)
     assert set(asked.steps.values()) == {12}
+
+
+def test_one_count_tells_of_both_passes(tmp_path: Path) -> None:
+    """And what is timed again, a few sizes at a time, is no word of progress."""
+    told: list[str] = []
+    points: list[Any] = [("a", (n,)) for n in range(75)]
+    tables = Tables("here", lambda asked: ((i, 1.0) for i in range(len(asked))), tmp_path / "t.sqlite", told.append)
+    tables.seconds(points)
+    tables.again(points[:3])
+    assert told == [f"time operators: {done} of 150 timings" for done in (0, 50, 75, 125)]
 
 
 @pytest.mark.parametrize("disturbed", [False, True])

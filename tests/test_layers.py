@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import networkx as nx
@@ -93,3 +95,9 @@ def test_public_names_are_the_contract() -> None:
         "verify",
     }  # fmt: skip
     assert all(hasattr(structprune, name) for name in structprune.__all__)
+
+
+def test_torch_waits_for_a_command_to_run() -> None:
+    """It takes seconds, which --help, a mistyped flag and completion do not have."""
+    program = "import structprune.cli, sys; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.strip() == "False"

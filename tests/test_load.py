@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -265,8 +266,15 @@ def test_weights_of_another_model(weights: dict[str, Tensor], suffix: str) -> No
     path = f"w{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(weights, path)
     message = refusal(path, arch="builders:net")
-    assert message.startswith(f"{path} does not fit --arch builders:net: missing: 0.bias, unexpected: extra.0, extra.1, extra.2 and 2 more")
+    assert message.startswith(f"{path} does not fit --arch builders:net: missing: 0.bias, unexpected: extra.0, extra.1 and 3 more")
     assert "of another shape: 4.weight (2x9 in the file, 2x4 in the model)" in message
+
+
+def test_weights_of_a_much_larger_model_are_refused_in_a_few_words() -> None:
+    torch.save(torchvision.models.resnet18().state_dict(), "r18.pt")
+    message = refusal("r18.pt", arch="torchvision:resnet50")
+    assert "missing: layer1.0.conv3.weight, layer1.0.bn3.weight and 196 more" in message
+    assert len(message) < 300
 
 
 @pytest.mark.parametrize(("arch", "words"), [("resnet50", "--arch resnet50 is not a constructor"), ("builders:nett", "did you mean net?")])

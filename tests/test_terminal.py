@@ -13,8 +13,10 @@ from pathlib import Path
 
 import models
 import pytest
+import torch
 from rich.console import Console
 from test_report import DATA
+from torch import nn
 
 import structprune as sp
 from structprune import terminal
@@ -57,6 +59,21 @@ def test_progress_tells_the_time_that_is_left_where_a_stage_counts() -> None:
 
 def test_progress_in_a_pipe_is_a_line_a_stage() -> None:
     assert said_on(Console(file=io.StringIO()), "trace", "measure [what] group 1 of 2") == "trace\nmeasure [what] group 1 of 2\n"
+
+
+def test_progress_in_a_pipe_says_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    console = Console(file=io.StringIO())
+    with terminal.progress(console=console) as say:
+        for number in range(0, 400, 50):
+            say(f"time operators: {number} of 400 timings")
+            now += 4.0
+        for stage in ("onnx", "onnx", "benchmark"):
+            say(stage)
+    assert isinstance(console.file, io.StringIO)
+    counts = [f"time operators: {number} of 400 timings" for number in (0, 150, 300)]
+    assert console.file.getvalue().splitlines() == [*counts, "onnx", "benchmark"]
 
 
 def test_quiet_says_nothing() -> None:
@@ -111,10 +128,37 @@ def test_config_file(run, tmp_path: Path) -> None:
     assert "mine.toml --out small" in (tmp_path / "small/report.html").read_text()
 
 
+class Joined(nn.Module):
+    """3 × heads × width in the rows of one weight; that and two layers side by side in the columns of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.a, self.b, self.out = nn.Linear(8, 3 * 2 * 4), nn.Linear(8, 6), nn.Linear(8, 10), nn.Linear(8 + 16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).reshape(x.shape[0], 3, 2, 4).unbind(1)
+        mixed = (torch.softmax(q @ k.transpose(1, 2), -1) @ v).reshape(-1, 8)
+        return self.out(torch.cat([mixed, self.a(x), self.b(x)], 1))
+
+
+def test_an_axis_of_several_groups_is_spelled_as_it_is_laid_out(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.show_groups(sp.inspect(Joined(), (torch.randn(2, 8),)))
+    spelled = {line.split()[1]: line.partition("axis 0: ")[2] for line in capsys.readouterr().out.splitlines() if "axis 0: " in line}
+    assert spelled["qkv"] == "stays × stays × qkv  axis 1: stays"
+    assert spelled["out"] == "stays  axis 1: stays × qkv + a + b"
+
+
+def test_no_line_of_torchs_own_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A pass of torch's asks for the size of the batch, in a line that the user has not written."""
+    terminal.show_groups(sp.inspect(Joined(), (torch.randn(2, 8),)))
+    reasons = capsys.readouterr().out.partition("what stays, and why")[2]
+    assert "model input" in reasons and "runtime_assert" not in reasons
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('tarqet = "macs=0.5"', "mine.toml: compress has no option 'tarqet'; did you mean target?"),
+        ('tarqet = "macs=0.5"', "mine.toml: compress has no option 'tarqet' (did you mean target?)"),
         ("target = {macs = 0.5}", "mine.toml: 'target' cannot be {'macs': 0.5}"),
         ("target = ", "mine.toml is no TOML"),
         ('no-latency = "yes"', "'no-latency' cannot be 'yes'"),

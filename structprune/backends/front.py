@@ -73,7 +73,7 @@ def save(rows: Sequence[Mapping[str, Any]], directory: Path, name: str) -> None:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each compression."""
+    """A line for each compression; what none of them has measured is left out."""
     head = ("target", "latency", "95 %", "MACs", "parameters", "importance kept", "predicted loss", "accuracy", "directory")
     cells = [head]
     for row in rows:
@@ -89,7 +89,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             _shown(row["accuracy"]),
             row["directory"],
         ))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    told = [column for column in zip(*cells, strict=True) if set(column[1:]) != {"–"}]
+    cells = list(zip(*told, strict=True))
+    widths = [max(map(len, column)) for column in told]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 

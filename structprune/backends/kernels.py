@@ -12,7 +12,7 @@ import math
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ import numpy as np
 import onnx
 import onnxruntime
 from onnx import helper
+
+from structprune.backends.onnx import LAYER
 
 RUNS = 4
 BLOCKED = "_nchwc"  # ends the names of kernels that work on channels in blocks, a layout that their neighbours share
@@ -36,7 +38,7 @@ _SECOND_INPUTS = {"Clip": (0.0, 6.0)}
 class Kernel:
     """One kernel of a model: its name, which begins with that of an ONNX node or value; sizes; seconds a run.
 
-    `settings`: of the contraction that it runs (see `signature`), or empty.
+    `settings`: of the contraction that it runs (see `signature`), or empty. `layer`: what it computes, in the user's names, where the file tells.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Kernel:
     inputs: tuple[tuple[int, ...], ...]
     outputs: tuple[tuple[int, ...], ...]
     settings: Mapping[str, Any]
+    layer: str = ""
 
 
 def signature(kind: str, settings: Mapping[str, Any]) -> str:
@@ -66,6 +69,7 @@ def profile(path: Path, inputs: Sequence[np.ndarray], threads: int, runs: int = 
             events += _events(session, feeds, runs)
         made = {node.name: node for node in onnx.load(str(optimized), load_external_data=False).graph.node}
     per_run = len(events) // (_SESSIONS * runs)
+    layer = _layer_finder(path)
     kernels = []
     for position in range(per_run):
         event = events[position]
@@ -74,7 +78,7 @@ def profile(path: Path, inputs: Sequence[np.ndarray], threads: int, runs: int = 
         told = event["args"]["input_type_shape"], event["args"]["output_type_shape"]
         shapes = _shapes(told[0]), _shapes(told[1])
         settings = {"type": next(iter(told[0][0]), "float"), **_settings(node, shapes[0])} if _contracts(node) and shapes[0] else {}
-        kernels.append(Kernel(name, event["args"]["op_name"], seconds, *shapes, settings))
+        kernels.append(Kernel(name, event["args"]["op_name"], seconds, *shapes, settings, layer(name, bool(settings))))
     return kernels
 
 
@@ -88,6 +92,29 @@ def time_contractions(points: Sequence[tuple[str, tuple[int, ...]]], threads: in
         if size > _AT_ONCE or index == len(points) - 1:
             yield from zip(batch, _times([points[i] for i in batch], threads, runs), strict=True)
             batch, size = [], 0
+
+
+def _layer_finder(path: Path) -> Callable[[str, bool], str]:
+    """For a kernel's name the layer of the user's module whose weight it reads, or that the node of the file comes from, or nothing.
+
+    A contraction bears the name of what was fused into it, so that its own node is looked for among those before.
+    """
+    graph = onnx.load(str(path), load_external_data=False).graph
+    makers = {output: node for node in graph.node for output in node.output}
+    named = makers | {node.name: node for node in graph.node}
+    weights = {t.name for t in graph.initializer if t.name.endswith(".weight")}
+
+    def layer(name: str, contracts: bool) -> str:
+        reached = [named[n] for n in [name.split("/")[0].removesuffix(BLOCKED)] if n in named]
+        for node in reached:  # grows while it is walked
+            if not contracts or _contracts(node):
+                told = [p.value for p in node.metadata_props if p.key == LAYER]
+                read = [i.removesuffix(".weight") for i in node.input if i in weights]
+                return next(iter([*read, *told] if contracts else [*told, *read]), "")  # a convolution into which a norm was folded came from both
+            reached.extend(makers[i] for i in node.input if i in makers and not any(makers[i] is r for r in reached))
+        return ""
+
+    return layer
 
 
 def _times(points: Sequence[tuple[str, tuple[int, ...]]], threads: int, runs: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
@@ -23,6 +24,7 @@ from structprune.errors import StructpruneError, VerificationError
 
 TOLERANCE = 1e-3  # of the largest answer: ONNX Runtime fuses and reorders float32 arithmetic
 TOLERANCE_HALF = 2e-2  # in float16, of which one rounding is 5e-4 and a network has many, in another order
+LAYER = "structprune.layer"  # a node's note on which layer of the user's module it comes from
 _LARGE = 2_000_000_000  # bytes: a protocol buffer holds 2 GiB, and larger weights lie in a file beside
 
 # of a file that was ONNX before, every weight stays what it was; runtimes fuse these themselves
@@ -70,11 +72,16 @@ def export(
         if sizes:  # folding what is constant is part of the optimisation that was left out, and changes no weight
             onnxscript.optimizer.fold_constants(exported.model)
         model = exported.model_proto
-        origins = _origins(model, exported.exported_program)
+        origins, layers = _origins(model, exported.exported_program), _layers(model)
         large = model.ByteSize() >= _LARGE
         if not large:
             with contextlib.suppress(onnx.shape_inference.InferenceError):  # simplification is a bonus: the plain file is right too
                 model = onnxslim.slim(model, skip_fusion_patterns=_WEIGHT_FUSIONS if sizes else ["FusionGelu"]) or model
+    for node in model.graph.node:  # the exporter's own notes are long, and the simplifier drops them
+        del node.metadata_props[:]
+        layer = next((layers[name] for name in (node.name, *node.output) if name in layers), "")
+        if layer:
+            node.metadata_props.add(key=LAYER, value=layer)
     _name_sizes(model, sizes)
     written = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     if opset is not None and written != opset:
@@ -135,6 +142,17 @@ def _origins(model: onnx.ModelProto, program: torch.export.ExportedProgram | Non
         origin = first_names.get(note.partition(" ")[0].removeprefix("%"))
         if origin:
             found |= dict.fromkeys([made.name, *made.output], origin)
+    return found
+
+
+def _layers(model: onnx.ModelProto) -> dict[str, str]:
+    """The name of a node, or of a value that it computes -> the module of the user's that it comes from, by the exporter's note of all around it."""
+    found: dict[str, str] = {}
+    for made in model.graph.node:
+        note = next((p.value for p in made.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+        modules = ast.literal_eval(note)[:-1]  # the last is the node itself
+        if modules and modules[-1] and not modules[-1].startswith("_empty_nn_module_stack"):
+            found |= dict.fromkeys([made.name, *made.output], modules[-1])
     return found
 
 

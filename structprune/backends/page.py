@@ -160,7 +160,10 @@ def _tiles(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _time(operators: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The profile of both files: rows by operator, in milliseconds, and the kernels that did not shrink."""
+    """The profile of both files: rows by operator, in milliseconds, and the layers that did not shrink.
+
+    `unnamed`: of some only the runtime's own name is known.
+    """
     if not operators:
         return None
     before, after = list(operators["operators"].values())[:2]
@@ -173,8 +176,13 @@ def _time(operators: Mapping[str, Any]) -> dict[str, Any] | None:
     shown = [row for row in rows[:_OPERATORS] if max(row["before"], row["after"]) >= least]
     if rest := rows[len(shown) :]:
         shown.append({"operator": f"{len(rest)} more", **{which: sum(r[which] for r in rest) for which in ("before", "after")}})
-    stayed: list[Any] = next(iter(operators.get("not_shrunk", {}).values()), [])
-    return {"rows": rows, "chart": _drawn(lambda width: charts.operators(shown, width)), "stayed": stayed}
+    stayed = [{"layer": "", **kernel} for kernel in next(iter(operators.get("not_shrunk", {}).values()), [])]
+    return {
+        "rows": rows,
+        "chart": _drawn(lambda width: charts.operators(shown, width)),
+        "stayed": stayed,
+        "unnamed": not all(kernel["layer"] for kernel in stayed),
+    }
 
 
 def _map(data: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from structprune.backends.kernels import Kernel, profile
 _LIKE_BEFORE = 0.9  # of the baseline's time: a kernel that still takes more did not shrink
 _MATTERS = 0.01  # of the baseline's whole time
 _SHOWN = 10
+_NO_LAYER = "(a name that is no layer's is ONNX Runtime's own for what it runs as one)"
 
 
 def profiles(candidates: Mapping[str, Path], inputs: Sequence[Tensor], threads: int) -> dict[str, list[Kernel]]:
@@ -42,8 +43,10 @@ def to_text(found: Mapping[str, Sequence[Kernel]]) -> str:
     for name in names[1:]:
         kept = _not_shrunk(found, name)
         if kept:
-            lines += ["", f"kernels of {name} that take more than {_LIKE_BEFORE:.0%} of the baseline's time:"]
-            lines += [f"  {k['name']:<40} {k['operator']:<20} {1e3 * k['before']:.3f} → {1e3 * k['after']:.3f} ms" for k in kept]
+            lines += ["", f"layers of {name} that take more than {_LIKE_BEFORE:.0%} of the baseline's time:"]
+            lines += [f"  {k['layer'] or k['name']:<40} {k['operator']:<20} {1e3 * k['before']:.3f} → {1e3 * k['after']:.3f} ms" for k in kept]
+            if not all(k["layer"] for k in kept):
+                lines.append(_NO_LAYER)
     return "\n".join(lines)
 
 
@@ -62,7 +65,7 @@ def _not_shrunk(found: Mapping[str, Sequence[Kernel]], name: str) -> list[dict[s
     whole = sum(k.seconds for k in baseline)
     after = {k.name: k for k in found[name]}
     rows: list[dict[str, Any]] = [
-        {"name": k.name, "operator": k.operator, "before": k.seconds, "after": after[k.name].seconds}
+        {"name": k.name, "layer": k.layer or after[k.name].layer, "operator": k.operator, "before": k.seconds, "after": after[k.name].seconds}
         for k in baseline
         if k.name in after and k.seconds > _MATTERS * whole and after[k.name].seconds > _LIKE_BEFORE * k.seconds
     ]

@@ -15,7 +15,7 @@ Point = tuple[str, tuple[int, ...]]  # a signature (see kernels.py), and the siz
 
 Timer = Callable[[Sequence[Point]], Iterable[tuple[int, float]]]
 
-_TOLD = 50  # sizes between two words of progress
+_TOLD = 50  # timings between two words of progress
 _SAME = 1.08  # two timings of a size that differ by more than this were not both undisturbed
 _PASSES = 4  # over the sizes, at most; the second one over all of them
 
@@ -59,17 +59,22 @@ class Tables:
         while left and passes < _PASSES:
             order = np.random.default_rng(passes).permutation(len(left)).tolist()  # in other company each time
             before = {p: self._known.get(p, math.inf) for p in left}
-            now = dict(self._pass([left[i] for i in order]))
+            now = dict(self._pass([left[i] for i in order], passes))
             left = [p for p in left if max(before[p], now[p]) > _SAME * min(before[p], now[p])]
             passes += 1
         self._keep(points)
 
-    def _pass(self, points: Sequence[Point]) -> list[tuple[Point, float]]:
-        """One timing of each point; of all its timings the shortest is kept."""
+    def _pass(self, points: Sequence[Point], number_of_pass: int = 2) -> list[tuple[Point, float]]:
+        """One timing of each point; of all its timings the shortest is kept.
+
+        The first two passes, over the same points, are told as one count; of the later ones, which repeat a few, only those that take their time.
+        """
         found = []
+        before, total = (number_of_pass * len(points), 2 * len(points)) if number_of_pass < 2 else (0, len(points))
+        what = "time operators" if number_of_pass < 2 else "time again what was disturbed"
         for number, (index, taken) in enumerate(self._timer(points)):
-            if number % _TOLD == 0:
-                self._say(f"time operators: {number} of {len(points)} sizes")
+            if number % _TOLD == 0 and (number_of_pass < 2 or len(points) > _TOLD):
+                self._say(f"{what}: {before + number} of {total} timings")
             found.append((points[index], taken))
             self._known[points[index]] = min(taken, self._known.get(points[index], taken))
         return found

@@ -158,7 +158,8 @@ def int8(found: Mapping[str, Any]) -> str:
     """How the quantised file answers, and how fast."""
     agreement = f"it agrees with model.onnx on {100 * found['agreement']:.1f} %, and" if found.get("agreement") is not None else "it"
     accuracy = f" Accuracy {100 * found['accuracy']:.2f} %." if found.get("accuracy") is not None else ""
-    timed = " ".join(filter(None, speed(found["latency_ms"]))) + " beside original.onnx." if found.get("latency_ms") else ""
+    claim, evidence = speed(found["latency_ms"]) if found.get("latency_ms") else ("", "")
+    timed = f"Beside original.onnx: {claim}{f' ({evidence})' if evidence else ''}." if claim else ""
     return (
         f"model.int8.onnx, {size(found['bytes'])}: on {found['compared_on']} samples {agreement} is off by {100 * found['error']:.1f} % of the "
         f"answer's deviation.{accuracy} {timed}"

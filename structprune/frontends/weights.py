@@ -77,7 +77,7 @@ def adapted(state: Mapping[str, Tensor], expected: Mapping[str, Any], path: Path
 
 
 def difference(state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str:
-    """What keeps a state_dict out of a model, the first names of each kind; empty where names and shapes agree."""
+    """What keeps a state_dict out of a model, some names of each kind; empty where names and shapes agree."""
     misshaped = [
         f"{name} ({_shape(state[name])} in the file, {_shape(tensor)} in the model)"
         for name, tensor in expected.items()
@@ -88,7 +88,7 @@ def difference(state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str:
         "unexpected": [name for name in state if name not in expected],
         "of another shape": misshaped,
     }
-    return ", ".join(f"{kind}: {few(names)}" for kind, names in kinds.items() if names)
+    return ", ".join(f"{kind}: {few(names, 1 if names is misshaped else 2)}" for kind, names in kinds.items() if names)
 
 
 def _shape(tensor: Tensor) -> str:

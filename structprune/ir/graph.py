@@ -16,6 +16,7 @@ from structprune.ir.signature import Signature
 
 ORIGIN = "structprune_origin"  # in the notes that torch keeps of a node: what of the user's own file it was made of
 _TORCH = f"{Path(torch.__file__).parent}/"
+_PASSES = "torch/fx/passes/"  # their lines stand in for the user's where a pass of torch's added a node
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,8 @@ def source_of(node: fx.Node) -> str:
     for frame in frames:
         path, line = frame.removeprefix("File ").split(", ")[:2]
         path = path.strip('"')
+        if path.startswith(_PASSES):
+            continue
         if not path.startswith(_TORCH) or not best:
             best = f"{'/'.join(Path(path).parts[-2:])}:{line.removeprefix('line ')}"
     return best
