@@ -20,9 +20,9 @@ _BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTAL
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Of every line that starts with `structprune`, in a block or between backticks; MODEL or =R leave something to the reader."""
+    """Of every line that starts with `structprune`, or has torchrun start it, in a block or between backticks; MODEL or =R leave something open."""
     lines = [line for _, _, block in _BLOCK.findall(text) for line in block.splitlines()] + re.findall(r"`(structprune [^`]+)`", text)
-    for line in lines:
+    for line in (re.sub("^torchrun .* -m structprune ", "structprune ", line) for line in lines):
         words = shlex.split(line, comments=True) if line.startswith("structprune ") else []
         if len(words) > 2 and not any(re.search(r"(^|=)[A-Z]+$", word) for word in words):
             yield words[1:]
