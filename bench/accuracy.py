@@ -40,6 +40,7 @@ import torch
 import torch_pruning as tp
 from accuracy_models import RECIPES, TASKS, Attention, Task, cache, fixed_layers, one_epoch, optimizer_of, share_correct, trained
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import structprune as sp
@@ -65,7 +66,7 @@ METHODS = (
 
 
 def macs(network: nn.Module, example: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():  # it does not see the CPU's fused attention
         copy.deepcopy(network).eval().requires_grad_(False)(example)
     return counter.get_total_flops() // 2
 
