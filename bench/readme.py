@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PICTURE = ROOT / "docs/images/report.png"
 BEGIN, END = "<!-- written by bench/readme.py -->", "<!-- end -->"
-NETWORKS = {"resnet20": "ResNet-20", "vgg11_bn": "VGG-11", "mobilenetv2": "MobileNetV2"}
+NETWORKS = {"resnet20": "ResNet-20", "vgg11_bn": "VGG-11", "mobilenetv2": "MobileNetV2", "vit": "a small ViT"}
 SIZE = (1180, 1420)  # pixels
 
 
@@ -47,8 +47,8 @@ def table() -> str:
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, "|---|---|---|")
     told = (
-        "Nothing was trained: structprune saw a few hundred unlabelled images; of torch-pruning the best of its six pruners is shown, two of which "
-        "saw labels, in brackets with batch norms re-estimated. How it was measured, on what, and where others are better: "
+        "Nothing was trained: structprune saw a few hundred unlabelled images; of torch-pruning the best of its eight pruners is shown, four of "
+        "which saw labels, in brackets with batch norms re-estimated. How it was measured, on what, and where others are better: "
         "[coverage](docs/coverage.md), [latency](docs/latency.md), [accuracy](docs/accuracy.md)."
     )
     return "\n".join([BEGIN, *lines, "", told, END])

@@ -50,7 +50,8 @@ def recover(
     train: batches of the model's inputs, or of (inputs, labels), that can be gone through once for every epoch: a list, a DataLoader, or a
         function of the epoch (from 0) that returns them; or one tensor of many samples.
     epochs: at most so many.
-    lr: the highest learning rate: by default 0.02 for SGD, which trains networks with batch norm, and 3e-4 for AdamW, which trains all others.
+    lr: the highest learning rate: by default 0.02 for SGD, which trains networks with batch norm and without attention or layer norm, and 3e-4 for
+        AdamW, which trains all others.
     teacher: a module or function that is called as the model is, in the place of the dense model.
     distill: what of its answers is learnt: 'logits' (distributions over classes), 'dist' (correlations of these), 'mse' (the answers themselves,
         which the others fall back to where answers look like no logits).

@@ -166,6 +166,13 @@ def test_transformers_take_adamw_and_answers_that_are_no_logits_their_error() ->
     assert torch.allclose(answers["hidden"], recovered.small(x)["hidden"], atol=1e-6)
 
 
+def test_a_transformer_after_convolutions_takes_adamw_too() -> None:
+    torch.manual_seed(0)
+    stem = nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(2), nn.LayerNorm(16), nn.Flatten(), nn.Linear(128, 4)).double()
+    result = sp.compress(stem, noise(4), "channels=0.5")
+    assert sp.recover(result, noise(8), epochs=1).report.data["recovery"]["optimiser"] == "adamw"
+
+
 def test_a_model_that_writes_to_its_inputs_leaves_the_batches_as_they_are() -> None:
     class Writing(Small):
         def forward(self, x: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ Flat: TypeAlias = Callable[..., tuple[Sequence[Any], Sequence[Tensor]]]
 """A model as a function of its inputs one by one: all its answers, and the features that are asked for."""
 
 _SGD, _ADAMW = ("sgd", 0.02), ("adamw", 3e-4)  # the optimiser and its highest learning rate
+_OF_TRANSFORMERS = {"layer_norm", "rms_norm", "scaled_dot_product_attention"}
 _MOMENTUM = 0.9
 _WEIGHT_DECAY = {"sgd": 1e-4, "adamw": 0.01}  # of tensors with more than one axis; scales, shifts and biases have one
 _WARM_UP = 0.05  # of all steps
@@ -340,8 +341,9 @@ def _is_over(run: _Run, patience: int | None) -> bool:
 
 
 def _optimiser(student: TracedModule, recipe: Recipe) -> tuple[str, float]:
-    """SGD for networks with batch norms, whose scale of weights hardly matters; AdamW for all others."""
-    name, lr = _SGD if any(operator_name(n) == "batch_norm" for n in student.graph.nodes) else _ADAMW
+    """SGD for convolutional networks with batch norms, whose scale of weights hardly matters; AdamW for all others, hybrids too."""
+    found = {operator_name(n) for n in student.graph.nodes}
+    name, lr = _SGD if "batch_norm" in found and not found & _OF_TRANSFORMERS else _ADAMW
     return name, lr if recipe.lr is None else recipe.lr
 
 
