@@ -24,7 +24,7 @@ from structprune.calibrate.divergence import answers_of, are_logits
 from structprune.decide.weights import Scores, summed
 from structprune.errors import InputError
 from structprune.ir.graph import Graph, operator_name
-from structprune.ir.samples import Samples
+from structprune.ir.samples import Samples, samples_in
 from structprune.ops import RULES
 
 _ONE_BY_ONE = 64  # samples that are differentiated one by one, where the square or the size of a gradient is asked for
@@ -104,7 +104,7 @@ def hessian(groups: Groups, tensors: Mapping[str, Tensor], *, graph: Graph, samp
                 if not along:  # the gradient is the same everywhere
                     continue
                 products = torch.autograd.grad(torch.stack(along).sum(), list(leaves.values()), retain_graph=probe + 1 < probes, allow_unused=True)
-                share = _size(batch) / (probes * len(samples))
+                share = samples_in(batch) / (probes * len(samples))
                 for key, product, v in zip(leaves, products, signs, strict=True):
                     if product is not None:
                         for name in names[key]:
@@ -211,7 +211,7 @@ def _gradients(
         with _derivatives():
             value = loss(_run(graph, leaves, batch), label)
             found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-        yield _size(batch), {name: g for key, g in zip(leaves, found, strict=True) if g is not None for name in names[key]}
+        yield samples_in(batch), {name: g for key, g in zip(leaves, found, strict=True) if g is not None for name in names[key]}
 
 
 def _leaves(graph: Graph) -> tuple[dict[int, Tensor], dict[int, list[str]]]:
@@ -272,24 +272,17 @@ def _batches(samples: Samples) -> Iterator[tuple[list[Any], Tensor | None]]:
 
 
 def _one_by_one(graph: Graph, samples: Samples) -> Iterator[tuple[list[Any], Tensor | None]]:
-    """The first samples as batches of one; whole batches where the model takes no others, or labels are not one for each sample."""
-    number = 0
-    for batch, label in _batches(samples):
-        size = _size(batch)
-        apart = graph.dynamic_batch and (label is None or (label.dim() > 0 and len(label) == size))
-        for first in range(0, size, 1 if apart else size):
-            if number >= _ONE_BY_ONE:
-                return
-            part = slice(first, first + 1) if apart else slice(None)
+    """Some samples as batches of one; whole batches where the model takes no others, or labels are not one for each sample."""
+    labelled = samples.labels is None or all(
+        label.dim() and len(label) == samples_in(batch) for batch, label in _batches(samples) if label is not None
+    )
+    apart = graph.dynamic_batch and labelled
+    for batch, label in _batches(samples.spread(_ONE_BY_ONE, apart)):
+        for part in [slice(n, n + 1) for n in range(samples_in(batch))] if apart else [slice(None)]:
             yield (
                 [v[part] if isinstance(v, Tensor) and v.dim() else v for v in batch],
                 None if label is None else label[part] if label.dim() else label,
             )
-            number += 1 if apart else size
-
-
-def _size(batch: Sequence[Any]) -> int:
-    return next((v.shape[0] for v in batch if isinstance(v, Tensor) and v.dim()), 1)
 
 
 def _finite(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

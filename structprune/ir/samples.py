@@ -64,5 +64,6 @@ class Samples:
             if not len(own):
                 continue
             batches.append([v[own.to(v.device)] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v for v in batch])
-            labels += [self.labels[place][own]] if self.labels is not None else []
+            if self.labels is not None:
+                labels.append(self.labels[place] if len(own) == size else self.labels[place][own])
         return Samples(batches, labels if self.labels is not None else None, self.made)
