@@ -71,13 +71,18 @@ def macs(network: nn.Module, example: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def described(network: nn.Module, dense: nn.Module, task: Task, started: float, **more: Any) -> dict[str, Any]:
+def described(network: nn.Module, task: Task, seed: int, started: float, **more: Any) -> dict[str, Any]:
     """The row of a pruned network."""
-    example = task.example()
+    example, dense = task.example(), task.build()
     sizes = [sum(p.numel() for p in n.parameters()) for n in (network, dense)]
     kept = macs(network, example) / macs(dense, example)
     seconds = time.perf_counter() - started
-    return {"score": list(task.score(network)), "macs": round(kept, 4), "params": round(sizes[0] / sizes[1], 4), "seconds": round(seconds, 1)} | more
+    return {
+        "score": list(task.score(network, seed)),
+        "macs": round(kept, 4),
+        "params": round(sizes[0] / sizes[1], 4),
+        "seconds": round(seconds, 1),
+    } | more
 
 
 # --- structprune ---------------------------------------------------------------------------------------------------------------
@@ -90,14 +95,14 @@ def compressed(task: Task, target: float, seed: int, data: bool = True, **option
 
 def one_shot(task: Task, target: float, seed: int, data: bool = True) -> dict[str, Any]:
     started = time.perf_counter()
-    result = compressed(task, target, seed, data, evaluate=lambda network: task.score(network)[0])
-    return described(result.model, task.build(), task, started, pruned=result.report.data["accuracy"]["pruned"])
+    result = compressed(task, target, seed, data, evaluate=lambda network: task.score(network, seed)[0])
+    return described(result.model, task, seed, started, pruned=result.report.data["accuracy"]["pruned"])
 
 
 def recovered(task: Task, target: float, seed: int) -> dict[str, Any]:
     started = time.perf_counter()
     result = sp.recover(compressed(task, target, seed), accuracy_data.fashion_batches(seed + 1), epochs=1, seed=seed)
-    return described(result.model, task.build(), task, started)
+    return described(result.model, task, seed, started)
 
 
 # --- torch-pruning and plain fine-tuning ---------------------------------------------------------------------------------------
@@ -198,7 +203,7 @@ def peers(task: Task, target: float, seed: int) -> dict[str, Any]:
             started = time.perf_counter()
             try:
                 network = peer(task, target, seed, name, everywhere)
-                row = described(network, task.build(), task, started, bn=task.score(with_new_statistics(network, task.calibration(seed)))[0])
+                row = described(network, task, seed, started, bn=task.score(with_new_statistics(network, task.calibration(seed)), seed)[0])
             except (RuntimeError, ValueError, IndexError, AttributeError, TypeError, KeyError) as error:  # what its users report, too
                 row = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
             found[f"{name}, {'global' if everywhere else 'local'}"] = row
@@ -224,7 +229,7 @@ def peers_recovered(task: Task, target: float, seed: int, rows: dict[str, Any], 
     importance, where = best.split(", ")
     started = time.perf_counter()
     network = with_new_statistics(peer(task, target, seed, importance, where == "global"), task.calibration(seed))
-    return described(fine_tuned(network, task, seed), task.build(), task, started, pruner=best)
+    return described(fine_tuned(network, task, seed), task, seed, started, pruner=best)
 
 
 # --- FastNAS -------------------------------------------------------------------------------------------------------------------
@@ -258,13 +263,13 @@ def nas(task: Task, target: float, seed: int) -> dict[str, Any]:
     """As it comes and with new statistics."""
     started = time.perf_counter()
     network = fastnas(task, target, seed)
-    return described(network, task.build(), task, started, bn=task.score(with_new_statistics(network, task.calibration(seed)))[0])
+    return described(network, task, seed, started, bn=task.score(with_new_statistics(network, task.calibration(seed)), seed)[0])
 
 
 def nas_recovered(task: Task, target: float, seed: int) -> dict[str, Any]:
     started = time.perf_counter()
     network = with_new_statistics(fastnas(task, target, seed), task.calibration(seed))
-    return described(fine_tuned(network, task, seed), task.build(), task, started)
+    return described(fine_tuned(network, task, seed), task, seed, started)
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------------------
@@ -302,7 +307,7 @@ def measured(name: str, target: float, method: str, seed: int, rows: dict[str, A
         return nas_recovered(task, target, seed)
     started = time.perf_counter()
     network = task.build() if method == "dense" else fine_tuned(task.build(), task, seed)
-    return described(network, task.build(), task, started)
+    return described(network, task, seed, started)
 
 
 # --- the page ------------------------------------------------------------------------------------------------------------------

@@ -70,31 +70,48 @@ def fashion_sample(seed: int, count: int) -> tuple[Tensor, Tensor]:
 
 SIDE = 224
 COLOURED = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "hubble_deep_field.jpg")
+GREY = ("brick.png", "camera.png", "coins.png", "grass.png", "gravel.png", "horse.png", "moon.png", "page.png")
+FOLDS = 4
 
 
-def photographs(part: str) -> list[Any]:
-    """The photographs for "calibration" or for "test": every other one of those that foolbox, scikit-image and scikit-learn ship."""
+def photographs(seed: int, part: str) -> list[Any]:
+    """The larger photographs that foolbox, scikit-image and scikit-learn ship: every fourth is for the "test", the others for "calibration".
+
+    The seed chooses which. What else foolbox and scikit-image have, 40 photographs of 32 × 32 and eight grey pictures, is for calibration, too, as
+    the part "small" and the part "grey".
+    """
     from PIL import Image
 
-    folders = {package: folder_of(package) for package in ("foolbox", "skimage", "sklearn")}
-    paths = sorted((folders["foolbox"] / "data").glob("imagenet_*.jpg")) + [folders["skimage"] / "data" / name for name in COLOURED]
-    paths += [folders["sklearn"] / "datasets/images" / name for name in ("china.jpg", "flower.jpg")]
-    return [Image.open(path).convert("RGB") for path in paths[{"calibration": 0, "test": 1}[part] :: 2]]
+    foolbox, skimage, sklearn = (folder_of(package) for package in ("foolbox", "skimage", "sklearn"))
+    large = sorted((foolbox / "data").glob("imagenet_*.jpg")) + [skimage / "data" / name for name in COLOURED]
+    large += [sklearn / "datasets/images" / name for name in ("china.jpg", "flower.jpg")]
+    paths = {
+        "calibration": [path for number, path in enumerate(large) if number % FOLDS != seed % FOLDS],
+        "test": large[seed % FOLDS :: FOLDS],
+        "small": sorted((foolbox / "data").glob("cifar*.png")),
+        "grey": [skimage / "data" / name for name in GREY],
+    }
+    return [Image.open(path).convert("RGB") for path in paths[part]]
+
+
+def photographed(seed: int) -> Tensor:
+    """Crops for calibration [512, 3, 224, 224]: 400 of the larger photographs, 80 of the small ones, 32 of the grey ones."""
+    return torch.cat([crops(seed, "calibration", 400, seed), crops(seed, "small", 80, seed, least=0.5), crops(seed, "grey", 32, seed)])
 
 
 @functools.cache
-def crops(part: str, count: int, seed: int) -> Tensor:
-    """Random crops [count, 3, 224, 224] of a part's photographs, those of one side by side, 25 to 100 % of the area, mirrored one time of two;
+def crops(seed: int, part: str, count: int, random: int, least: float = 0.25) -> Tensor:
+    """Random crops [count, 3, 224, 224] of a part's photographs, those of one side by side, of `least` to all of the area, mirrored one time of two;
     ImageNet's mean and scale."""
     from torchvision.transforms import RandomResizedCrop
     from torchvision.transforms import functional as vision
 
-    pictures, found = photographs(part), []
+    pictures, found = photographs(seed, part), []
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(random)
         for number in range(count):
             picture = pictures[number * len(pictures) // count]
-            top, left, height, width = RandomResizedCrop.get_params(picture, [0.25, 1.0], [3 / 4, 4 / 3])
+            top, left, height, width = RandomResizedCrop.get_params(picture, [least, 1.0], [3 / 4, 4 / 3])
             crop = vision.to_tensor(vision.resized_crop(picture, top, left, height, width, [SIDE, SIDE]))
             crop = vision.normalize(crop, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
             found.append(crop.flip(2) if torch.rand(()) < 0.5 else crop)
