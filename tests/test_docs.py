@@ -1,4 +1,4 @@
-"""What the documentation tells people to type works: tutorials are run, and every other command is parsed."""
+"""What the documentation tells people to type works: tutorials are run, and every command has the options that it is given."""
 
 from __future__ import annotations
 
