@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import structprune as sp
+from structprune import processes
 from structprune.calibrate.arrivals import arrivals
 from structprune.calibrate.divergence import divergence
 from structprune.calibrate.moments import moments
@@ -235,6 +236,21 @@ def narrowing() -> tuple[nn.Module, Tensor]:
     layers = {"a": nn.Conv2d(3, 8, 3, stride=2), "b": nn.Conv2d(8, 16, 3, stride=2), "c": nn.Conv2d(16, 24, 3, stride=2), "d": nn.Linear(24, 5)}
     model = models.Of(lambda m, x: m.d(F.relu(m.c(F.relu(m.b(F.relu(m.a(x)))))).mean((2, 3))), **layers).eval()
     return model, torch.randn(100, 3, 31, 31)
+
+
+def test_no_process_that_shares_the_work_starts_without_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.Of(lambda m, x: m.a(x).reshape(40, -1), a=nn.Linear(8, 4)).eval()
+    graph = sp.trace(model, (torch.randn(40, 8),))
+    assert not graph.dynamic_batch
+    samples = Samples([[torch.full((40, 8), float(n))] for n in range(5)])
+    monkeypatch.setattr(processes, "sharers", lambda: 2)
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        joining = arrivals(graph, samples, memory=1.0)  # room for less than one batch
+        assert joining[next(iter(graph.nodes))], "it would wait for sums that the others never add up"
+        seen += [one.batch[0][0, 0].item() for some in joining.values() for one in some]
+    assert len(set(seen)) == len(seen) >= 2
 
 
 def test_samples_join_where_there_is_room_for_their_values() -> None:

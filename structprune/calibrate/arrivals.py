@@ -53,7 +53,7 @@ def arrivals(graph: Graph, samples: Samples, memory: float = MEMORY) -> dict[fx.
     found: dict[fx.Node, list[Arrival]] = {}
     for node, taken in _bytes_ahead(graph):
         here = count - len(waiting)
-        room = min(count, sharers * max(_LEAST, int(memory / max(taken, 1.0))) // each or 1)
+        room = min(count, max(sharers, sharers * max(_LEAST, int(memory / max(taken, 1.0))) // each))  # nobody stands idle: all add up sums
         if waiting and (room >= 2 * here or room == count):
             places = set(np.linspace(0, len(waiting), room - here, endpoint=False).astype(int).tolist())
             joining = [number for place, number in enumerate(waiting) if place in places]

@@ -273,10 +273,8 @@ def _batches(samples: Samples) -> Iterator[tuple[list[Any], Tensor | None]]:
 
 def _one_by_one(graph: Graph, samples: Samples) -> Iterator[tuple[list[Any], Tensor | None]]:
     """Some samples as batches of one; whole batches where the model takes no others, or labels are not one for each sample."""
-    labelled = samples.labels is None or all(
-        label.dim() and len(label) == samples_in(batch) for batch, label in _batches(samples) if label is not None
-    )
-    apart = graph.dynamic_batch and labelled
+    each_has_its_label = (label is None or (label.dim() and len(label) == samples_in(batch)) for batch, label in _batches(samples))
+    apart = graph.dynamic_batch and all(each_has_its_label)
     for batch, label in _batches(samples.spread(_ONE_BY_ONE, apart)):
         for part in [slice(n, n + 1) for n in range(samples_in(batch))] if apart else [slice(None)]:
             yield (
