@@ -355,6 +355,12 @@ def test_truncated(weights: dict[str, Tensor], zipped: bool, share: float) -> No
         assert "t.pt" in refusal("t.pt", arch="builders:net", trust_pickle=trust)
 
 
+@pytest.mark.parametrize("text", ["not a model", "echo not a model", "hello"])  # they stop torch's reader with an error of another kind each
+def test_text_is_refused_without_the_advice_to_switch_the_safe_reader_off(text: str) -> None:
+    Path("t.pt").write_text(text)
+    assert refusal("t.pt") == "t.pt is damaged or was not written by torch.save; save or copy it again"
+
+
 def test_truncated_safetensors(weights: dict[str, Tensor]) -> None:
     save_file(weights, "t.safetensors")
     Path("t.safetensors").write_bytes(Path("t.safetensors").read_bytes()[:-8])

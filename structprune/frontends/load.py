@@ -327,7 +327,9 @@ def _unpickled(path: Path, head: bytes, trust_pickle: bool) -> Any:
         # A pickle (at the top, or in torch's zip) that holds more than tensors stops the safe reader with UnpicklingError;
         # so does text whose first letters happen to be opcodes.
         if not isinstance(error, pickle.UnpicklingError) or not (entries or head.startswith(b"\x80")):
-            raise InputError(f"{path} is damaged or was not written by torch.save ({_reason(error)}); save or copy it again") from error
+            # what ends the reading of text tells nothing ("pop from empty list"), and torch's own word is to switch the safe reader off
+            reason = f" ({_reason(error)})" if isinstance(error, (RuntimeError, OSError, EOFError)) else ""
+            raise InputError(f"{path} is damaged or was not written by torch.save{reason}; save or copy it again") from error
         if not trust_pickle:
             raise InputError(f"loading a pickled module runs code of whoever wrote it; pass --trust-pickle if you trust {path}") from error
     _import_from_current_directory()
