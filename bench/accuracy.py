@@ -9,13 +9,13 @@ measured again unless --again. The networks for Fashion-MNIST are trained first,
 
 Every method prunes the same trained network to the same share of its multiply-accumulates, which torch's FlopCounterMode counts afterwards.
 *structprune* sees a few hundred samples without labels, trains nothing, and may narrow every axis; *pruned* is its answer before weights are
-fitted; *without data* it makes its own samples from the statistics in batch norms. *torch-pruning* 1.6.1 prunes in five steps, locally or
-globally, by L2 magnitude, by batch-norm scale, by Taylor's criterion on 1,024 labelled images, or by the Hessian's diagonal on 256 of them (the
-squares of its gradients are averaged here: its own sum keeps the last image alone). *FastNAS* is that of NVIDIA's ModelOpt, with widths in
-multiples of 4 and accuracy on 1,024 labelled training images as its score. *bn* has the statistics of the batch norms taken anew from the samples
-that structprune sees. *Recovered* is one epoch of training: by `structprune.recover` with the dense network as teacher, or by plain cross-entropy
-for torch-pruning (its best pruner by accuracy after *bn*), for FastNAS and for the dense network itself; optimiser, rate and images are the same
-for all. The seed chooses calibration samples and the order of images.
+fitted; *without data* it makes its own samples from the statistics in batch norms; *matched* has 200 steps of `matching=` on the same samples.
+*torch-pruning* 1.6.1 prunes in five steps, locally or globally, by L2 magnitude, by batch-norm scale, by Taylor's criterion on 1,024 labelled
+images, or by the Hessian's diagonal on 256 of them (the squares of its gradients are averaged here: its own sum keeps the last image alone).
+*FastNAS* is that of NVIDIA's ModelOpt, with widths in multiples of 4 and accuracy on 1,024 labelled training images as its score. *bn* has the
+statistics of the batch norms taken anew from the samples that structprune sees. *Recovered* is one epoch of training: by `structprune.recover`
+with the dense network as teacher, or by plain cross-entropy for torch-pruning (its best pruner by accuracy after *bn*), for FastNAS and for the
+dense network itself; optimiser, rate and images are the same for all. The seed chooses calibration samples and the order of images.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ RESULTS = ROOT / "bench/results/accuracy.json"
 PAGE = ROOT / "docs/accuracy.md"
 RATES = {"sgd": 0.02, "adamw": 3e-4}  # of the epoch of recovery: what `structprune.recover` takes by default
 STEPS = 5
+MATCHING = 200  # steps
 PEERS = {
     "magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
     "bn scale": tp.importance.BNScaleImportance,
@@ -60,8 +61,8 @@ MODULES = {"torch": "torch", "torch-pruning": "torch_pruning", "nvidia-modelopt"
 NEED_LABELS = ("taylor", "hessian")
 HESSIAN_IMAGES = 256
 METHODS = (
-    "dense", "structprune", "structprune without data", "structprune recovered", "torch-pruning", "torch-pruning recovered", "fastnas",
-    "fastnas recovered", "dense recovered",
+    "dense", "structprune", "structprune without data", "structprune matched", "structprune recovered", "structprune matched recovered",
+    "torch-pruning", "torch-pruning recovered", "fastnas", "fastnas recovered", "dense recovered",
 )  # fmt: skip
 
 
@@ -93,15 +94,15 @@ def compressed(task: Task, target: float, seed: int, data: bool = True, **option
     return sp.compress(task.build(), task.example(), f"macs={target}", calibration=samples, seed=seed, **options)
 
 
-def one_shot(task: Task, target: float, seed: int, data: bool = True) -> dict[str, Any]:
+def one_shot(task: Task, target: float, seed: int, data: bool = True, matching: int = 0) -> dict[str, Any]:
     started = time.perf_counter()
-    result = compressed(task, target, seed, data, evaluate=lambda network: task.score(network, seed)[0])
+    result = compressed(task, target, seed, data, evaluate=lambda network: task.score(network, seed)[0], matching=matching)
     return described(result.model, task, seed, started, pruned=result.report.data["accuracy"]["pruned"])
 
 
-def recovered(task: Task, target: float, seed: int) -> dict[str, Any]:
+def recovered(task: Task, target: float, seed: int, matching: int = 0) -> dict[str, Any]:
     started = time.perf_counter()
-    result = sp.recover(compressed(task, target, seed), accuracy_data.fashion_batches(seed + 1), epochs=1, seed=seed)
+    result = sp.recover(compressed(task, target, seed, matching=matching), accuracy_data.fashion_batches(seed + 1), epochs=1, seed=seed)
     return described(result.model, task, seed, started)
 
 
@@ -295,8 +296,12 @@ def measured(name: str, target: float, method: str, seed: int, rows: dict[str, A
         return one_shot(task, target, seed)
     if method == "structprune without data":
         return one_shot(task, target, seed, data=False)
+    if method == "structprune matched":
+        return one_shot(task, target, seed, matching=MATCHING)
     if method == "structprune recovered":
         return recovered(task, target, seed)
+    if method == "structprune matched recovered":
+        return recovered(task, target, seed, matching=MATCHING)
     if method == "torch-pruning":
         return peers(task, target, seed)
     if method == "torch-pruning recovered":
@@ -326,9 +331,9 @@ def table(rows: dict[str, Any]) -> str:
         return shown([field(row) for k, row in rows.items() if k.startswith(start) and "failed" not in row])
 
     lines = [
-        "| network | MACs | dense | pruned | without data | **structprune** | recovered | torch-pruning's best | with bn | recovered | FastNAS "
-        "| with bn | recovered | dense, one epoch more |",
-        "|" + "---|" * 14,
+        "| network | MACs | dense | pruned | without data | **structprune** | matched | recovered | matched, recovered | torch-pruning's best "
+        "| with bn | recovered | FastNAS | with bn | recovered | dense, one epoch more |",
+        "|" + "---|" * 16,
     ]
     for name, task in TASKS.items():
         if not any(k.startswith(f"{name} · ") for k in rows):
@@ -340,7 +345,9 @@ def table(rows: dict[str, Any]) -> str:
                 of(name, target, "structprune", lambda row: row["pruned"]),
                 of(name, target, "structprune without data", lambda row: row["score"][0]),
                 f"**{of(name, target, 'structprune', lambda row: row['score'][0])}**",
+                of(name, target, "structprune matched", lambda row: row["score"][0]),
                 of(name, target, "structprune recovered", lambda row: row["score"][0]) if trains else "",
+                of(name, target, "structprune matched recovered", lambda row: row["score"][0]) if trains else "",
                 of(name, target, "torch-pruning", lambda row: best(row, lambda one: one["score"][0])),
                 of(name, target, "torch-pruning", lambda row: best(row, lambda one: one["bn"])),
                 of(name, target, "torch-pruning recovered", lambda row: row["score"][0]) if trains else "",

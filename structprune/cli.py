@@ -95,6 +95,9 @@ def compress(
         ),
     ] = None,
     compensate: Annotated[bool, typer.Option(help="fit the weights that are left to the calibration samples")] = True,
+    matching: Annotated[
+        int, typer.Option("--matching", metavar="STEPS", help="then fit all layers together, by gradients, without labels: a few hundred steps")
+    ] = 0,
     sharded: Annotated[bool, typer.Option("--sharded", help="under torchrun: the processes share the work on the samples")] = False,
     evaluate: Annotated[
         str | None, typer.Option("--evaluate", metavar="MODULE:FUNCTION", help="a function of the model that returns a score, higher is better")
@@ -143,6 +146,7 @@ def compress(
             "example_kwargs": loaded.kwargs,
             "calibration": _calibration(say, calibration, loaded, seed),
             "compensate": compensate,
+            "matching": matching,
             "evaluate": loaded.evaluate if evaluate is None else _evaluation(evaluate),
             "dynamic": parse_dynamic(dynamic or ()),
             "criterion": criterion,

@@ -33,6 +33,7 @@ from structprune.ir.plan import Plan
 from structprune.ir.samples import Samples
 from structprune.recovery.compensate import Fitted
 from structprune.recovery.compensate import compensate as compensated
+from structprune.recovery.matching import Matched, match, must_learn
 from structprune.result import Clock, Evaluate, Progress, Result
 from structprune.transform.memory import freed_at_once
 from structprune.transform.own_class import own_class
@@ -52,6 +53,7 @@ def compress(
     example_kwargs: Mapping[str, Any] | None = None,
     calibration: Iterable[Any] | Tensor | str | None = None,
     compensate: bool = True,
+    matching: int = 0,
     evaluate: Evaluate | None = None,
     criterion: Any = "auto",
     ignore: Sequence[str] = (),
@@ -78,6 +80,8 @@ def compress(
         are left are fitted to them. Those that are alike (frames of one video, crops of one picture) belong side by side: what the first of them
         teach is held against the last. 'synthetic' where there are no data: samples are made from what the model's batch norms remember of theirs.
     compensate: False leaves the weights as they are sliced from the original's.
+    matching: so many steps follow in which all layers are fitted together, by gradients, to the original's answers inside and out; a few hundred help
+        where much is removed. They take the time of a training, and change nothing unless an eighth of the samples, held back, says that it helps.
     evaluate: model -> a score, higher is better; taken of the original, of the pruned and of the compensated model, for the report.
     criterion: which channels matter: 'auto' ('reconstruction' with calibration, else 'l2'), another name of docs/criteria.md, a torch_pruning
         Importance, or a callable (Groups, tensors by name) -> {group name: score of each channel}.
@@ -92,7 +96,7 @@ def compress(
 
     Raises TraceError, InputError, TargetError or VerificationError; see structprune.errors.
     """
-    options = Options(criterion, tuple(ignore), allocation, align, runtime, device, threads, seed, compensate, sharded)
+    options = Options(criterion, tuple(ignore), allocation, align, runtime, device, threads, seed, compensate, matching, sharded)
     if target.strip() == decide.TARGET:
         return _without_dead(model, example_inputs, example_kwargs, dynamic, calibration, evaluate, options, Clock(progress))
     with processes.sharing(sharded):
@@ -114,8 +118,8 @@ def front(
 ) -> list[Result]:
     """`compress` to several targets: 'latency=0.3:0.9:7' stands for seven, from 0.3 to 0.9. The model is traced, scored and timed once.
 
-    options: criterion, ignore, allocation, align, runtime, device, threads, seed, compensate and sharded, as of `compress`. Raises as it does; a
-    target that cannot be reached is left out, with a word to `progress`, unless none can.
+    options: criterion, ignore, allocation, align, runtime, device, threads, seed, compensate, matching and sharded, as of `compress`. Raises as it
+    does; a target that cannot be reached is left out, with a word to `progress`, unless none can.
     """
     targets, chosen = decide.spread(target), Options(**options)
     results: list[Result] = []
@@ -144,7 +148,12 @@ class Options:
     threads: int | None = None
     seed: int = 0
     compensate: bool = True
+    matching: int = 0
     sharded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.matching < 0 or (self.matching and not self.compensate):
+            raise InputError(f"matching={self.matching}: it is a number of steps that follow compensation, 0 for none")
 
     def deployed(self) -> Runtime:
         """Raises InputError for a runtime or device that is not there."""
@@ -183,6 +192,10 @@ def _prepare(
     measured = any(t.key == "latency" for target in targets for t in decide.parse_target(target))
     if options.sharded and measured:
         raise InputError("a latency is measured by one process at a time: compress to a latency without sharded, or to macs=")
+    if options.matching:
+        if calibration is None:
+            raise InputError(f"matching={options.matching} needs calibration=, samples of the model's inputs")
+        must_learn(model)
     with clock("trace"):
         folded = fold_parametrizations(model)
         must_be_finite(folded, example_inputs, example_kwargs)
@@ -341,12 +354,16 @@ def realise(
         small = own if own is not None else surgery.module
         accuracy = _scores_of(ready, "pruned", small, clock)
         fitted: Sequence[Fitted] | None = None
+        matched: Matched | None = None
         if ready is not None and ready.samples is not None and options.compensate:
             with clock("compensate"):
                 fitted = compensated(graph, groups.types, keep, surgery, ready.samples, clock.say)
-                _follow(own, surgery.module)
+            if options.matching:
+                with clock("match"), _buffers_kept(graph.module), _buffers_kept(surgery.module):
+                    matched = match(graph, groups.types, keep, surgery, ready.samples, options.matching, options.seed, clock.say)
+            _follow(own, surgery.module)
             accuracy |= _scores_of(ready, "after", small, clock)
-    report = _report(graph, groups, plan, verification, own is not None, note, clock, ready, found, fitted, accuracy)
+    report = _report(graph, groups, plan, verification, own is not None, note, clock, ready, found, fitted, matched, accuracy)
     given = (ready.dense, ready.samples, ready.evaluate) if ready is not None else ()
     return Result(small, plan, report, graph, surgery.module, clock, options.deployed(), *given)
 
@@ -399,6 +416,7 @@ def _report(
     ready: _Ready | None,
     found: Found | None,
     fitted: Sequence[Fitted] | None,
+    matched: Matched | None,
     accuracy: Mapping[str, float],
 ) -> Report:
     widths = {g.atom: len(p.keep) for g, p in zip(groups, plan.groups, strict=True)}
@@ -423,6 +441,7 @@ def _report(
             if ready is not None and ready.samples
             else None,
             "compensation": [asdict(f) for f in fitted] if fitted is not None else None,
+            "matching": asdict(matched) if matched is not None else None,
             "verification": {
                 "masked_error": verification.error,
                 "tolerance": verification.tolerance,

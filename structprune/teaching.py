@@ -23,7 +23,7 @@ from structprune.errors import InputError
 from structprune.frontends.load import named_object, users_code
 from structprune.frontends.program import load_graph
 from structprune.ir.plan import Plan
-from structprune.recovery.finetune import Flat, Recipe, Train, Trained, finetune, flat, teacher_of
+from structprune.recovery.finetune import Flat, Recipe, Train, Trained, answers_of, finetune, flat, teacher_of
 from structprune.result import Clock, Evaluate, Progress, Result
 
 
@@ -135,7 +135,7 @@ def _teacher(result: Result, given: Callable[..., Any] | None, recipe: Recipe, p
     if given is not None:
         return teacher_of(given, result.graph, recipe.features)
     module = result.graph.module if place.type == "cpu" else copy.deepcopy(result.graph.module)
-    return flat(module, recipe.features).to(place)  # type: ignore[no-any-return]
+    return flat(module, answers_of(module, recipe.features)).to(place)  # type: ignore[no-any-return]
 
 
 def _record(trained: Trained, recipe: Recipe, teacher: Any, place: torch.device) -> dict[str, Any]:

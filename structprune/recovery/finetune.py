@@ -133,7 +133,8 @@ def finetune(
     if processes.count() > 1 and not graph.dynamic_batch:
         raise InputError("the model takes batches of one size only, which processes cannot share; train in one process, without torchrun")
     mean = follows_batches(copy.deepcopy(flat(student)).to(device))
-    student = distributed.with_shared_statistics(flat(student, recipe.features).to(device).train())  # type: ignore[arg-type]
+    student = flat(student, answers_of(student, recipe.features)).to(device).train()  # type: ignore[assignment]
+    student = distributed.with_shared_statistics(student)
     parameters = [p for p in student.parameters() if p.requires_grad]
     if not parameters:
         raise InputError("no parameter of the small model requires gradients, so nothing can train; call model.requires_grad_() before compressing")
@@ -169,23 +170,28 @@ def finetune(
     return Trained({n: t.detach().cpu().clone() for n, t in state.items()}, _record(run, recipe, name, lr))
 
 
-def flat(module: fx.GraphModule, features: Sequence[str] = ()) -> TracedModule:
+def flat(module: fx.GraphModule, features: Sequence[fx.Node] = ()) -> TracedModule:
     """The module as a function of its inputs one by one, which answers (all its answers, features). Tensors are shared, the graph is a copy.
 
-    features: names of modules; of each, the last tensor that its forward made. Raises InputError for a module that made none.
+    features: nodes of the module's graph.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     answers = graph.graph_copy(module.graph, copies)
-    made = {old: new for old, new in copies.items() if isinstance(old.meta.get("val"), Tensor) and old.meta["val"].is_floating_point()}
+    graph.output((tuple(pytree.tree_leaves(answers)), tuple(copies[node] for node in features)))
+    return TracedModule(module, graph)
+
+
+def answers_of(module: fx.GraphModule, names: Sequence[str]) -> list[fx.Node]:
+    """Of each of the named modules, the last tensor that its forward made. Raises InputError for a module that made none."""
+    made = [n for n in module.graph.nodes if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].is_floating_point()]
     found = []
-    for name in features:
-        nodes = [new for old, new in made.items() if name in owners_of(old)]
+    for name in names:
+        nodes = [node for node in made if node.op != "output" and name in owners_of(node)]
         if not nodes:
             raise InputError(f"features= names {name!r}, which is no module that the model's forward calls; `print(model)` lists the modules")
         found.append(nodes[-1])
-    graph.output((tuple(pytree.tree_leaves(answers)), tuple(found)))
-    return TracedModule(module, graph)
+    return found
 
 
 def teacher_of(model: Callable[..., Any], graph: Graph, features: Sequence[str] = ()) -> Flat:
