@@ -1,6 +1,6 @@
 """How much accuracy is left, before and after a short training, beside torch-pruning?
 
-    python bench/accuracy.py [--write] [--tasks NAME ...] [--methods NAME ...] [--seeds N] [--again]
+    python bench/accuracy.py [--write] [--tasks NAME ...] [--methods NAME ...] [--targets X ...] [--seeds N] [--again]
     python bench/accuracy.py --train-only
 
 --write keeps each row in bench/results/accuracy.json as soon as it is there, and the table in docs/accuracy.md; rows that are there are not
@@ -280,12 +280,14 @@ def key(task: str, target: float, method: str, seed: int) -> str:
     return f"{task} · {target:g} · {method} · {seed}"
 
 
-def wanted(tasks: list[str], methods: list[str], seeds: int) -> Iterator[tuple[str, float, str, int]]:
+def wanted(tasks: list[str], methods: list[str], targets: list[float] | None, seeds: int) -> Iterator[tuple[str, float, str, int]]:
     for name in tasks:
         for method in methods:
             if TASKS[name].recipe is None and ("recovered" in method or method == "fastnas"):
                 continue
             for target in (1.0,) if method.startswith("dense") else TASKS[name].targets:
+                if targets is not None and target not in targets:
+                    continue
                 for seed in range(1 if method == "dense" else seeds):
                     yield name, target, method, seed
 
@@ -398,6 +400,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--targets", nargs="+", type=float, help="only these shares of multiply-accumulates; 1 is the dense network's own")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="keep the results in bench/results and docs")
     parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
@@ -413,7 +416,7 @@ def main() -> None:
     results["ran_on"] = f"{os.cpu_count()} cores, one thread, {platform.machine()}, Python {platform.python_version()}; " + ", ".join(
         f"{name} {version(name)}" for name in ("torch", "torch-pruning", "nvidia-modelopt") if importlib.util.find_spec(MODULES[name])
     )
-    for name, target, method, seed in wanted(given.tasks, given.methods, given.seeds):
+    for name, target, method, seed in wanted(given.tasks, given.methods, given.targets, given.seeds):
         where = key(name, target, method, seed)
         if where in results["rows"] and not given.again:
             continue
