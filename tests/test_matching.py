@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -104,3 +106,22 @@ def test_what_it_needs(samples: Tensor) -> None:
         sp.compress(demo.model(), samples[:2], calibration=samples, matching=-1)
     with pytest.raises(InputError, match="bfloat16 rounds its steps away"):
         sp.compress(demo.model().bfloat16(), samples[:2].bfloat16(), calibration=samples.bfloat16(), matching=10)
+
+
+class Masked(nn.Module):
+    """Some of its answers are -inf."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu()).masked_fill(torch.arange(4) == 0, -torch.inf)
+
+
+def test_an_answer_that_is_not_finite_is_no_target() -> None:
+    torch.manual_seed(0)
+    result = sp.compress(Masked(), torch.randn(4, 6), "channels=0.5", calibration=torch.randn(64, 6), matching=4)
+    assert not result.report.data["matching"]["kept"] and result.report.data["matching"]["steps"] == 0
+    assert all(value.isfinite().all() for value in result.model.state_dict().values())
+    json.loads(json.dumps(result.report.data["matching"], allow_nan=False))

@@ -149,9 +149,9 @@ def fitted(data: Mapping[str, Any]) -> str:
         source = "made from the statistics in its batch norms" if calibration.get("synthetic") else "given"
         fitted = f" Then the weights of {len(layers)} layers were fitted to the original's answers on {calibration['samples']} samples {source}."
     if matching := data.get("matching"):
-        better = f"fell from {matching['before']:.3g} to {matching['after']:.3g} on samples held back"
-        worse = "did not fall on samples held back, so the weights stayed as they were"
-        fitted += f" In {matching['steps']} steps of matching all layers together the loss {better if matching['kept'] else worse}."
+        losses = f"fell from {matching['before']:.3g} to {matching['after']:.3g}" if matching["kept"] else "did not fall"
+        stayed = "" if matching["kept"] else ", so the weights stayed as they were"
+        fitted += f" In {matching['steps']} steps of matching all layers together the loss on samples held back {losses}{stayed}."
     if recovery:
         source = "labels and the original's answers" if recovery["labels"] else "the original's answers"
         trained = f" Then it was trained for {recovery['steps']} steps, {len(recovery['epochs'])} epoch(s), on {source}."

@@ -10,6 +10,7 @@ part, and decides: where the loss on it has not fallen in the end, the weights s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,11 +40,11 @@ _MEMORY = 2 << 30  # bytes of values that a step may keep for its gradient
 
 @dataclass(frozen=True)
 class Matched:
-    """The loss on the samples held back, before and after; `kept`: whether the new weights are better, and stay."""
+    """The loss on the samples held back, before and after, None where it is no number; `kept`: whether the new weights are better, and stay."""
 
     steps: int
-    before: float
-    after: float
+    before: float | None
+    after: float | None
     kept: bool
 
 
@@ -71,6 +72,8 @@ def match(
     learnt, held = samples.cut(1 - _HELD, graph.dynamic_batch)
     start = [p.detach().clone() for p in parameters]
     before = _mean(loss, held, size)
+    if not math.isfinite(before):  # an answer holds masks of -inf: there is no error to make smaller
+        return Matched(0, None, None, kept=False)
     optimiser = torch.optim.Adam(parameters, _LR)
     batches = _batches(learnt, size, _order(learnt.count(size is not None), seed))
     with _learning(parameters):
@@ -88,7 +91,7 @@ def match(
         if not after < before:  # nor where it is not a number
             for parameter, value in zip(parameters, start, strict=True):
                 parameter.copy_(value)
-    return Matched(steps, before, after, after < before)
+    return Matched(steps, before, after if math.isfinite(after) else None, after < before)
 
 
 def _loss(graph: Graph, types: Types, keep: Keep, surgery: Surgery) -> Callable[[Sequence[Any]], Tensor]:
