@@ -467,7 +467,8 @@ torch.save((result.plan.to_dict(), result.model.state_dict()), f"{sys.argv[2]}/{
 
 def compressed(sharded: bool) -> sp.Result:
     torch.manual_seed(0)
-    return sp.compress(Small().double(), noise(4), "macs=0.5", calibration=torch.cat([noise(4, seed) for seed in range(9)]), sharded=sharded)
+    samples = torch.cat([noise(4, seed) for seed in range(16)])
+    return sp.compress(Small().double(), noise(4), "macs=0.2", calibration=samples, matching=60, sharded=sharded)
 
 
 def test_two_processes_share_the_samples_and_compress_as_one_does(tmp_path: Path) -> None:
@@ -477,6 +478,7 @@ def test_two_processes_share_the_samples_and_compress_as_one_does(tmp_path: Path
     assert plan == other_plan == alone.plan.to_dict()
     assert same(first, second)
     mine = state(alone.model)
+    assert alone.report.data["matching"]["kept"]
     assert not same(mine, state(sp.apply(Small().double(), alone.plan))), "weights were fitted"
     assert max((mine[name] - first[name]).abs().max().item() for name in mine) < 1e-6
 
