@@ -274,7 +274,7 @@ def _without_dead(
     accuracy = evaluate(model) if evaluate is not None else None
     scores = decide.Saliency(decide.TARGET, {name: (~gone).astype(float) for name, gone in dead.channels.items()})
     samples = _samples(calibration, graph, groups, options.seed, clock)
-    options = replace(options, criterion=decide.TARGET, compensate=False)  # nothing is lost
+    options = replace(options, criterion=decide.TARGET, compensate=False, matching=0)  # nothing is lost
     ready = _Ready(silent, graph, groups, samples, scores, None, evaluate, accuracy, options, clock)
     result = realise(silent, graph, groups, plan, clock, ready=ready)
     with clock("verify"):

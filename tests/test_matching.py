@@ -125,3 +125,8 @@ def test_an_answer_that_is_not_finite_is_no_target() -> None:
     assert not result.report.data["matching"]["kept"] and result.report.data["matching"]["steps"] == 0
     assert all(value.isfinite().all() for value in result.model.state_dict().values())
     json.loads(json.dumps(result.report.data["matching"], allow_nan=False))
+
+
+def test_where_nothing_is_lost_nothing_is_matched(samples: Tensor) -> None:
+    report = sp.compress(demo.model(), samples[:2], "dead", calibration=samples, matching=10).report.data
+    assert report["matching"] is None and report["compensation"] is None

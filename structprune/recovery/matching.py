@@ -72,7 +72,7 @@ def match(
     learnt, held = samples.cut(1 - _HELD, graph.dynamic_batch)
     start = [p.detach().clone() for p in parameters]
     before = _mean(loss, held, size)
-    if not math.isfinite(before):  # an answer holds masks of -inf: there is no error to make smaller
+    if not math.isfinite(before):  # an answer holds masks of -inf, say: there is no error to make smaller
         return Matched(0, None, None, kept=False)
     optimiser = torch.optim.Adam(parameters, _LR)
     batches = _batches(learnt, size, _order(learnt.count(size is not None), seed))
@@ -95,8 +95,9 @@ def match(
 
 
 def _loss(graph: Graph, types: Types, keep: Keep, surgery: Surgery) -> Callable[[Sequence[Any]], Tensor]:
-    """How far the small model is from the dense one on a batch, as a scalar to derive by."""
-    copies = {old: new for new, old in surgery.originals.items() if new in set(surgery.module.graph.nodes)}
+    """How far the small model is from the dense one on a batch, as a scalar to derive by; NaN where there is nothing to compare."""
+    small = set(surgery.module.graph.nodes)  # some copies of dense nodes are gone
+    copies = {old: new for new, old in surgery.originals.items() if new in small}
     points = [node for node in readers(graph) if node in copies]
     teacher, student = flat(graph.module, points), flat(surgery.module, [copies[node] for node in points])
 
@@ -107,7 +108,7 @@ def _loss(graph: Graph, types: Types, keep: Keep, surgery: Surgery) -> Callable[
         pairs = [(mine, kept_part(theirs, types.shape(node), keep)) for node, mine, theirs in zip(points, found, inside, strict=True)]
         compared = [(a, w) for a, w in zip(answers, wanted, strict=True) if isinstance(a, Tensor) and a.is_floating_point()]
         terms = losses([a for a, _ in compared], [w for _, w in compared], [""] * len(compared), distill=("mse",), features=pairs)
-        return torch.stack(list(terms.values())).sum()
+        return torch.stack(list(terms.values())).sum() if terms else torch.tensor(math.nan)
 
     return loss
 
