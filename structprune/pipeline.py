@@ -97,11 +97,11 @@ def compress(
     Raises TraceError, InputError, TargetError or VerificationError; see structprune.errors.
     """
     options = Options(criterion, tuple(ignore), allocation, align, runtime, device, threads, seed, compensate, matching, sharded)
+    given = _Given(model, example_inputs, example_kwargs, dynamic, calibration, evaluate)
     if target.strip() == decide.TARGET:
-        return _without_dead(model, example_inputs, example_kwargs, dynamic, calibration, evaluate, options, Clock(progress))
+        return _without_dead(given, options, Clock(progress))
     with processes.sharing(sharded):
-        ready = _prepare(model, example_inputs, example_kwargs, dynamic, calibration, evaluate, [target], options, Clock(progress))
-        return _decide(ready, target)
+        return _decide(_prepare(given, [target], options, Clock(progress)), target)
 
 
 def front(
@@ -122,9 +122,10 @@ def front(
     does; a target that cannot be reached is left out, with a word to `progress`, unless none can.
     """
     targets, chosen = decide.spread(target), Options(**options)
+    given = _Given(model, example_inputs, example_kwargs, dynamic, calibration, evaluate)
     results: list[Result] = []
     with processes.sharing(chosen.sharded):
-        ready = _prepare(model, example_inputs, example_kwargs, dynamic, calibration, evaluate, targets, chosen, Clock(progress))
+        ready = _prepare(given, targets, chosen, Clock(progress))
         for one in targets:
             try:
                 results.append(_decide(ready, one))
@@ -161,6 +162,47 @@ class Options:
 
 
 @dataclass(frozen=True)
+class _Given:
+    """What the user handed over; see `compress`."""
+
+    model: nn.Module
+    example_inputs: tuple[Any, ...] | Tensor
+    example_kwargs: Mapping[str, Any] | None = None
+    dynamic: Dynamic = ()
+    calibration: Iterable[Any] | Tensor | str | None = None
+    evaluate: Evaluate | None = None
+
+    def traced(self, clock: Clock) -> tuple[nn.Module, Graph]:
+        """The model with its parametrizations folded, and its graph. Raises InputError for values that are not finite, and TraceError."""
+        with clock("trace"):
+            folded = fold_parametrizations(self.model)
+            must_be_finite(folded, self.example_inputs, self.example_kwargs)
+            return folded, trace(folded, self.example_inputs, self.example_kwargs, dynamic=self.dynamic)
+
+    def samples(self, graph: Graph, groups: Groups, seed: int, clock: Clock) -> Samples | None:
+        """Not more than tell something new, evenly spread over all that were given."""
+        if self.calibration is None:
+            return None
+        if isinstance(self.calibration, str):
+            if self.calibration != SYNTHETIC:
+                raise InputError(f"calibration {self.calibration!r}: give samples of the model's inputs, or {SYNTHETIC!r}, which makes some")
+            with clock("make samples"):
+                return synthetic(graph, groups.macs(), seed, clock.say)
+        given = samples_of(self.calibration, graph)
+        kept = given.spread(_MOST_SAMPLES, graph.dynamic_batch)
+        if len(kept) < len(given):
+            clock.say(f"{len(kept)} of {len(given)} samples are used: more take time, and tell little")
+        return kept
+
+    def score(self, clock: Clock) -> float | None:
+        """What the user's evaluation says of the model."""
+        if self.evaluate is None:
+            return None
+        with clock("evaluate"):
+            return self.evaluate(self.model)
+
+
+@dataclass(frozen=True)
 class _Ready:
     """A model up to the decision: traced, its groups found and scored, and timed where a target asks for that."""
 
@@ -176,60 +218,27 @@ class _Ready:
     clock: Clock
 
 
-def _prepare(
-    model: nn.Module,
-    example_inputs: tuple[Any, ...] | Tensor,
-    example_kwargs: Mapping[str, Any] | None,
-    dynamic: Dynamic,
-    calibration: Iterable[Any] | Tensor | str | None,
-    evaluate: Evaluate | None,
-    targets: Sequence[str],
-    options: Options,
-    clock: Clock,
-) -> _Ready:
+def _prepare(given: _Given, targets: Sequence[str], options: Options, clock: Clock) -> _Ready:
     """All that one decision shares with another."""
     deployed = options.deployed()
     measured = any(t.key == "latency" for target in targets for t in decide.parse_target(target))
     if options.sharded and measured:
         raise InputError("a latency is measured by one process at a time: compress to a latency without sharded, or to macs=")
     if options.matching:
-        if calibration is None:
+        if given.calibration is None:
             raise InputError(f"matching={options.matching} needs calibration=, samples of the model's inputs")
-        must_learn(model)
-    with clock("trace"):
-        folded = fold_parametrizations(model)
-        must_be_finite(folded, example_inputs, example_kwargs)
-        graph = trace(folded, example_inputs, example_kwargs, dynamic=dynamic)
+        must_learn(given.model)
+    folded, graph = given.traced(clock)
     with clock("infer"):
         groups = find_groups(graph, options.ignore)
-    samples = _samples(calibration, graph, groups, options.seed, clock)
+    samples = given.samples(graph, groups, options.seed, clock)
     with clock("score"):
         saliency = decide.saliency(graph, groups, options.criterion, model=folded, samples=samples, seed=options.seed, say=clock.say)
     dense = None
     if measured:
         with clock("time operators"):
             dense = measure_dense(graph, groups, deployed, options.align, clock.say)
-    accuracy = None
-    if evaluate is not None:
-        with clock("evaluate"):
-            accuracy = evaluate(model)
-    return _Ready(folded, graph, groups, samples, saliency, dense, evaluate, accuracy, options, clock)
-
-
-def _samples(calibration: Iterable[Any] | Tensor | str | None, graph: Graph, groups: Groups, seed: int, clock: Clock) -> Samples | None:
-    """Not more samples than tell something new, evenly spread over all that were given."""
-    if calibration is None:
-        return None
-    if isinstance(calibration, str):
-        if calibration != SYNTHETIC:
-            raise InputError(f"calibration {calibration!r}: give samples of the model's inputs, or {SYNTHETIC!r}, which makes some")
-        with clock("make samples"):
-            return synthetic(graph, groups.macs(), seed, clock.say)
-    given = samples_of(calibration, graph)
-    kept = given.spread(_MOST_SAMPLES, graph.dynamic_batch)
-    if len(kept) < len(given):
-        clock.say(f"{len(kept)} of {len(given)} samples are used: more take time, and tell little")
-    return kept
+    return _Ready(folded, graph, groups, samples, saliency, dense, given.evaluate, given.score(clock), options, clock)
 
 
 def _decide(ready: _Ready, target: str) -> Result:
@@ -246,39 +255,25 @@ def _decide(ready: _Ready, target: str) -> Result:
     return realise(ready.model, graph, groups, plan, clock, ready=ready, found=found)
 
 
-def _without_dead(
-    model: nn.Module,
-    example_inputs: tuple[Any, ...] | Tensor,
-    example_kwargs: Mapping[str, Any] | None,
-    dynamic: Dynamic,
-    calibration: Iterable[Any] | Tensor | str | None,
-    evaluate: Evaluate | None,
-    options: Options,
-    clock: Clock,
-    plan: Plan | None = None,
-) -> Result:
+def _without_dead(given: _Given, options: Options, clock: Clock, plan: Plan | None = None) -> Result:
     """The model without the channels that contribute nothing, proved to answer as the original; or without those of them that a plan removes."""
     options.deployed()  # an unknown runtime is told before any work is done
-    with clock("trace"):
-        folded = fold_parametrizations(model)
-        must_be_finite(folded, example_inputs, example_kwargs)
-        original = trace(folded, example_inputs, example_kwargs, dynamic=dynamic)
-        silent, module = copy.deepcopy((folded, original.module))  # together, so that they go on to share their tensors
-        graph = replace(original, module=module)
+    folded, original = given.traced(clock)
+    silent, module = copy.deepcopy((folded, original.module))  # together, so that they go on to share their tensors
+    graph = replace(original, module=module)
     with clock("infer"):
         groups = find_groups(graph, options.ignore)
     with clock("dead channels"):
         dead = decide.silence(graph, groups)
         plan = plan if plan is not None else dead.plan(graph, groups, options.ignore)
         dead.must_hold(plan)
-    accuracy = evaluate(model) if evaluate is not None else None
     scores = decide.Saliency(decide.TARGET, {name: (~gone).astype(float) for name, gone in dead.channels.items()})
-    samples = _samples(calibration, graph, groups, options.seed, clock)
+    samples = given.samples(graph, groups, options.seed, clock)
     options = replace(options, criterion=decide.TARGET, compensate=False, matching=0)  # nothing is lost
-    ready = _Ready(silent, graph, groups, samples, scores, None, evaluate, accuracy, options, clock)
+    ready = _Ready(silent, graph, groups, samples, scores, None, given.evaluate, given.score(clock), options, clock)
     result = realise(silent, graph, groups, plan, clock, ready=ready)
     with clock("verify"):
-        own = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
+        own = max((torch.finfo(p.dtype).eps for p in given.model.parameters() if p.is_floating_point()), default=0.0)
         error = verify_unchanged(graph, groups.types, original.module, result.small, dead.tolerance(own))
     found = dead.to_dict() | {"error": error, "tolerance": dead.tolerance(own)}
     data = {**result.report.data, "dead": found, "notes": [*result.report.data["notes"], *dead.notes()]}
@@ -293,7 +288,7 @@ def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> 
     args, kwargs = decide.example_inputs(plan.inputs)
     clock = Clock(progress)
     if plan.target == decide.TARGET:
-        return _without_dead(model, args, kwargs, (), None, None, Options(ignore=plan.ignore), clock, plan).model
+        return _without_dead(_Given(model, args, kwargs), Options(ignore=plan.ignore), clock, plan).model
     with clock("trace"):
         folded = fold_parametrizations(model)
         graph = trace(folded, args, kwargs)
