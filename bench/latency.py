@@ -13,7 +13,7 @@ multiply-accumulates. *Importance* is the share of its summed scores that a grou
 uniform pruning with aligned widths at the same measured latency, found by the same loop. torch-pruning prunes 30 % of the channels with widths
 in multiples of 16, by L2 magnitude; its file is measured in the same way. Weights are random but for EfficientNet-Lite0.
 
-Run it on an idle machine.
+Run it on an idle machine; each row notes the machine's load average.
 """
 
 from __future__ import annotations
@@ -181,9 +181,21 @@ def summary(rows: dict[str, Any]) -> str:
         + ", ".join(f"{k.rsplit(' ', 1)[0]} {ratio:.2f}×" for k, ratio in more.items()),
         f"- seconds: cold at most {max((r['seconds'] for r in right.values() if r['cold']), default=0):.0f}, "
         f"warm at most {max((r['seconds'] for r in right.values() if not r['cold']), default=0):.0f}",
+        *([f"- {_loads(rows)}"] if any("load" in r for r in rows.values()) else []),
         *(f"- {k}: {r['failed']}" for k, r in rows.items() if "failed" in r),
     ]
     return "\n".join(lines)
+
+
+def _loads(rows: dict[str, Any]) -> str:
+    """How busy the machine was, as its load average of a minute, by number of threads."""
+    loads: dict[str, list[float]] = {}
+    for key, row in rows.items():
+        if "load" in row:
+            loads.setdefault(key.split()[1], []).append(row["load"])
+    return "load average of the machine, this benchmark's own included: " + "; ".join(
+        f"{min(found):.1f} to {max(found):.1f} at {threads} thread{'s' if threads != '1' else ''}" for threads, found in loads.items()
+    )
 
 
 def page(results: dict[str, Any]) -> str:
@@ -225,7 +237,7 @@ def main() -> None:
     for threads in given.threads:
         for spec in given.models:
             for key, row in rows_of(spec, threads, tuple(given.targets), results["rows"]):
-                results["rows"][key] = row
+                results["rows"][key] = row | {"load": os.getloadavg()[0]}
                 print(key, json.dumps(row), file=sys.stderr, flush=True)
                 if given.write:
                     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
