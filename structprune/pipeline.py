@@ -19,6 +19,7 @@ from structprune.backends import runtimes
 from structprune.backends.benchmark import environment
 from structprune.backends.report import Report
 from structprune.backends.runtimes import Runtime
+from structprune.calibrate.logits import measured_logits, turns
 from structprune.calibrate.synthetic import SYNTHETIC, synthetic
 from structprune.closed_loop import Dense, Found, measure_dense, plan_for_latency
 from structprune.decide.cost import Cost, memory
@@ -352,10 +353,11 @@ def realise(
         matched: Matched | None = None
         if ready is not None and ready.samples is not None and options.compensate:
             with clock("compensate"):
-                fitted = compensated(graph, groups.types, keep, surgery, ready.samples, clock.say)
+                turned = turns(measured_logits(graph, groups.types, ready.samples), keep)
+                fitted = compensated(graph, groups.types, keep, surgery, ready.samples, clock.say, turned)
             if options.matching:
                 with clock("match"), _buffers_kept(graph.module), _buffers_kept(surgery.module):
-                    matched = match(graph, groups.types, keep, surgery, ready.samples, options.matching, options.seed, clock.say)
+                    matched = match(graph, groups.types, keep, surgery, ready.samples, options.matching, options.seed, clock.say, turned)
             _follow(own, surgery.module)
             accuracy |= _scores_of(ready, "after", small, clock)
     report = _report(graph, groups, plan, verification, own is not None, note, clock, ready, found, fitted, matched, accuracy)

@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from structprune.analysis.groups import Groups
+from structprune.calibrate.logits import measured_logits
 from structprune.calibrate.moments import moments
 from structprune.decide.allocate import importance_losses
 from structprune.decide.criteria import Scores
@@ -61,6 +62,9 @@ def saliency(
     seen, held_out = samples.cut(_SEEN, graph.dynamic_batch)
     found = moments(graph, seen, seed)
     curves = reconstruction(groups, found) if reconstructed else {}
+    logits = measured_logits(graph, groups.types, seen)
+    missed = {of_width.atom: of_width.losses() for of_width in logits}
     scores = {g.name: curves[g.name].scores if g.name in curves else scores[g.name] for g in groups}
-    shapes = {g.name: curves[g.name].losses if g.name in curves else importance_losses(scores[g.name]) for g in groups}
-    return Saliency(RECONSTRUCTION if reconstructed else name, scores, measured_losses(graph, groups, scores, shapes, found, held_out, say))
+    shapes = {g.name: curves[g.name].losses if g.name in curves else missed.get(g.atom, importance_losses(scores[g.name])) for g in groups}
+    losses = measured_losses(graph, groups, scores, shapes, found, logits, held_out, say)
+    return Saliency(RECONSTRUCTION if reconstructed else name, scores, losses)

@@ -19,6 +19,7 @@ from structprune import processes
 from structprune.analysis.groups import Groups
 from structprune.calibrate.damped import factor
 from structprune.calibrate.divergence import answers_of, divergence
+from structprune.calibrate.logits import Logits, turn_weights, turns
 from structprune.calibrate.moments import Moments
 from structprune.calibrate.readers import from_matrix, matrix, reader_of, shift_of
 from structprune.calibrate.stepping import answer
@@ -44,6 +45,7 @@ def measured_losses(
     scores: Mapping[str, np.ndarray],
     shapes: Mapping[str, np.ndarray],
     found: Mapping[fx.Node, Moments],
+    logits: Sequence[Logits],
     samples: Samples,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, np.ndarray]:
@@ -59,7 +61,7 @@ def measured_losses(
         points = {group.size: 0.0}
         for width in sorted({max(1, round(share * group.size)) for share in shares} - {group.size}, reverse=True):
             keep = best_channels([group], {group.atom: width}, scores)
-            points[width] = max(_NOISE, divergence(_run(_narrowed(graph, groups, found, group, keep), batches), wanted))
+            points[width] = max(_NOISE, divergence(_run(_narrowed(graph, groups, found, logits, group, keep), batches), wanted))
         measured[group.name] = points
     return {name: _curve(points, shapes[name]) for name, points in processes.all_of(measured).items()}
 
@@ -76,9 +78,10 @@ def _run(module: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> list[Tenso
     return [torch.cat(list(same)) if same[0].dim() else torch.stack(list(same)) for same in zip(*parts, strict=True)]
 
 
-def _narrowed(graph: Graph, groups: Groups, found: Mapping[fx.Node, Moments], group: Group, keep: Keep) -> fx.GraphModule:
-    """The model with one group cut, and its readers fitted to what is left."""
+def _narrowed(graph: Graph, groups: Groups, found: Mapping[fx.Node, Moments], logits: Sequence[Logits], group: Group, keep: Keep) -> fx.GraphModule:
+    """The model with one group cut, and its readers fitted to what is left; or queries and keys to their product."""
     surgery = operate(graph, groups.types, keep, cuts(groups.axes, keep))
+    turn_weights(graph, groups.types, keep, surgery, turns(logits, keep))
     for small, node in surgery.originals.items():
         if node in found:
             _refit(graph, groups, found[node], group.atom, keep, surgery.module, small)

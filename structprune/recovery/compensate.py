@@ -13,7 +13,7 @@ that of He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2
 
 Where the answer is added to another branch (a residual stream), what that branch is off by is part of r: the last layer of each block makes up for
 what the stream has lost so far. A convolution without a bias leaves Δb to the running mean of its batch norm. Norms over channels have their scales
-and shifts fitted in the same way, channel by channel.
+and shifts fitted in the same way, channel by channel. Queries and keys are fitted to their product; see calibrate/logits.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from structprune import processes
 from structprune.analysis.infer import Types
 from structprune.calibrate.arrivals import MEMORY, arrivals
 from structprune.calibrate.damped import factor
+from structprune.calibrate.logits import Turn, answer_axis, turn_weights
 from structprune.calibrate.readers import Reader, from_matrix, places, reader_of, readers, rows_of_answer, rows_of_input, shift_of
 from structprune.calibrate.stepping import Stepping
 from structprune.ir.axes import Keep
@@ -55,9 +57,19 @@ class Fitted:
 
 @torch.no_grad()
 def compensate(
-    graph: Graph, types: Types, keep: Keep, surgery: Surgery, samples: Samples, progress: Callable[[str], None] = lambda line: None
+    graph: Graph,
+    types: Types,
+    keep: Keep,
+    surgery: Surgery,
+    samples: Samples,
+    progress: Callable[[str], None] = lambda line: None,
+    turned: Mapping[fx.Node, Turn] = MappingProxyType({}),
 ) -> list[Fitted]:
-    """Fit the small model's weights, in place, on samples without labels. Returns what was fitted, in the order of the graph."""
+    """Fit the small model's weights, in place, on samples without labels. Returns what was fitted, in the order of the graph.
+
+    turned: the readers, of the dense graph, that answer in another basis, where queries and keys are narrowed; see calibrate/logits.py.
+    """
+    turn_weights(graph, types, keep, surgery, turned)
     dense, small = Stepping(graph.module), Stepping(surgery.module)
     joining = arrivals(graph, samples, MEMORY / 2)
     joined = int(processes.number_of_all(sum(samples_in(one.batch) for some in joining.values() for one in some)))
@@ -80,7 +92,7 @@ def compensate(
         if original in mine:
             reader = reader_of(node)
             assert reader is not None
-            found = _fit(reader, mine[original], graph, types, keep, surgery, dense, small, firsts)
+            found = _fit(reader, mine[original], graph, types, keep, surgery, dense, small, firsts, turned.get(original))
             if found is not None:
                 fitted.append(found)
                 progress(f"compensate {len(fitted)} of {len(mine)} layers: {found.name}")
@@ -101,6 +113,7 @@ def _fit(
     dense: Stepping,
     small: Stepping,
     firsts: Sequence[float],
+    turn: Turn | None,
 ) -> Fitted | None:
     node, original = reader.node, dense_reader.node
     module = surgery.module
@@ -112,7 +125,7 @@ def _fit(
     total = processes.number_of_all(sum(wide[original].shape[0] for wide in dense.values))
     for number, (wide, narrow, answer) in enumerate(zip(dense.values, small.values, small.compute(node), strict=True)):
         chosen = places(reader, answer, _ROWS / total, seed=number)
-        wanted = kept_part(wide[original], shape, keep)
+        wanted = kept_part(wide[original] if turn is None else turn(wide[original], answer_axis(dense_reader)), shape, keep)
         difference = wanted - answer
         if branch is not None and (behind := _behind(branch, surgery, types, keep, wide, narrow)) is not None:
             difference = difference + behind

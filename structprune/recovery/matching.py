@@ -11,18 +11,20 @@ part, and decides: where the loss on it has not fallen in the end, the weights s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from structprune import processes
 from structprune.analysis.infer import Types
 from structprune.calibrate.arrivals import bytes_of
+from structprune.calibrate.logits import Turn, answer_axis
 from structprune.calibrate.readers import readers
 from structprune.errors import InputError
 from structprune.ir.axes import Keep
@@ -64,9 +66,10 @@ def match(
     steps: int,
     seed: int = 0,
     progress: Callable[[str], None] = lambda line: None,
+    turned: Mapping[fx.Node, Turn] = MappingProxyType({}),
 ) -> Matched:
     """Train the small model's parameters, in place, on samples without labels; on every process, where several share the work."""
-    loss = _loss(graph, types, keep, surgery)
+    loss = _loss(graph, types, keep, surgery, turned)
     parameters = [p for p in surgery.module.parameters() if p.is_floating_point()]
     size = _samples_of_a_step(graph)
     learnt, held = samples.cut(1 - _HELD, graph.dynamic_batch)
@@ -94,18 +97,20 @@ def match(
     return Matched(steps, before, after if math.isfinite(after) else None, after < before)
 
 
-def _loss(graph: Graph, types: Types, keep: Keep, surgery: Surgery) -> Callable[[Sequence[Any]], Tensor]:
+def _loss(graph: Graph, types: Types, keep: Keep, surgery: Surgery, turned: Mapping[fx.Node, Turn]) -> Callable[[Sequence[Any]], Tensor]:
     """How far the small model is from the dense one on a batch, as a scalar to derive by; NaN where there is nothing to compare."""
     small = set(surgery.module.graph.nodes)  # some copies of dense nodes are gone
     copies = {old: new for new, old in surgery.originals.items() if new in small}
-    points = [node for node in readers(graph) if node in copies]
+    mine = readers(graph)
+    points = [node for node in mine if node in copies]
     teacher, student = flat(graph.module, points), flat(surgery.module, [copies[node] for node in points])
 
     def loss(batch: Sequence[Any]) -> Tensor:
         with torch.no_grad():
             wanted, inside = teacher(*_copied(batch))
         answers, found = student(*_copied(batch))
-        pairs = [(mine, kept_part(theirs, types.shape(node), keep)) for node, mine, theirs in zip(points, found, inside, strict=True)]
+        aims = [turned[n](theirs, answer_axis(mine[n])) if n in turned else theirs for n, theirs in zip(points, inside, strict=True)]
+        pairs = [(own, kept_part(aim, types.shape(node), keep)) for node, own, aim in zip(points, found, aims, strict=True)]
         compared = [(a, w) for a, w in zip(answers, wanted, strict=True) if isinstance(a, Tensor) and a.is_floating_point()]
         terms = losses([a for a, _ in compared], [w for _, w in compared], [""] * len(compared), distill=("mse",), features=pairs)
         return torch.stack(list(terms.values())).sum() if terms else torch.tensor(math.nan)
