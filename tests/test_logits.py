@@ -168,11 +168,11 @@ def test_a_head_of_keys_serves_its_own_queries() -> None:
     assert served == {0: [0, 1], 1: [2, 3]}
 
 
-def test_compress_fits_them_as_its_own_class() -> None:
+def test_compress_fits_them() -> None:
     torch.manual_seed(0)
     model, x, unseen = Attention().eval(), noise(1), noise(2)
     low_rank(model.k, 0, HEADS, 3)
     small = sp.compress(model, x[:2], "channels=0.5", calibration=x, allocation="uniform", ignore=("v", "out")).model
-    assert type(small) is Attention and small.q.weight.shape[0] == HEADS * 3
+    assert dict(small.named_parameters())["q.weight"].shape[0] == HEADS * 3
     with torch.no_grad():
         assert (small(unseen) - model(unseen)).norm() < 1e-3 * (model(unseen) - unseen).norm()
