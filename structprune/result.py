@@ -191,8 +191,9 @@ class Result:
         onnx.export(retrace(module, graph).exported, path, graph.input_names, graph.output_names, self._metadata(), sizes, opset)
         error = onnx.check(path, reference, *graph.example(), tolerance)
         if graph.dynamic_batch:
-            args, kwargs = pytree.tree_map_only(Tensor, lambda t: t[:1] if t.dim() else t, graph.example())
-            error = max(error, onnx.check(path, reference, args, kwargs, tolerance))
+            values, calling = pytree.tree_flatten(graph.example())
+            args, kwargs = pytree.tree_unflatten([v[:1] if own else v for v, own in zip(values, graph.batched, strict=True)], calling)
+            error = max(error, onnx.check(path, reference, args, kwargs, tolerance, batch_of_one=True))
         if any(graph.lengths):
             error = max([error, *(onnx.check(path, reference, *example, tolerance) for example in _other_sizes(graph, reference))])
         return error

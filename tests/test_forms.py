@@ -19,12 +19,13 @@ from torch import nn
 import structprune as sp
 from structprune import demo
 from structprune.backends.directory import verify_directory
+from structprune.backends.onnx import ExportError, check
 from structprune.errors import InputError, StructpruneError, VerificationError
 
 
-def answer(path: Path, x: torch.Tensor) -> np.ndarray:
+def answer(path: Path, *inputs: torch.Tensor) -> np.ndarray:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    return session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)})[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -130,6 +131,86 @@ def test_opset(opset: int, tmp_path: Path) -> None:
     result = sp.compress(model, inputs, target="channels=0.5")
     assert result.export_onnx(tmp_path / "m.onnx", opset=opset) <= 1e-3
     assert next(o.version for o in onnx.load(tmp_path / "m.onnx").opset_import if o.domain == "") == opset
+
+
+class Squeezing(nn.Module):
+    """Axes of more than one entry are squeezed, which leaves them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.second(self.first(x).squeeze(1).relu())
+        return y.squeeze((1, 2)), x[:, :1].squeeze(1) + 1, y.squeeze(), y.squeeze(-1) * 2, y[:, :1].squeeze((1, 2))
+
+
+def test_squeezes_of_axes_that_stay(tmp_path: Path) -> None:
+    """torch's exporter writes files that ONNX Runtime refuses, or none."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 6)
+    result = sp.compress(Squeezing(), x, "channels=0.5")
+    result.export_onnx(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    got = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    for mine, theirs in zip(got, result.model(x), strict=True):
+        assert mine.shape == tuple(theirs.shape) and np.allclose(mine, theirs.detach().numpy(), atol=1e-5)
+
+
+def test_a_file_that_onnx_runtime_refuses_is_told(tmp_path: Path) -> None:
+    node = onnx.helper.make_node("Squeeze", ["x", "axes"], ["y"])
+    value = onnx.helper.make_tensor_value_info
+    axes = onnx.helper.make_tensor("axes", onnx.TensorProto.INT64, [1], [1])
+    graph = onnx.helper.make_graph([node], "g", [value("x", 1, [2, 3])], [value("y", 1, [2])], [axes])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), str(tmp_path / "bad.onnx"))
+    with pytest.raises(ExportError, match=r"does not take bad\.onnx.*Squeeze"):
+        check(tmp_path / "bad.onnx", nn.Identity(), (torch.ones(2, 3),), {})
+
+
+class Iterated(nn.Module):
+    """A map under which what float32 rounds off grows by two each time: chaos, like a choice between queries that are nearly equal."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.times):
+            x = 3.9 * x * (1 - x)
+        return x
+
+
+@pytest.mark.parametrize("times", [2, 16, 60])
+def test_a_file_may_differ_from_torch_as_torch_differs_from_itself(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = Iterated(times), torch.rand(2, 50, generator=torch.Generator().manual_seed(0))
+    own = float((module(x) - module(x.double())).abs().max() / module(x).max())
+    off = {2: 1e-2, 16: own, 60: own}[times]
+    monkeypatch.setattr("structprune.backends.onnx.run", lambda path, flat: [(module(x) + off * module(x).max()).numpy()])
+    if times == 16:
+        assert 1e-3 < own < 5e-2
+        assert check(Path("model.onnx"), module, (x,), {}) == pytest.approx(off, rel=1e-3)
+    else:  # it is not so sensitive, or so that nothing would be wrong
+        with pytest.raises(VerificationError, match="differs from torch"):
+            check(Path("model.onnx"), module, (x,), {})
+
+
+class Positions(nn.Module):
+    """Tokens of a batch, and positions that all samples share: two first axes that may change, one of which is no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places, self.out = nn.Linear(6, 8), nn.Linear(3, 8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return self.out((self.tokens(x) + self.places(places)[None]).relu())
+
+
+def test_inputs_that_all_samples_share_are_no_batch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    result = sp.compress(Positions(), (torch.randn(1, 7, 6), torch.randn(7, 3)), "channels=0.5", dynamic={"x": (1,)})
+    assert result.graph.dynamic_batch and result.graph.batched == (True, False)
+    result.export_onnx(tmp_path / "model.onnx")
+    assert answer(tmp_path / "model.onnx", torch.randn(3, 7, 6), torch.randn(7, 3)).shape == (3, 7, 5)
 
 
 def test_weights_of_more_than_2_gb_lie_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,14 @@ class Graph:
         return bool(axes) and all(0 in d for d in axes)
 
     @property
+    def batched(self) -> tuple[bool, ...]:
+        """Of every input, whether its first axis is the batch: free, and of one size with the first that is. Others may be free on their own."""
+        shapes: list[Sequence[Any]] = [getattr(n.meta.get("val"), "shape", ()) for n in self.nodes if n.op == "placeholder"]
+        first = [str(shape[0]) if 0 in axes else None for shape, axes in zip(shapes, self.dynamic, strict=True)]
+        batch = next((size for size in first if size is not None), None)
+        return tuple(size is not None and size == batch for size in first)
+
+    @property
     def nodes(self) -> list[fx.Node]:
         return list(self.module.graph.nodes)
 
