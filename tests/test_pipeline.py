@@ -272,6 +272,26 @@ def test_a_model_that_cannot_be_traced_is_told_by_its_line() -> None:
         sp.compress(Branches(), (torch.randn(2, 3),))
 
 
+class Viewed(nn.Module):
+    """Heads are put side by side by a view, which holds for the memory that fused attention answers in, of float32 and equal widths alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(24, 24) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).view(*x.shape[:2], 4, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).view(*x.shape[:2], -1))
+
+
+@pytest.mark.parametrize("ignore", [(), ("v",)])
+def test_views_of_what_fused_attention_answers(ignore: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 24)
+    result = sp.compress(Viewed(), x, "channels=0.5", ignore=ignore)
+    assert result.model(x).shape == x.shape and result.report.data["macs"]["after"] < 0.8 * result.report.data["macs"]["before"]
+
+
 def test_a_model_that_writes_to_its_input_is_verified_on_what_was_given() -> None:
     class Writes(nn.Module):
         def __init__(self) -> None:

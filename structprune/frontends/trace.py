@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError, TraceError
-from structprune.ir.graph import Graph, attribute, has_effect, is_dynamic, repeated
+from structprune.ir.graph import Graph, attribute, has_effect, is_dynamic, operator_name, repeated
 from structprune.ir.signature import Signature, signature_of
 
 _log = logging.getLogger(__name__)
@@ -179,6 +179,7 @@ def from_exported(
     module = _unlifted(exported)
     _inline_regions(module)
     _drop_checks(module)
+    _free_views(module)
     _sink_tensors(module)
     names: dict[int, list[str]] = {}
     holder = model if model is not None else module
@@ -349,6 +350,16 @@ def _drop_checks(module: fx.GraphModule) -> None:
     graph.eliminate_dead_code(has_effect)
     graph.lint()
     module.recompile()
+
+
+def _free_views(module: fx.GraphModule) -> None:
+    """A view of transposed axes holds only for the memory that the operator before them chose, and fused attention chooses by type and width.
+
+    A reshape is that view wherever there is one.
+    """
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.view.default and operator_name(node.args[0]) in ("transpose", "permute", "movedim", "swapaxes"):
+            node.target = torch.ops.aten.reshape.default
 
 
 def _sink_tensors(module: fx.GraphModule) -> None:
