@@ -25,7 +25,9 @@ from structprune.transform.precision import type_of
 from structprune.transform.surgery import operate
 
 _ROUNDS = 4
+_MOST_ROUNDS = 7  # where none of the first was near
 _CLOSE = 0.015  # of the target: what is left of a measurement's noise
+_NEAR = 0.04  # of the target
 _MISSED = 0.08  # of the target: more than this above it is no success
 
 
@@ -106,7 +108,7 @@ def plan_for_latency(
     share = limit = asked.value / whole if asked.absolute else asked.value
     rounds: list[Round] = []
     plans: list[Plan] = []
-    for _ in range(2 * _ROUNDS):
+    for _ in range(2 * _MOST_ROUNDS):
         say(f"round {len(rounds) + 1}: solve for {limit:.3f} of the dense model's time")
         corrected = [replace(t, value=limit * whole, absolute=True) if t.key == "latency" else t for t in targets]
         try:
@@ -135,7 +137,8 @@ def plan_for_latency(
         ratio = compared.ratios[small.name]
         plans.append(plan)
         rounds.append(Round(dense.latency.cost(found.widths) / whole, ratio.median, ratio.low, ratio.high, found.gap))
-        if abs(ratio.median / share - 1) <= _CLOSE or len(rounds) == _ROUNDS:
+        off = min(abs(r.measured / share - 1) for r in rounds)
+        if abs(ratio.median / share - 1) <= _CLOSE or (len(rounds) >= _ROUNDS and off <= _NEAR) or len(rounds) == _MOST_ROUNDS:
             break
         limit = _corrected(rounds, share)
     best = min(range(len(rounds)), key=lambda r: _miss(rounds[r].measured, share))

@@ -88,7 +88,7 @@ def test_every_command_of_the_readme_and_of_the_page_of_commands(run, tmp_path: 
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     # a front has two models here; and what is timed and made is little: a timing so short is no proof that a latency was reached
     monkeypatch.setattr("structprune.calibrate.synthetic._NUMBER", 16)
-    monkeypatch.setattr(closed_loop, "_ROUNDS", 1)
+    monkeypatch.setattr(closed_loop, "_MOST_ROUNDS", 1)
     monkeypatch.setattr(closed_loop, "_MISSED", 10.0)
     monkeypatch.setattr("structprune.backends.benchmark._time_rounds", lambda turns, runs, rounds, seconds, *rest: timed(turns, runs, 5, 0.2, *rest))
     (tmp_path / "mypackage").mkdir()

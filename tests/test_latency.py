@@ -315,6 +315,14 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callab
     return install
 
 
+def test_the_loop_goes_on_where_four_rounds_came_nowhere_near(machine: Any) -> None:
+    """Times that fall by more than a half within a few sizes of file, and do not change beside them."""
+    measured = machine(lambda share: float(np.interp(share, [0.6, 0.66], [0.3, 0.7])))
+    sp.compress(*chain(), target="latency=0.5", align=1)
+    near = [abs(m / 0.5 - 1) <= 0.04 for m in measured]
+    assert 4 < len(measured) <= 7 and not any(near[:4]) and any(near[4:]), measured
+
+
 @pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
 def test_the_loop_corrects_until_it_is_close(machine: Any, runtime: str) -> None:
     measured = machine(lambda share: 0.3 + 0.7 * share)  # less is saved than the tables say
