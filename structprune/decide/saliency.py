@@ -49,7 +49,8 @@ def saliency(
     """Score the channels of a model, and, with samples, find out what narrowing each group loses.
 
     'auto' is 'reconstruction' with samples, and 'l2' without. Groups that no reader sums over (the width of queries and keys) are ordered by 'l2'
-    then, and their loss is measured, of queries and keys fitted to their product. Raises InputError for a criterion that is unknown, or wants what was not given.
+    then, and their loss is measured, of queries and keys fitted to their product. Raises InputError for a criterion that is unknown, or wants what
+    was not given.
     """
     chosen = (RECONSTRUCTION if samples is not None else "l2") if isinstance(criterion, str) and criterion == "auto" else criterion
     reconstructed = isinstance(chosen, str) and chosen == RECONSTRUCTION
