@@ -68,7 +68,7 @@ class Logits:
     def losses(self) -> np.ndarray:
         """[width + 1]: the energy of the products that is missed when so many channels stay."""
         tails = [head.strength.square().flip(0).cumsum(0).flip(0) for head in self.heads]
-        return np.append(torch.stack(tails).sum(0).numpy(), 0.0)
+        return np.append(torch.stack(tails).sum(0).cpu().numpy(), 0.0)
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Turn:
         """Of an answer, or of a weight or bias along the axis of its answer."""
         turned = value.clone()
         for entries, staying, basis in self.parts:
-            own = value.index_select(axis, entries.to(value.device)).movedim(axis, -1) @ basis.to(value)
-            turned.index_copy_(axis, staying.to(value.device), own.movedim(-1, axis))
+            own = value.index_select(axis, entries.to(value.device)).movedim(axis, -1).to(basis.dtype) @ basis.to(value.device)
+            turned.index_copy_(axis, staying.to(value.device), own.movedim(-1, axis).to(value.dtype))
         return turned
 
 
@@ -149,7 +149,7 @@ class _Product:
     operands: tuple[fx.Node, fx.Node]
     axes: tuple[int, int]  # of each operand the axis that is summed over
     vectors: tuple[tuple[Vector, ...], tuple[Vector, ...]]
-    numbers: tuple[Tensor, Tensor]  # [leading positions of one sample] of each operand: the number of the vector there
+    numbers: tuple[Tensor, Tensor]  # of each operand the numbers of the vectors at its leading positions, which repeat themselves
     pairs: frozenset[tuple[int, int]]
     softmax: bool
 
@@ -210,7 +210,7 @@ def _sides(node: fx.Node, types: Types) -> tuple[Side, Side] | None:
     if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)) or left is right or left in others or right in others:
         return None
     shapes = types.shape(left), types.shape(right)
-    if min(map(len, shapes)) < 3:
+    if not all(isinstance(shape, tuple) and len(shape) >= 3 for shape in shapes):
         return None
     axes = len(shapes[0]) - 1, len(shapes[1]) - (1 if name == "scaled_dot_product_attention" else 2)
     atom = shapes[0][axes[0]]
@@ -249,13 +249,14 @@ def _moved(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
     if not isinstance(first, fx.Node) or first not in env:
         return None
     name = operator_name(node)
-    if name == "dropout" or (name in ("mul", "div") and not isinstance(node.args[1], fx.Node)):
+    if name == "dropout" or (name in ("mul", "div") and len(node.all_input_nodes) == 1):
         return env[first]
-    if name not in _VIEWS | _ORDERS | _PARTS or any(isinstance(n.meta.get("val"), Tensor) and n not in env for n in node.all_input_nodes):
+    sizes = {n: n.meta.get("val") for n in node.all_input_nodes if n not in env}
+    if name not in _VIEWS | _ORDERS | _PARTS or not all(isinstance(size, (int, torch.SymInt)) for size in sizes.values()):
         return None
 
     def value(n: fx.Node) -> Any:
-        return env[n] if n in env else size_of(n.meta["val"])
+        return env[n] if n in env else size_of(sizes[n])
 
     return node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))  # type: ignore[operator]
 
@@ -264,6 +265,7 @@ def _product(node: fx.Node, atom: Atom, sides: tuple[Side, Side], traced: Mappin
     """None where an operand is no rearranged answer, where the rows of one head are not alike, or samples are not laid out one after the other."""
     vectors: list[tuple[Vector, ...]] = []
     leading: list[Tensor] = []
+    repeated: list[Tensor] = []
     for operand, axis in sides:
         if operand not in traced:
             return None
@@ -271,11 +273,11 @@ def _product(node: fx.Node, atom: Atom, sides: tuple[Side, Side], traced: Mappin
         rows = entries.movedim(axis, -1)  # [samples and what else leads, rows, width]
         each = rows[..., 0, :]
         distinct, number = each.flatten(0, -2).unique(dim=0, return_inverse=True)
-        of_samples = number.view(samples, -1) if len(number) % samples == 0 else number[:0, None]
-        if not (rows == rows[..., :1, :]).all() or not len(of_samples) or not (of_samples == of_samples[:1]).all():
+        if not (rows == rows[..., :1, :]).all() or (len(number) // samples) % (period := _period(number)):
             return None
         vectors.append(tuple(Vector(reader, tuple(v)) for v in distinct.tolist()))
         leading.append(number.view(each.shape[:-1]))
+        repeated.append(number[:period])
     left, right = leading
     if node.kwargs.get("enable_gqa") and left.shape[-1] != right.shape[-1]:
         right = right.repeat_interleave(left.shape[-1] // right.shape[-1], -1)
@@ -286,10 +288,16 @@ def _product(node: fx.Node, atom: Atom, sides: tuple[Side, Side], traced: Mappin
         (sides[0][0], sides[1][0]),
         (sides[0][1], sides[1][1]),
         (vectors[0], vectors[1]),
-        (leading[0].flatten()[: leading[0].numel() // samples], leading[1].flatten()[: leading[1].numel() // samples]),
+        (repeated[0], repeated[1]),
         frozenset(pairs),
         operator_name(node) == "scaled_dot_product_attention" or _reaches_softmax(node),
     )
+
+
+def _period(numbers: Tensor) -> int:
+    """After how many entries a sequence repeats itself to its end."""
+    size = len(numbers)
+    return next(p for p in range(1, size + 1) if size % p == 0 and (numbers.view(-1, p) == numbers[:p]).all())
 
 
 def _reaches_softmax(node: fx.Node) -> bool:
