@@ -29,7 +29,7 @@ from structprune.frontends.onnx_in.check import runs as runs_in_onnxruntime
 from structprune.frontends.onnx_in.reading import read_again
 from structprune.frontends.program import save_program
 from structprune.frontends.trace import from_exported, retrace
-from structprune.ir.graph import Graph, resized
+from structprune.ir.graph import Graph, draws, operator_name, resized, source_of
 from structprune.ir.plan import Plan
 from structprune.ir.samples import Samples
 from structprune.ir.traced import TracedModule
@@ -189,14 +189,28 @@ class Result:
         tolerance = onnx.TOLERANCE_HALF if type_of(module) == torch.float16 else None
         sizes = graph.signature.sizes if graph.signature is not None else ()
         onnx.export(retrace(module, graph).exported, path, graph.input_names, graph.output_names, self._metadata(), sizes, opset)
-        error = onnx.check(path, reference, *graph.example(), tolerance)
-        if graph.dynamic_batch:
-            values, calling = pytree.tree_flatten(graph.example())
-            args, kwargs = pytree.tree_unflatten([v[:1] if own else v for v, own in zip(values, graph.batched, strict=True)], calling)
-            error = max(error, onnx.check(path, reference, args, kwargs, tolerance, batch_of_one=True))
-        if any(graph.lengths):
-            error = max([error, *(onnx.check(path, reference, *example, tolerance) for example in _other_sizes(graph, reference))])
-        return error
+        try:
+            return _difference(path, reference, graph, tolerance)
+        except VerificationError as differs:
+            drawn = next((node for node in graph.nodes if draws(node)), None)
+            if drawn is None:
+                raise
+            where = f"{operator_name(drawn)} at {source_of(drawn) or drawn.name}"
+            raise VerificationError(
+                f"{differs}; the model draws random numbers ({where}), and no two runtimes the same: make the noise an input"
+            ) from differs
+
+
+def _difference(path: Path, reference: nn.Module, graph: Graph, tolerance: float | None) -> float:
+    """Between the file and the model on the example, on a batch of one, and at other sizes, where these are free."""
+    error = onnx.check(path, reference, *graph.example(), tolerance)
+    if graph.dynamic_batch:
+        values, calling = pytree.tree_flatten(graph.example())
+        args, kwargs = pytree.tree_unflatten([v[:1] if own else v for v, own in zip(values, graph.batched, strict=True)], calling)
+        error = max(error, onnx.check(path, reference, args, kwargs, tolerance, batch_of_one=True))
+    if any(graph.lengths):
+        error = max([error, *(onnx.check(path, reference, *example, tolerance) for example in _other_sizes(graph, reference))])
+    return error
 
 
 def check_form(half: bool, quantize: str | None, samples: bool) -> None:

@@ -718,8 +718,32 @@ def radiance() -> Model:
     return Radiance(), (torch.randn(5, 3), torch.randn(5, 3))
 
 
+class DispatchedExperts(nn.Module):
+    """Every expert runs on the tokens that chose it, picked out by truth values and written back, or added, to where they were."""
+
+    def __init__(self, d: int = 24) -> None:
+        super().__init__()
+        self.inp, self.router, self.out = nn.Linear(10, d), nn.Linear(d, 3), nn.Linear(d, 5)
+        self.first, self.second = (nn.ModuleList(nn.Sequential(nn.Linear(d, 32), nn.GELU(), nn.Linear(32, d)) for _ in range(3)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        chosen = self.router(x).argmax(-1)
+        y, z = torch.zeros_like(x), torch.zeros_like(x)
+        for number, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
+            mine = chosen == number
+            y[mine] = first(x[mine])
+            z = z.index_put((mine,), second(x[mine]), accumulate=True)
+        z[:, 0] = 0.5
+        return self.out(x + y + z)
+
+
+def dispatched_experts() -> Model:
+    return DispatchedExperts(), (torch.randn(2, 6, 10),)
+
+
 ALL = (
     yolo, anchor_head, weighted_pyramid, detr, deformable_attention, detector, mask_head, unet, diffusion_unet, diffusion_transformer,
-    super_resolution, translator, summariser, experts, expert_modules, speech_ctc, conformer, wave, vocoder, stepwise, state_space, point_net,
-    contrastive, slow_fast, radiance,
+    super_resolution, translator, summariser, experts, expert_modules, dispatched_experts, speech_ctc, conformer, wave, vocoder, stepwise,
+    state_space, point_net, contrastive, slow_fast, radiance,
 )  # fmt: skip

@@ -23,7 +23,7 @@ LAYERS = [
 
 # foreign libraries behind one door
 DOORS = {
-    "networkx": {"analysis/explain.py"},
+    "networkx": {"analysis/explain.py", "calibrate/logits.py"},
     "onnx": {"backends/onnx.py", "backends/benchmark.py", "backends/kernels.py", "frontends/onnx_in/reading.py"},
     "onnxslim": {"backends/onnx.py"},
     "onnxruntime": {f"backends/{n}.py" for n in ("onnx", "benchmark", "candidates", "kernels", "quantize", "tables")}

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import structprune as sp
-from structprune.errors import InputError, PlanError, TargetError, TraceError
+from structprune.errors import InputError, PlanError, TargetError, TraceError, VerificationError
 from structprune.ir.traced import TracedModule
 
 
@@ -270,6 +270,31 @@ def test_a_model_that_cannot_be_traced_is_told_by_its_line() -> None:
 
     with pytest.raises(TraceError, match=r"test_pipeline\.py:\d+.*torch\.where"):
         sp.compress(Branches(), (torch.randn(2, 3),))
+
+
+class Sampler(nn.Module):
+    """A variational autoencoder: noise is drawn between encoder and decoder, and codes are repeated to a size that is written down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.widen, self.decode = nn.Linear(4, 16), nn.Linear(32, 6)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_deviation = self.encode(x).chunk(2, -1)
+        code = self.widen(mean + torch.randn_like(mean) * log_deviation.exp()).relu()
+        return self.decode(code.repeat_interleave(2, dim=-1, output_size=32)), mean
+
+
+def test_a_model_that_draws_noise_is_verified_on_the_same_noise_and_has_no_onnx_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Sampler(), torch.randn(2, 6)
+    state = torch.get_rng_state()
+    result = sp.compress(model, x, "channels=0.5")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert dict(result.model.named_parameters())["widen.weight"].shape == (8, 4)
+    with pytest.raises(VerificationError, match=r"draws random numbers \(randn_like at .*test_pipeline\.py:\d+\).*make the noise an input"):
+        result.export_onnx(tmp_path / "model.onnx")
 
 
 class Viewed(nn.Module):

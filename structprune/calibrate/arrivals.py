@@ -21,7 +21,7 @@ from structprune.ir.graph import Graph, shape_of
 from structprune.ir.liveness import alive
 from structprune.ir.samples import Samples, samples_in
 
-MEMORY = 3 << 30  # bytes of values that may be alive together
+MEMORY = 2 << 30  # bytes of values that may be alive together
 _LEAST = 16  # samples
 _TOGETHER = 32  # samples that catch up with the others at one time
 

@@ -16,6 +16,7 @@ from structprune.ir.signature import Signature
 
 ORIGIN = "structprune_origin"  # in the notes that torch keeps of a node: what of the user's own file it was made of
 _TORCH = f"{Path(torch.__file__).parent}/"
+_RANDOM = ("rand", "normal", "bernoulli", "multinomial", "poisson", "exponential", "uniform", "cauchy", "geometric", "log_normal")
 _PASSES = "torch/fx/passes/"  # their lines stand in for the user's where a pass of torch's added a node
 
 
@@ -191,6 +192,11 @@ def operator_name(node: fx.Node) -> str:
 def owners_of(node: fx.Node) -> list[str]:
     """Names of the modules whose forward made a node, the innermost first."""
     return [path for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values())]
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether a node draws random numbers. What drops at random in training alone does not count."""
+    return node.op == "call_function" and operator_name(node).startswith(_RANDOM)
 
 
 def has_effect(node: fx.Node) -> bool:

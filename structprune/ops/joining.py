@@ -5,6 +5,7 @@ When channels go, the places of the cuts move: a resizer counts the entries that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -223,20 +224,42 @@ def index_select(eq: Equations, x: Shape, dim: int, index: Shape) -> Shape:
 def index(eq: Equations, x: Shape, indices: list[Any]) -> Shape:
     """x[i, :, j]: indexed axes are read by number, except where one axis is indexed by a constant of consecutive runs."""
     named = [i for i, shape in enumerate(indices) if shape is not None]
-    if len(named) == 1 and len(indices[named[0]]) == 1:
+    if len(named) == 1 and len(indices[named[0]]) == 1 and not _is_mask(eq.node.args[1][named[0]]):  # type: ignore[index, call-overload]
         dim = named[0]
         return _replace(x, dim, _gathered(eq, x[dim], eq.node.args[1][dim], indices[dim]))  # type: ignore[index, call-overload]
-    eq.freeze("read by index", *(x[i] for i in named))
-    if any(eq.constant(eq.node.args[1][i]) is None and _is_mask(eq.node.args[1][i]) for i in named):  # type: ignore[index, call-overload]
-        raise Unsupported("an index of truth values")
+    out = _places(eq, x, indices, eq.out, "read by index")
+    if len(out) != len(eq.out):
+        raise Unsupported("an index of truth values among others")
+    return out
+
+
+@rule("index_put")
+def index_put(eq: Equations, x: Shape, indices: list[Any], values: Shape, *_: Any) -> Shape:
+    """x[i, :, j] = values: the axes that are not indexed are written side by side."""
+    eq.broadcast(_places(eq, x, indices, [axis.size for axis in values], "written to by index"), values)
+    return x
+
+
+def _places(eq: Equations, x: Shape, indices: Sequence[Any], sizes: Sequence[int], why: str) -> Shape:
+    """The axes of x[indices], where indexed axes keep all their entries. An index of truth values stands for as many axes as it has, and gives one.
+
+    sizes: of the answer, or of the last axes of it, for how many entries are true is known only at run time.
+    """
+    named = [i for i, shape in enumerate(indices) if shape is not None]
+    if any(_is_mask(eq.node.args[1][i]) for i in named):  # type: ignore[index, call-overload]
+        if len(named) > 1:
+            raise Unsupported("an index of truth values among others")
+        at, mask = named[0], indices[named[0]]
+        rest = x[at + len(mask) :]
+        eq.freeze(f"{why} of truth values", *x[at : at + len(mask)], *mask)
+        number = sizes[-len(rest) - 1] if len(sizes) > len(rest) else 1
+        return (*x[:at], eq.frozen(number, f"{why} of truth values"), *rest)
+    eq.freeze(why, *(x[i] for i in named))
     shared = eq.broadcast(*(indices[i] for i in named))
     adjacent = named == list(range(named[0], named[-1] + 1))
-    rest = [axis for i, axis in enumerate(x) if i not in named]
+    others = [axis for i, axis in enumerate(x) if i not in named]
     at = named[0] if adjacent else 0
-    out = (*rest[:at], *shared, *rest[at:])
-    if len(out) != len(eq.out):
-        raise Unsupported("an index of truth values")
-    return out
+    return (*others[:at], *shared, *others[at:])
 
 
 def _is_mask(value: Any) -> bool:
@@ -246,9 +269,7 @@ def _is_mask(value: Any) -> bool:
 def _gathered(eq: Equations, axis: Axis, source: Any, index: Shape) -> Axis:
     """The axis of axis[index]: a sum of slices where a constant index consists of a few consecutive runs."""
     values = eq.constant(source)
-    if values is None or values.dtype is torch.bool or values.dim() != 1:
-        if _is_mask(source):
-            raise Unsupported("an index of truth values")
+    if values is None or values.dim() != 1:
         eq.freeze("read by index", axis)
         return index[0] if index else product(())
     eq.freeze("an index: its numbers are counted anew, not removed", index[0])

@@ -147,6 +147,8 @@ def interleavesize_of(new: Resize, node: fx.Node) -> None:
     if dim is not None:
         dim = axis_index(dim, new.rank(x))
         new.set(node, "repeats", new.size(node, dim) // new.size(x, dim))
+        if isinstance(new.argument(node, "output_size"), int):
+            new.set(node, "output_size", new.size(node, dim))
 
 
 # --- literal sizes ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from structprune.transform.attributes import Attributes, guesses
 from structprune.transform.reference import Exact, in_double
 from structprune.transform.scale import hold_scales
 from structprune.transform.surgery import Surgery
-from structprune.transform.verify import difference, floats
+from structprune.transform.verify import difference, floats, same_noise
 
 _log = logging.getLogger(__name__)
 
@@ -56,9 +56,10 @@ def own_class(
     @cache
     def wanted(double: bool) -> Sequence[Tensor]:
         """The small graph's answers, in the model's own precision or in float64; the same for all guesses."""
-        if double:
-            return floats(Exact(surgery.module).run(*map(in_double, graph.flat_inputs()), enable_io_processing=False))
-        return answers or floats(fx.Interpreter(surgery.module).run(*graph.flat_inputs(), enable_io_processing=False))
+        with same_noise():
+            if double:
+                return floats(Exact(surgery.module).run(*map(in_double, graph.flat_inputs()), enable_io_processing=False))
+            return answers or floats(fx.Interpreter(surgery.module).run(*graph.flat_inputs(), enable_io_processing=False))
 
     note = ""
     for attributes in guesses(model, surgery.tensors, surgery.literals):
@@ -90,10 +91,14 @@ def _compare(candidate: nn.Module, graph: Graph, wanted: Callable[[bool], Sequen
     """
     with torch.no_grad():
         args, kwargs = graph.example()
-        error = _apart(floats(candidate(*args, **kwargs)), wanted(False), graph)
+        with same_noise():
+            got = floats(candidate(*args, **kwargs))
+        error = _apart(got, wanted(False), graph)
         if _TOLERANCE < error < _TOLERANCE_SINGLE:
             args, kwargs = pytree.tree_map(in_double, graph.example())
-            error = _apart(floats(copy.deepcopy(candidate).double()(*args, **kwargs)), wanted(True), graph)
+            with same_noise():
+                got = floats(copy.deepcopy(candidate).double()(*args, **kwargs))
+            error = _apart(got, wanted(True), graph)
     if not error <= _TOLERANCE:
         raise VerificationError(f"it differs by {error:.2g}")
     return error

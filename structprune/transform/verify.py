@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -71,7 +72,11 @@ def verify_unchanged(graph: Graph, types: Types, original: fx.GraphModule, small
     """
 
     def compared(chosen: Sequence[Any]) -> tuple[list[Tensor], Verification]:
-        got, wanted = (floats(Exact(module).run(*_copies(chosen), enable_io_processing=False)) for module in (small, original))
+        answers = []
+        for module in (small, original):
+            with same_noise():
+                answers.append(floats(Exact(module).run(*_copies(chosen), enable_io_processing=False)))
+        got, wanted = answers
         error = difference(got, wanted, lambda: [torch.zeros((), dtype=torch.float64)] * len(wanted), graph.output_names)
         if not error <= tolerance:
             raise VerificationError(f"the small model differs from the original by {error:.2g} of the answer (rounding explains {tolerance:.2g})")
@@ -87,7 +92,8 @@ def _on_inputs(
     wide = [in_double(v) for v in flat]
 
     def own_precision() -> list[Tensor]:
-        return floats(fx.Interpreter(small).run(*_copies(flat), enable_io_processing=False))
+        with same_noise():
+            return floats(fx.Interpreter(small).run(*_copies(flat), enable_io_processing=False))
 
     with torch.no_grad():
         batch = next((v.shape[0] for v in wide if isinstance(v, Tensor) and v.dim()), 1)
@@ -120,7 +126,8 @@ def _compared(graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inp
     """The small graph's answers, and how far they are from the reference's."""
 
     def answers(interpreter: fx.Interpreter) -> list[Tensor]:
-        return floats(interpreter.run(*_copies(inputs), enable_io_processing=False))
+        with same_noise():
+            return floats(interpreter.run(*_copies(inputs), enable_io_processing=False))
 
     got, wanted = answers(Exact(small)), answers(Masked(graph, types, keep))
 
@@ -134,6 +141,14 @@ def _compared(graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inp
             f"the small model differs from the reference by {error:.2g} of what pruning changed (rounding explains {TOLERANCE:g})"
         )
     return got, Verification(error, TOLERANCE, len(wanted))
+
+
+@contextmanager
+def same_noise() -> Iterator[None]:
+    """A model that draws random numbers draws the same each time; the user's generator goes on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
 
 
 def _copies(inputs: Sequence[Any]) -> list[Any]:
