@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from structprune import decide, processes
 from structprune.analysis.explain import why
@@ -40,7 +40,7 @@ from structprune.transform.memory import freed_at_once
 from structprune.transform.own_class import own_class
 from structprune.transform.scale import changed_scales
 from structprune.transform.surgery import operate
-from structprune.transform.verify import Verification, verify_unchanged
+from structprune.transform.verify import Verification, verify_trace, verify_unchanged
 from structprune.transform.verify import verify as compare
 
 _MOST_SAMPLES = 2048
@@ -346,6 +346,11 @@ def realise(
                 verification = compare(graph, groups.types, keep, surgery.module)
             with clock("rebuild"):
                 own, note = own_class(model, graph, surgery, changed_scales(graph, groups.types, keep), verification.answers)
+            if (
+                own is None and graph.signature is None and not isinstance(model, fx.GraphModule)
+            ):  # whose class agrees with the graph needs no other proof
+                with clock("verify"), _buffers_kept(model):
+                    verify_trace(model, graph)
         _follow(own, surgery.module)
         small = own if own is not None else surgery.module
         accuracy = _scores_of(ready, "pruned", small, clock)

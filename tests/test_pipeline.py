@@ -272,6 +272,30 @@ def test_a_model_that_cannot_be_traced_is_told_by_its_line() -> None:
         sp.compress(Branches(), (torch.randn(2, 3),))
 
 
+class Otherwise(nn.Module):
+    """Its code goes another way while it is traced."""
+
+    def __init__(self, times: float, size: int) -> None:
+        super().__init__()
+        self.first, self.second, self.times, self.size = nn.Linear(6, 16), nn.Linear(size, 3), times, size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x).relu() * (self.times if torch.compiler.is_exporting() else 1.0)
+        return self.second(y.view(-1, self.size))
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_a_trace_that_answers_otherwise_than_the_model_is_refused(size: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 6)
+    sp.compress(Otherwise(1.0, size), x, "channels=0.5")
+    with pytest.raises(TraceError, match="otherwise than its trace"):
+        sp.compress(Otherwise(1.01, size), x, "channels=0.5")
+    plan = sp.compress(Otherwise(1.0, size), x, "channels=0.5").plan
+    with pytest.raises(TraceError, match="otherwise than its trace"):
+        sp.apply(Otherwise(1.01, size), plan)
+
+
 class Sampler(nn.Module):
     """A variational autoencoder: noise is drawn between encoder and decoder, and codes are repeated to a size that is written down."""
 

@@ -50,7 +50,7 @@ def trace(
     wanted = _wanted_axes(model, args, kwargs, dynamic)
     if promised is not None:
         wanted = [tuple(sorted(free.union(asked))) for free, asked in zip(promised.free(), wanted, strict=True)]
-    with _evaluation(model):
+    with evaluation(model):
         for free, axes in _attempts(wanted, batch, promised):
             example = (args, kwargs)
             if free:
@@ -129,7 +129,7 @@ def _check_against_file(promised: Signature, exported: ExportedProgram, args: tu
 
 def retrace(module: nn.Module, graph: Graph) -> Graph:
     """A module that is called as `graph` is, traced with the same dynamic axes."""
-    with _evaluation(module):
+    with evaluation(module):
         try:
             exported = _export(module, graph.args, graph.kwargs, [set(axes) for axes in graph.dynamic])
         except Exception as error:
@@ -176,10 +176,10 @@ def from_exported(
     doubled: bool = False,
 ) -> Graph:
     """Graph of a program that torch.export made (here, or loaded from a .pt2 file)."""
+    _free_views(exported.graph_module)
     module = _unlifted(exported)
     _inline_regions(module)
     _drop_checks(module)
-    _free_views(module)
     _sink_tensors(module)
     names: dict[int, list[str]] = {}
     holder = model if model is not None else module
@@ -242,7 +242,8 @@ def _folds(hook: Any) -> bool:
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards each of its modules as it was."""
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:

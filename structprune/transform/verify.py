@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +12,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from structprune.analysis.infer import Types
-from structprune.errors import VerificationError
+from structprune.errors import TraceError, VerificationError
+from structprune.frontends.trace import evaluation
 from structprune.ir.axes import Keep
 from structprune.ir.graph import Graph, operator_name, shape_of
 from structprune.ops import RULES, contraction
@@ -33,6 +35,7 @@ _LARGE = 96  # pixels: a longer side may become shorter
 _STRIDE = 32  # pixels: networks halve a picture five times
 _DOES_NOT_RUN = (RuntimeError, IndexError, ValueError)  # what torch raises for sizes that do not fit
 _SINGLE = 1e-3  # of the answer: what float32 may lose
+_ROUNDED = 1e-6  # of the answer: what other kernels for the same sums lose
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,38 @@ def verify_unchanged(graph: Graph, types: Types, original: fx.GraphModule, small
         return got, Verification(error, tolerance, len(wanted))
 
     return _on_inputs(graph, types, small, graph.flat_inputs(), compared).error
+
+
+def verify_trace(model: nn.Module, graph: Graph) -> None:
+    """Raise TraceError where the graph answers the example otherwise than the model whose trace it is.
+
+    Code that asks whether it is being traced, or looks at values, may go another way then, and torch.export does not look. In the model's own
+    precision; where rounding might explain a difference, float64 decides.
+    """
+
+    def error(module: nn.Module, run: fx.Interpreter, example: Callable[[Any], Any]) -> float:
+        args, kwargs = pytree.tree_map(example, graph.example())
+        with torch.no_grad(), evaluation(module):
+            with same_noise():
+                wanted = floats(module(*args, **kwargs))
+            with same_noise():
+                got = floats(run.run(*map(example, graph.flat_inputs()), enable_io_processing=False))
+        return difference(got, wanted, lambda: [torch.zeros((), dtype=torch.float64)] * len(wanted), graph.output_names)
+
+    off = error(model, fx.Interpreter(graph.module), lambda value: value)
+    if off > _ROUNDED and (off > _SINGLE or not _as_in_double(lambda: error(copy.deepcopy(model).double(), Exact(graph.module), in_double))):
+        raise TraceError(
+            f"the model answers otherwise than its trace by torch.export, by {off:.2g} of the largest answer: its code goes another way while it is "
+            "traced (torch.compiler.is_exporting, a default mask); give all inputs explicitly, masks and positions among them, or change that code"
+        )
+
+
+def _as_in_double(error: Callable[[], float]) -> bool:
+    try:
+        return error() <= _ROUNDED
+    except (RuntimeError, TypeError):  # types are written into the model's code: what float32 may lose is accepted
+        _log.debug("the model does not run in float64", exc_info=True)
+        return True
 
 
 def _on_inputs(
