@@ -16,6 +16,8 @@ from torch.nn.utils.parametrizations import weight_norm
 import structprune as sp
 from structprune.errors import InputError, PlanError, TargetError, TraceError, VerificationError
 from structprune.ir.traced import TracedModule
+from structprune.transform.reference import Exact
+from structprune.transform.verify import same_noise
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -319,6 +321,16 @@ def test_a_model_that_draws_noise_is_verified_on_the_same_noise_and_has_no_onnx_
     assert dict(result.model.named_parameters())["widen.weight"].shape == (8, 4)
     with pytest.raises(VerificationError, match=r"draws random numbers \(randn_like at .*test_pipeline\.py:\d+\).*make the noise an input"):
         result.export_onnx(tmp_path / "model.onnx")
+
+
+def test_noise_does_not_depend_on_the_order_of_memory() -> None:
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(torch.ops.aten.randn_like.default, (graph.placeholder("x"),)))
+    run, x, drawn = Exact(torch.fx.GraphModule(nn.Module(), graph)), torch.zeros(3, 4), []
+    for value in (x, x.t().contiguous().t()):
+        with same_noise():
+            drawn.append(run.run(value))
+    assert drawn[0].dtype == torch.float64 and torch.equal(*drawn)
 
 
 class Viewed(nn.Module):

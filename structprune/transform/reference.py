@@ -27,6 +27,11 @@ def in_double(value: Any) -> Any:
     return torch.float64 if value in (torch.float32, torch.float16, torch.bfloat16) else value
 
 
+def _laid_out(value: Any) -> Any:
+    value = in_double(value)
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
 class Exact(fx.Interpreter):
     """Runs a graph in float64, whatever types it was traced with. Reads tensors without changing them."""
 
@@ -37,7 +42,8 @@ class Exact(fx.Interpreter):
         return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        args, kwargs = fx.node.map_aggregate(args, in_double), fx.node.map_aggregate(kwargs, in_double)
+        prepared = _laid_out if getattr(target, "_opname", "").endswith("_like") else in_double  # noise is drawn in the order of memory
+        args, kwargs = fx.node.map_aggregate(args, prepared), fx.node.map_aggregate(kwargs, prepared)
         return super().call_function(target, args, kwargs)  # type: ignore[arg-type]
 
 
