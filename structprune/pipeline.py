@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from structprune import decide, processes
 from structprune.analysis.explain import why
@@ -37,7 +37,7 @@ from structprune.recovery.compensate import compensate as compensated
 from structprune.recovery.matching import Matched, match, must_learn
 from structprune.result import Clock, Evaluate, Progress, Result
 from structprune.transform.memory import freed_at_once
-from structprune.transform.own_class import own_class
+from structprune.transform.own_class import came_as_graph, own_class
 from structprune.transform.scale import changed_scales
 from structprune.transform.surgery import operate
 from structprune.transform.verify import Verification, verify_trace, verify_unchanged
@@ -346,9 +346,7 @@ def realise(
                 verification = compare(graph, groups.types, keep, surgery.module)
             with clock("rebuild"):
                 own, note = own_class(model, graph, surgery, changed_scales(graph, groups.types, keep), verification.answers)
-            if (
-                own is None and graph.signature is None and not isinstance(model, fx.GraphModule)
-            ):  # whose class agrees with the graph needs no other proof
+            if own is None and not came_as_graph(model, graph):  # a class that agrees with the graph needs no other proof
                 with clock("verify"), _buffers_kept(model):
                     verify_trace(model, graph)
         _follow(own, surgery.module)

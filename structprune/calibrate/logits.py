@@ -92,8 +92,7 @@ def turn_weights(graph: Graph, types: Types, keep: Keep, surgery: Surgery, turne
         mine, dense = (reader_of(small), reader_of(node)) if node in turned else (None, None)
         if mine is None or dense is None:
             continue
-        outputs = 1 if dense.kind == "product" else 0
-        for old, new, axis in ((dense.weight, mine.weight, outputs), (dense.bias, mine.bias, 0)):
+        for old, new, axis in ((dense.weight, mine.weight, 1 - dense.input_axis), (dense.bias, mine.bias, 0)):
             if old is not None and new is not None:
                 value = kept_part(turned[node](graph.tensor(old).detach(), axis), types.shape(old), keep)
                 attribute(surgery.module, str(new.target)).data.copy_(value)
@@ -219,15 +218,10 @@ def _sides(node: fx.Node, types: Types) -> tuple[Side, Side] | None:
     return (left, axes[0]), (right, axes[1])
 
 
-def answer_axis(reader: Reader) -> int:
-    """Which axis of a reader's answer its outputs are."""
-    return 1 if reader.rank else len(reader.node.meta["val"].shape) - 1
-
-
 def _followed(graph: Graph, reader: Reader) -> tuple[dict[fx.Node, Tensor], list[tuple[fx.Node, fx.Node]]]:
     """Where the entries of a reader's answer go by rearrangement: every such node with the number of the entry at each place, and the pairs
     (node, user) at which that ends."""
-    shape, axis = shape_of(reader.node.meta["val"]), answer_axis(reader)
+    shape, axis = shape_of(reader.node.meta["val"]), reader.answer_axis
     numbers = torch.arange(shape[axis]).view([-1 if d == axis else 1 for d in range(len(shape))]).expand(shape)
     env: dict[fx.Node, Any] = {reader.node: numbers.contiguous()}
     ends: list[tuple[fx.Node, fx.Node]] = []

@@ -47,6 +47,11 @@ class Reader:
         """Which axis of the weight is summed over."""
         return 0 if self.kind in ("product", "transposed") else 1
 
+    @property
+    def answer_axis(self) -> int:
+        """Which axis of the answer its outputs are."""
+        return 1 if self.rank else len(self.node.meta["val"].shape) - 1
+
 
 def readers(graph: Graph) -> dict[fx.Node, Reader]:
     """Every reader whose weight, a parameter, is used by it alone, in the order of the graph."""

@@ -110,7 +110,7 @@ def _refit(graph: Graph, groups: Groups, moments: Moments, atom: Atom, keep: Kee
     held.copy_(kept_part(from_matrix(reader, fitted, weight), shape, keep).to(held.dtype))
     if (shift := shift_of(mine, module)) is not None:
         amount = (dense[:, :, goes] @ moments.mean[:, goes, None] - change @ moments.mean[:, stays, None]).flatten()
-        shift(kept_part(amount, (groups.types.shape(reader.node)[1 if reader.rank else -1],), keep))
+        shift(kept_part(amount, (groups.types.shape(reader.node)[reader.answer_axis],), keep))
 
 
 def _curve(points: Mapping[int, float], shape: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ from structprune import processes
 from structprune.analysis.infer import Types
 from structprune.calibrate.arrivals import MEMORY, arrivals
 from structprune.calibrate.damped import factor
-from structprune.calibrate.logits import Turn, answer_axis, turn_weights
+from structprune.calibrate.logits import Turn, turn_weights
 from structprune.calibrate.readers import Reader, from_matrix, places, reader_of, readers, rows_of_answer, rows_of_input, shift_of
 from structprune.calibrate.stepping import Stepping
 from structprune.ir.axes import Keep
@@ -125,7 +125,7 @@ def _fit(
     total = processes.number_of_all(sum(wide[original].shape[0] for wide in dense.values))
     for number, (wide, narrow, answer) in enumerate(zip(dense.values, small.values, small.compute(node), strict=True)):
         chosen = places(reader, answer, _ROWS / total, seed=number)
-        wanted = kept_part(wide[original] if turn is None else turn(wide[original], answer_axis(dense_reader)), shape, keep)
+        wanted = kept_part(wide[original] if turn is None else turn(wide[original], dense_reader.answer_axis), shape, keep)
         difference = wanted - answer
         if branch is not None and (behind := _behind(branch, surgery, types, keep, wide, narrow)) is not None:
             difference = difference + behind

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from structprune import processes
 from structprune.analysis.infer import Types
 from structprune.calibrate.arrivals import bytes_of
-from structprune.calibrate.logits import Turn, answer_axis
+from structprune.calibrate.logits import Turn
 from structprune.calibrate.readers import readers
 from structprune.errors import InputError
 from structprune.ir.axes import Keep
@@ -109,7 +109,7 @@ def _loss(graph: Graph, types: Types, keep: Keep, surgery: Surgery, turned: Mapp
         with torch.no_grad():
             wanted, inside = teacher(*_copied(batch))
         answers, found = student(*_copied(batch))
-        aims = [turned[n](theirs, answer_axis(mine[n])) if n in turned else theirs for n, theirs in zip(points, inside, strict=True)]
+        aims = [turned[n](theirs, mine[n].answer_axis) if n in turned else theirs for n, theirs in zip(points, inside, strict=True)]
         pairs = [(own, kept_part(aim, types.shape(node), keep)) for node, own, aim in zip(points, found, aims, strict=True)]
         compared = [(a, w) for a, w in zip(answers, wanted, strict=True) if isinstance(a, Tensor) and a.is_floating_point()]
         terms = losses([a for a, _ in compared], [w for _, w in compared], [""] * len(compared), distill=("mse",), features=pairs)

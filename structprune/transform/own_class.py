@@ -30,6 +30,11 @@ _TOLERANCE = 1e-6
 _TOLERANCE_SINGLE = 1e-3  # what float32 may lose in a deep network
 
 
+def came_as_graph(model: nn.Module, graph: Graph) -> bool:
+    """Whether the model has no class of the user's: a program or an ONNX file, which is what was traced."""
+    return isinstance(model, fx.GraphModule) or graph.signature is not None
+
+
 def rebuild(model: nn.Module, tensors: Mapping[int, Tensor], attributes: Attributes) -> nn.Module:
     """A copy of `model` that holds `tensors` (by the identity of the original ones) and the given attributes.
 
@@ -50,7 +55,7 @@ def own_class(
 
     scales: those that the attention of some modules had before it lost width. answers: the small graph's to the example, where they are known.
     """
-    if isinstance(model, fx.GraphModule) or graph.signature is not None:
+    if came_as_graph(model, graph):
         return None, "the model came as a graph"
 
     @cache
