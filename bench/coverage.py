@@ -69,10 +69,11 @@ def structprune(spec: str) -> dict[str, Any]:
             marks["export"], marks["traced"] = _peak(), _resident()
             _forget_peak()
 
+    compress = sp.compress  # imported when it is first asked for, once in a process, as torch was before
     loaded = _resident()
     _forget_peak()
     started = time.perf_counter()
-    result = sp.compress(model, inputs, f"channels={TARGET}", progress=stage)
+    result = compress(model, inputs, f"channels={TARGET}", progress=stage)
     seconds = time.perf_counter() - started
     peak = _peak()
     report = result.report.to_dict()

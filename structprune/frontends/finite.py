@@ -28,8 +28,10 @@ def must_be_finite(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None
 
 def _odd(tensor: Tensor, infinite: bool) -> str:
     """In words, how many entries are NaN or, if asked for, infinite."""
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta or bool(tensor.isfinite().all()):
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta or not tensor.numel():
         return ""
+    if bool(torch.stack(torch.view_as_real(tensor).aminmax() if tensor.is_complex() else tensor.aminmax()).isfinite().all()):
+        return ""  # NaN is both: one pass, and nothing as large as the tensor
     nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum()) if infinite else 0
     words = [f"{number} {what}" for number, what in ((nan, "NaN"), (inf, "infinities" if inf > 1 else "infinity")) if number]
     return f"{' and '.join(words)} among {tensor.numel():,} values" if words else ""
