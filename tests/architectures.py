@@ -742,8 +742,28 @@ def dispatched_experts() -> Model:
     return DispatchedExperts(), (torch.randn(2, 6, 10),)
 
 
+class VisionLanguage(nn.Module):
+    """What was seen of a picture stands in the places of a text that are marked for it."""
+
+    def __init__(self, d: int = 24) -> None:
+        super().__init__()
+        self.see, self.project = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, d)
+        self.tokens, self.norm = nn.Embedding(12, d), nn.LayerNorm(d)
+        self.mix, self.out = nn.TransformerEncoderLayer(d, 4, 48, batch_first=True), nn.Linear(d, 12)
+
+    def forward(self, ids: Tensor, image: Tensor) -> Tensor:
+        text = self.tokens(ids)
+        seen = self.project(F.gelu(self.see(image)).flatten(2).transpose(1, 2))
+        text = text.masked_scatter((ids == 11).unsqueeze(-1).expand_as(text), seen)
+        return self.out(self.mix(self.norm(text)))
+
+
+def vision_language() -> Model:
+    return VisionLanguage(), (torch.tensor([[1, 11, 11, 11, 11, 4, 5], [3, 2, 11, 11, 11, 11, 9]]), torch.randn(2, 3, 8, 8))
+
+
 ALL = (
     yolo, anchor_head, weighted_pyramid, detr, deformable_attention, detector, mask_head, unet, diffusion_unet, diffusion_transformer,
-    super_resolution, translator, summariser, experts, expert_modules, dispatched_experts, speech_ctc, conformer, wave, vocoder, stepwise,
-    state_space, point_net, contrastive, slow_fast, radiance,
+    super_resolution, translator, summariser, experts, expert_modules, dispatched_experts, vision_language, speech_ctc, conformer, wave, vocoder,
+    stepwise, state_space, point_net, contrastive, slow_fast, radiance,
 )  # fmt: skip

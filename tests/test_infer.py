@@ -124,6 +124,20 @@ def test_embeddings_by_bags() -> None:
     assert [[(m.tensor, m.dim) for m in g.members] for g in groups] == [[("e.weight", 1), ("b.weight", 1)]]
 
 
+@pytest.mark.parametrize("rows", [True, False])
+def test_scattered_rows_keep_their_width_free_and_scattered_entries_do_not(rows: bool) -> None:
+    def run(m: nn.Module, ids: Tensor, x: Tensor) -> Tensor:
+        text = m.e(ids)
+        mask = (ids == 3).unsqueeze(-1).expand_as(text) if rows else (text > 0) & (ids == 3).unsqueeze(-1)
+        return m.b(text.masked_scatter(mask, m.a(x)))
+
+    torch.manual_seed(0)
+    model = Of(run, e=nn.Embedding(5, 8), a=nn.Linear(4, 8), b=nn.Linear(8, 2))
+    groups = sp.inspect(model.eval(), (torch.tensor([[1, 3, 3], [3, 3, 2]]), torch.randn(4, 4)))
+    coupled = [("e.weight", 1), ("a.weight", 0), ("a.bias", 0), ("b.weight", 1)]
+    assert [{(m.tensor, m.dim) for m in g.members} for g in groups] == ([set(coupled)] if rows else [])
+
+
 def test_deformable_convolution_and_regions() -> None:
     from torchvision.ops import deform_conv2d
 

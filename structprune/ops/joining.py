@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from structprune.ir.axes import EMPTY, Axis, Shape, concat, product
-from structprune.ir.graph import size_of
+from structprune.ir.graph import operator_name, size_of
 from structprune.ops.rules import Equations, Resize, Unsupported, aten, axis_index, resizer, rule
 
 _MANY_RUNS = 64  # a constant index of more consecutive runs than this is taken for a permutation at random
@@ -238,6 +238,29 @@ def index_put(eq: Equations, x: Shape, indices: list[Any], values: Shape, *_: An
     """x[i, :, j] = values: the axes that are not indexed are written side by side."""
     eq.broadcast(_places(eq, x, indices, [axis.size for axis in values], "written to by index"), values)
     return x
+
+
+@rule("masked_scatter")
+def masked_scatter(eq: Equations, x: Shape, mask: Shape, source: Shape) -> Shape:
+    """The entries of source, one after the other, where the mask is true: whole rows, if the mask says one thing of a whole row."""
+    why = "written to where truth values say"
+    out = eq.broadcast(x, mask)
+    if out and source and source[-1].size == out[-1].size and _same_along_rows(eq.node.args[1]):
+        eq.equate(out[-1], source[-1])
+        eq.freeze(why, *out[:-1], *source[:-1])
+    else:
+        eq.freeze(why, *out, *source)
+    return out
+
+
+def _same_along_rows(mask: Any) -> bool:
+    """Whether every entry along the last axis is a copy of one."""
+    while isinstance(mask, fx.Node) and operator_name(mask) in ("to", "_to_copy", "contiguous", "clone"):
+        mask = mask.args[0]
+    if not isinstance(mask, fx.Node) or mask.meta["val"].shape[-1:] == (1,):
+        return isinstance(mask, fx.Node)
+    copied = operator_name(mask) in ("expand", "expand_as") and isinstance(mask.args[0], fx.Node)
+    return copied and mask.args[0].meta["val"].shape[-1:] == (1,)  # type: ignore[union-attr]
 
 
 def _places(eq: Equations, x: Shape, indices: Sequence[Any], sizes: Sequence[int], why: str) -> Shape:

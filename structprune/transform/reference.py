@@ -84,25 +84,25 @@ class Masked(Exact):
         return self.call_function(n.target, args, kwargs)
 
     def _shorter_sums(self, n: fx.Node) -> Tensor | None:
-        """What a linear operator makes of the entries that stay, and zeros for answers that are removed; None where it has groups, or is no plain sum."""
-        given = dict(zip((a.name for a in n.target._schema.arguments), n.args, strict=False)) | n.kwargs  # type: ignore[union-attr]
-        x, weight = (self.env[given[name]] for name in ("input", "weight"))
+        """What a linear operator makes of the entries that stay, and zeros for the answers that go; None where it has groups, or is no plain sum."""
+        schema = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
+        given: dict[str, Any] = dict(zip(schema, n.args, strict=False)) | n.kwargs
+        source, bias = given.pop("input"), given.pop("bias", None)
+        x, weight = self.env[source], self.env[given.pop("weight")]
         if weight.dim() < 2 or given.get("groups", 1) != 1 or RULES[operator_name(n)] is contraction.conv_transpose:
             return None
         channels = x.dim() - weight.dim() + 1
-        read = self._mask(self._types.nodes[given["input"]][channels], x.shape[channels])
-        made = self._mask(self._types.nodes[n][channels], weight.shape[0])
+        read = self._mask(self._types.shape(source)[channels], x.shape[channels])
+        made = self._mask(self._types.shape(n)[channels], weight.shape[0])
         if read is not None:
             x, weight = (v.index_select(d, read.nonzero()[:, 0]) for v, d in ((x, channels), (weight, 1)))
-        bias = self._read(given["bias"]) if isinstance(given.get("bias"), fx.Node) else None
-        if made is not None:
-            weight, bias = (v if v is None else v.index_select(0, made.nonzero()[:, 0]) for v in (weight, bias))
-        rest = {name: value for name, value in given.items() if name not in ("input", "weight", "bias")}
-        answer = self.call_function(n.target, (x, weight, bias), rest)
+        bias = self._read(bias) if bias is not None else None
         if made is None:
-            return answer
+            return self.call_function(n.target, (x, weight, bias), given)  # type: ignore[no-any-return]
+        stays = made.nonzero()[:, 0]
+        answer = self.call_function(n.target, (x, *(v if v is None else v.index_select(0, stays) for v in (weight, bias))), given)
         whole = answer.new_zeros([*answer.shape[:channels], len(made), *answer.shape[channels + 1 :]])
-        return whole.index_copy_(channels, made.nonzero()[:, 0], answer)
+        return whole.index_copy_(channels, stays, answer)
 
     def _read(self, node: fx.Node) -> Any:
         """A node's answer with the entries of removed channels set to zero."""
