@@ -254,13 +254,13 @@ def masked_scatter(eq: Equations, x: Shape, mask: Shape, source: Shape) -> Shape
 
 
 def _same_along_rows(mask: Any) -> bool:
-    """Whether every entry along the last axis is a copy of one."""
-    while isinstance(mask, fx.Node) and operator_name(mask) in ("to", "_to_copy", "contiguous", "clone"):
+    """Whether a mask has one entry along its last axis, or copies of one."""
+    while isinstance(mask, fx.Node) and operator_name(mask) in _COPIES:
         mask = mask.args[0]
-    if not isinstance(mask, fx.Node) or mask.meta["val"].shape[-1:] == (1,):
-        return isinstance(mask, fx.Node)
-    copied = operator_name(mask) in ("expand", "expand_as") and isinstance(mask.args[0], fx.Node)
-    return copied and mask.args[0].meta["val"].shape[-1:] == (1,)  # type: ignore[union-attr]
+    return isinstance(mask, fx.Node) and mask.meta["val"].shape[-1:] == (1,)
+
+
+_COPIES = ("expand", "expand_as", "to", "_to_copy", "contiguous", "clone")
 
 
 def _places(eq: Equations, x: Shape, indices: Sequence[Any], sizes: Sequence[int], why: str) -> Shape:
