@@ -84,7 +84,10 @@ class Masked(Exact):
         return self.call_function(n.target, args, kwargs)
 
     def _shorter_sums(self, n: fx.Node) -> Tensor | None:
-        """What a linear operator makes of the entries that stay, and zeros for the answers that go; None where it has groups, or is no plain sum."""
+        """What a linear operator makes of the entries that stay; None where it has groups, or is no plain sum.
+
+        The answers that go are NaN: an operator that is wrongly taken not to read across channels gives itself away.
+        """
         schema = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
         given: dict[str, Any] = dict(zip(schema, n.args, strict=False)) | n.kwargs
         source, bias = given.pop("input"), given.pop("bias", None)
@@ -101,7 +104,7 @@ class Masked(Exact):
             return self.call_function(n.target, (x, weight, bias), given)  # type: ignore[no-any-return]
         stays = made.nonzero()[:, 0]
         answer = self.call_function(n.target, (x, *(v if v is None else v.index_select(0, stays) for v in (weight, bias))), given)
-        whole = answer.new_zeros([*answer.shape[:channels], len(made), *answer.shape[channels + 1 :]])
+        whole = answer.new_full([*answer.shape[:channels], len(made), *answer.shape[channels + 1 :]], torch.nan)
         return whole.index_copy_(channels, stays, answer)
 
     def _read(self, node: fx.Node) -> Any:
