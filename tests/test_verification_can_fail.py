@@ -28,6 +28,7 @@ from structprune.ir.axes import Keep
 from structprune.ir.graph import Graph, operator_name
 from structprune.ir.plan import Cut, Plan, PlannedGroup
 from structprune.ir.traced import TracedModule
+from structprune.transform import reference
 from structprune.transform import verify as verification
 from structprune.transform.surgery import operate
 from structprune.transform.verify import Verification, verify
@@ -408,6 +409,20 @@ def test_units_that_only_a_few_samples_excite_are_checked():
                 wrong = [*kept[:place], removed, *kept[place + 1 :]]
                 small = known.small({**known.plan.tensors, tensor: with_kept(cut, dim, wrong)})
                 assert caught(known, small), f"{tensor}, entry {index} of axis {dim}"
+
+
+def test_an_operator_that_is_wrongly_taken_not_to_read_across_channels_gives_itself_away(monkeypatch: pytest.MonkeyPatch):
+    def build() -> tuple[nn.Module, Tensor]:
+        def run(m: Any, x: Tensor) -> Tensor:
+            x = F.relu(m.a(x))
+            return m.b(x) + x.sum(-1, keepdim=True)
+
+        return Of(run, a=nn.Linear(7, 12), b=nn.Linear(12, 3)), torch.randn(4, 7)
+
+    known = made(build)
+    known.verify(known.small())
+    monkeypatch.setattr(reference, "_ENTRY_BY_ENTRY", reference._ENTRY_BY_ENTRY | {"sum"})
+    assert caught(known, known.small())
 
 
 @pytest.mark.parametrize(("pool", "sides"), [(nn.AdaptiveAvgPool2d(2), [64]), (nn.AvgPool2d(48), [64, 96])])
