@@ -37,7 +37,7 @@ from structprune.recovery.compensate import compensate as compensated
 from structprune.recovery.matching import Matched, match, must_learn
 from structprune.result import Clock, Evaluate, Progress, Result
 from structprune.transform.memory import freed_at_once
-from structprune.transform.own_class import came_as_graph, own_class
+from structprune.transform.own_class import came_as_graph, own_class, take_values
 from structprune.transform.scale import changed_scales
 from structprune.transform.surgery import operate
 from structprune.transform.verify import Verification, verify_trace, verify_unchanged
@@ -380,7 +380,7 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
 def _follow(own: nn.Module | None, module: nn.Module) -> None:
     """The user's class shares the graph's tensors, except for buffers that the graph copied: these get its values."""
     if own is not None:
-        own.load_state_dict(module.state_dict(), strict=False)
+        take_values(own, module.state_dict())
 
 
 def _scores_of(ready: _Ready | None, stage: str, model: nn.Module, clock: Clock) -> dict[str, float]:

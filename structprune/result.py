@@ -33,6 +33,7 @@ from structprune.ir.graph import Graph, draws, operator_name, resized, source_of
 from structprune.ir.plan import Plan
 from structprune.ir.samples import Samples
 from structprune.ir.traced import TracedModule
+from structprune.transform.own_class import held, take_values
 from structprune.transform.precision import call_in_float32, floated, in_float32, in_half, type_of
 
 Progress = Callable[[str], None]
@@ -123,7 +124,7 @@ class Result:
     def _form(self, half: bool) -> tuple[TracedModule, Graph]:
         """The small model with its present weights, as it is or in float16, and how it is called."""
         if self.small is not self.model:  # the user may have trained the model since
-            self.small.load_state_dict(self.model.state_dict(), strict=False)
+            take_values(self.small, held(self.model))
         if not half:
             return self.small, self.graph
         bfloat16 = type_of(self.small) == torch.bfloat16

@@ -25,6 +25,7 @@ from structprune.frontends.program import load_graph
 from structprune.ir.plan import Plan
 from structprune.recovery.finetune import Flat, Recipe, Train, Trained, answers_of, finetune, flat, teacher_of
 from structprune.result import Clock, Evaluate, Progress, Result
+from structprune.transform.own_class import take_values
 
 
 def recover(
@@ -76,7 +77,7 @@ def recover(
     model, small = copy.deepcopy((result.model, result.small))
 
     def score(state: Mapping[str, Tensor]) -> float:
-        model.load_state_dict(state, strict=False)
+        take_values(model, state)
         with users_code("evaluate="):
             assert evaluate is not None
             return float(evaluate(model.eval()))
@@ -96,7 +97,7 @@ def recover(
         )
         record = _record(trained, recipe, teacher, place)
     for module in {small, model}:  # they share tensors, except for buffers of the user's class that the graph copied
-        module.load_state_dict(trained.state, strict=False)
+        take_values(module, trained.state)
     report = result.report.to_dict() | {"recovery": record, "seconds": dict(clock.seconds)}
     report["accuracy"] = _accuracy(report, record)
     return Result(model.eval(), result.plan, Report(report), result.graph, small.eval(), clock, result.runtime, result.dense)  # type: ignore[arg-type]

@@ -186,6 +186,32 @@ def test_a_model_that_writes_to_its_inputs_leaves_the_batches_as_they_are() -> N
 # The losses -----------------------------------------------------------------------------------------------------------
 
 
+class Rebuilds(Small):
+    """Takes weights that name no version for old ones, and goes back to the layer of old, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any) -> None:
+        if local_metadata.get("version") is None:
+            self.head = nn.Linear(16, 5)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_a_class_that_rebuilds_itself_for_old_weights_stays_small(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    result = sp.compress(Rebuilds(), noise(4).float(), "channels=0.5", calibration=noise(32).float())
+    trained = sp.recover(result, [noise(4).float()], distill=("mse",))
+    for each in (result, trained):
+        assert type(each.model) is Rebuilds and each.model.head.in_features == 8
+        x = noise(3, 1).float()
+        assert torch.allclose(each.model(x), each.small(x), atol=1e-6)
+    with torch.no_grad():
+        trained.model.head.bias.add_(1)  # the user trains on, and saves
+    assert not torch.allclose(trained.model(x), result.model(x), atol=0.5)
+    trained.save(tmp_path / "out")
+    assert torch.allclose(sp.load(tmp_path / "out")(x), trained.model(x), atol=1e-5)
+
+
 def test_losses_are_zero_for_the_teacher_itself_and_follow_their_formulas() -> None:
     torch.manual_seed(0)
     a, b = torch.randn(8, 5), torch.randn(8, 5)

@@ -48,6 +48,23 @@ def rebuild(model: nn.Module, tensors: Mapping[int, Tensor], attributes: Attribu
     return small
 
 
+def held(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module under all their names, whatever its class makes of its state_dict."""
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+
+
+@torch.no_grad()
+def take_values(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give the tensors of a module the values of those names; others stay.
+
+    Not by its load_state_dict, where a class may do what it likes: torchvision's MNASNet takes weights without a version for old ones, and rebuilds
+    its first layers.
+    """
+    for name, tensor in held(module).items():
+        if name in values and values[name].data_ptr() != tensor.data_ptr():
+            tensor.copy_(values[name])
+
+
 def own_class(
     model: nn.Module, graph: Graph, surgery: Surgery, scales: Mapping[str, float], answers: Sequence[Tensor] | None = None
 ) -> tuple[nn.Module | None, str]:
