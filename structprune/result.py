@@ -29,11 +29,11 @@ from structprune.frontends.onnx_in.check import runs as runs_in_onnxruntime
 from structprune.frontends.onnx_in.reading import read_again
 from structprune.frontends.program import save_program
 from structprune.frontends.trace import from_exported, retrace
-from structprune.ir.graph import Graph, draws, operator_name, resized, source_of
+from structprune.ir.graph import Graph, draws, held_by, operator_name, resized, source_of
 from structprune.ir.plan import Plan
 from structprune.ir.samples import Samples
 from structprune.ir.traced import TracedModule
-from structprune.transform.own_class import held, take_values
+from structprune.transform.own_class import take_values
 from structprune.transform.precision import call_in_float32, floated, in_float32, in_half, type_of
 
 Progress = Callable[[str], None]
@@ -124,7 +124,7 @@ class Result:
     def _form(self, half: bool) -> tuple[TracedModule, Graph]:
         """The small model with its present weights, as it is or in float16, and how it is called."""
         if self.small is not self.model:  # the user may have trained the model since
-            take_values(self.small, held(self.model))
+            take_values(self.small, held_by(self.model))
         if not half:
             return self.small, self.graph
         bfloat16 = type_of(self.small) == torch.bfloat16

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structprune.ir.graph import Graph, attribute, operator_name
+from structprune.ir.graph import Graph, attribute, named_arguments, operator_name
 from structprune.ops import RULES, contraction
 
 
@@ -104,8 +104,7 @@ def _reader(node: fx.Node, kind: str, x: Any, weight: Any, bias: Any, *window: A
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of an ATen call by their names in the schema, with defaults."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
-    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema}
+    return {a.name: a.default_value if a.has_default_value() else None for a in schema} | named_arguments(node, node.args, node.kwargs)
 
 
 def _rank(value: Any) -> int:

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError, TraceError
-from structprune.ir.graph import Graph, attribute, has_effect, is_dynamic, operator_name, repeated
+from structprune.ir.graph import Graph, attribute, has_effect, held_by, is_dynamic, operator_name, repeated
 from structprune.ir.signature import Signature, signature_of
 
 _log = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ def from_exported(
     _sink_tensors(module)
     names: dict[int, list[str]] = {}
     holder = model if model is not None else module
-    for name, tensor in [*holder.named_parameters(remove_duplicate=False), *holder.named_buffers(remove_duplicate=False)]:
+    for name, tensor in held_by(holder).items():
         names.setdefault(id(tensor), []).append(name)
     attributes = {str(n.target): n for n in module.graph.nodes if n.op == "get_attr"}
     aliases = {

@@ -111,6 +111,11 @@ def repeated(value: Tensor, axis: int, size: int) -> Tensor:
     return value.index_select(axis, torch.arange(size) % value.shape[axis])
 
 
+def held_by(module: torch.nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module under all their names, whatever its class makes of its state_dict."""
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+
+
 def attribute(root: torch.nn.Module, name: str) -> Any:
     """`root.a.b.c` for the name 'a.b.c'."""
     return operator.attrgetter(name)(root)
@@ -187,6 +192,12 @@ def operator_name(node: fx.Node) -> str:
         name = node.target._opname
         return name if name.startswith("__") else name.removesuffix("_") or name
     return getattr(node.target, "__name__", str(node.target))
+
+
+def named_arguments(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an ATen call by their names in the schema, as far as they are given: the node's own, or values in their places."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    return dict(zip((a.name for a in schema), args, strict=False)) | dict(kwargs)
 
 
 def owners_of(node: fx.Node) -> list[str]:

@@ -17,8 +17,8 @@ from structprune.ir.graph import operator_name, size_of
 from structprune.ops.rules import Equations, Resize, Unsupported, aten, axis_index, resizer, rule
 
 _MANY_RUNS = 64  # a constant index of more consecutive runs than this is taken for a permutation at random
-
 _AT_RUN_TIME = "cut at a place known only at run time"
+_COPIES = ("expand", "expand_as", "to", "_to_copy", "contiguous", "clone")
 
 
 def _replace(x: Shape, dim: int, axis: Axis) -> Shape:
@@ -258,9 +258,6 @@ def _same_along_rows(mask: Any) -> bool:
     while isinstance(mask, fx.Node) and operator_name(mask) in _COPIES:
         mask = mask.args[0]
     return isinstance(mask, fx.Node) and mask.meta["val"].shape[-1:] == (1,)
-
-
-_COPIES = ("expand", "expand_as", "to", "_to_copy", "contiguous", "clone")
 
 
 def _places(eq: Equations, x: Shape, indices: Sequence[Any], sizes: Sequence[int], why: str) -> Shape:

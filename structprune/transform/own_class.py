@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from structprune.errors import VerificationError
-from structprune.ir.graph import Graph
+from structprune.ir.graph import Graph, held_by
 from structprune.transform.attributes import Attributes, guesses
 from structprune.transform.reference import Exact, in_double
 from structprune.transform.scale import hold_scales
@@ -48,11 +48,6 @@ def rebuild(model: nn.Module, tensors: Mapping[int, Tensor], attributes: Attribu
     return small
 
 
-def held(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of a module under all their names, whatever its class makes of its state_dict."""
-    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
-
-
 @torch.no_grad()
 def take_values(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Give the tensors of a module the values of those names; others stay.
@@ -60,7 +55,7 @@ def take_values(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     Not by its load_state_dict, where a class may do what it likes: torchvision's MNASNet takes weights without a version for old ones, and rebuilds
     its first layers.
     """
-    for name, tensor in held(module).items():
+    for name, tensor in held_by(module).items():
         if name in values and values[name].data_ptr() != tensor.data_ptr():
             tensor.copy_(values[name])
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from structprune.analysis.infer import Types
 from structprune.ir.axes import Axis, Keep, kept_entries
-from structprune.ir.graph import Graph, has_effect, operator_name
+from structprune.ir.graph import Graph, has_effect, named_arguments, operator_name
 from structprune.ir.samples import samples_in
 from structprune.ops import RULES, contraction, elementwise, joining, layout, normalization
 
@@ -79,8 +79,7 @@ class Masked(Exact):
         if name in _OVER_KEPT and isinstance(operand, fx.Node):
             masks = self._masks_of(self._types.nodes[operand], self.env[operand])
             if any(mask is not None for mask in masks):
-                schema = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
-                return _OVER_KEPT[name](masks, *(dict(zip(schema, args, strict=False)) | kwargs).values())
+                return _OVER_KEPT[name](masks, *named_arguments(n, args, kwargs).values())
         return self.call_function(n.target, args, kwargs)
 
     def _shorter_sums(self, n: fx.Node) -> Tensor | None:
@@ -88,8 +87,7 @@ class Masked(Exact):
 
         The answers that go are NaN: an operator that is wrongly taken not to read across channels gives itself away.
         """
-        schema = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
-        given: dict[str, Any] = dict(zip(schema, n.args, strict=False)) | n.kwargs
+        given = named_arguments(n, n.args, n.kwargs)
         source, bias = given.pop("input"), given.pop("bias", None)
         x, weight = self.env[source], self.env[given.pop("weight")]
         if weight.dim() < 2 or given.get("groups", 1) != 1 or RULES[operator_name(n)] is contraction.conv_transpose:
