@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -20,14 +20,14 @@ from structprune.errors import VerificationError
 from structprune.ir.graph import Graph, held_by
 from structprune.transform.attributes import Attributes, guesses
 from structprune.transform.reference import Exact, in_double
-from structprune.transform.scale import hold_scales
+from structprune.transform.scale import Scale, hold_scales
 from structprune.transform.surgery import Surgery
 from structprune.transform.verify import difference, floats, same_noise
 
 _log = logging.getLogger(__name__)
 
-_TOLERANCE = 1e-6
-_TOLERANCE_SINGLE = 1e-3  # what float32 may lose in a deep network
+_TOLERANCE = 1e-8  # of the answer; a constant that the class computes from the width that is left may change it by as little as 1e-7
+_SINGLE = 1e-3  # of the answer: what float32 may lose in a deep network
 
 
 def came_as_graph(model: nn.Module, graph: Graph) -> bool:
@@ -61,7 +61,7 @@ def take_values(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def own_class(
-    model: nn.Module, graph: Graph, surgery: Surgery, scales: Mapping[str, float], answers: Sequence[Tensor] | None = None
+    model: nn.Module, graph: Graph, surgery: Surgery, scales: Mapping[str, Scale], answers: Sequence[Tensor] | None = None
 ) -> tuple[nn.Module | None, str]:
     """The small model in the user's class, or None; and in words what the comparison found.
 
@@ -79,49 +79,50 @@ def own_class(
             return answers or floats(fx.Interpreter(surgery.module).run(*graph.flat_inputs(), enable_io_processing=False))
 
     note = ""
-    for attributes in guesses(model, surgery.tensors, surgery.literals):
-        try:
-            candidate = rebuild(model, surgery.tensors, attributes).eval()
-            hooks = hold_scales(candidate, scales)
-            error = _compare(candidate, graph, wanted)
-            needed = [h for h in hooks if h.needed]
-            for hook in hooks:
-                if not hook.needed:  # the class says its scale itself
-                    hook.remove()
-            if _has_unseen_parameters(model, surgery.tensors):
-                _runs_in_training(candidate, graph)
-            held = f"; hooks on {len(needed)} modules keep the original's attention scale" if needed else ""
-            return candidate, f"the user's class agrees with the small graph to {error:.1g}{held}"
-        except VerificationError as differs:
-            note = note or f"the user's class does not follow the new sizes: {differs}"
-        except Exception as raised:  # the user's code may raise anything when its sizes change
-            _log.debug("the user's class does not run at the new sizes", exc_info=True)
-            reason = f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:160]}"
-            note = note or f"the user's class does not run at the new sizes: {reason}"
+    doubtful: list[tuple[float, Attributes]] = []  # guesses with their errors, of which rounding may explain what is left: float64 decides
+
+    def candidates(double: bool) -> Iterable[Attributes]:
+        found = guesses(model, surgery.tensors, surgery.literals)
+        return [attributes for _, attributes in sorted(doubtful, key=lambda one: one[0])] if double else found
+
+    for double in (False, True):
+        for attributes in candidates(double):
+            try:
+                candidate = rebuild(model, surgery.tensors, attributes).eval()
+                hooks = hold_scales(candidate, scales)
+                error = _error(candidate, graph, wanted(double), double)
+                if _TOLERANCE < error < _SINGLE and not double:
+                    doubtful.append((error, attributes))
+                if not error <= _TOLERANCE:
+                    raise VerificationError(f"it differs by {error:.2g}")
+                needed = [h for h in hooks if h.needed]
+                for hook in hooks:
+                    if not hook.needed:  # the class says its scale itself
+                        hook.remove()
+                if _has_unseen_parameters(model, surgery.tensors):
+                    _runs_in_training(candidate, graph)
+                held = f"; hooks on {len(needed)} modules keep the original's attention scale" if needed else ""
+                return candidate, f"the user's class agrees with the small graph to {error:.1g}{held}"
+            except VerificationError as differs:
+                note = note or f"the user's class does not follow the new sizes: {differs}"
+            except Exception as raised:  # the user's code may raise anything when its sizes change
+                _log.debug("the user's class does not run at the new sizes", exc_info=True)
+                reason = f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:160]}"
+                note = note or f"the user's class does not run at the new sizes: {reason}"
     return None, note
 
 
-def _compare(candidate: nn.Module, graph: Graph, wanted: Callable[[bool], Sequence[Tensor]]) -> float:
-    """Largest difference between the candidate and the small graph as a share of the answer, in the model's own precision.
+def _error(candidate: nn.Module, graph: Graph, wanted: Sequence[Tensor], double: bool) -> float:
+    """Largest difference between a candidate's answers and the small graph's as a share of the answer, in the model's own precision or in float64.
 
-    Both hold the same tensors and call the same kernels, mostly in the same order. Where rounding may explain what is left, float64 decides.
+    Both hold the same tensors and call the same kernels, mostly in the same order.
     """
     with torch.no_grad():
         args, kwargs = graph.example()
+        if double:
+            candidate, (args, kwargs) = copy.deepcopy(candidate).double(), pytree.tree_map(in_double, (args, kwargs))
         with same_noise():
             got = floats(candidate(*args, **kwargs))
-        error = _apart(got, wanted(False), graph)
-        if _TOLERANCE < error < _TOLERANCE_SINGLE:
-            args, kwargs = pytree.tree_map(in_double, graph.example())
-            with same_noise():
-                got = floats(copy.deepcopy(candidate).double()(*args, **kwargs))
-            error = _apart(got, wanted(True), graph)
-    if not error <= _TOLERANCE:
-        raise VerificationError(f"it differs by {error:.2g}")
-    return error
-
-
-def _apart(got: Sequence[Tensor], wanted: Sequence[Tensor], graph: Graph) -> float:
     nothing = [torch.zeros((), dtype=torch.float64)] * len(wanted)
     return difference(got, wanted, lambda: nothing, graph.output_names)
 

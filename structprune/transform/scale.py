@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,28 +15,76 @@ from structprune.analysis.infer import Types
 from structprune.ir.axes import Keep, kept_size
 from structprune.ir.graph import Graph, operator_name, owners_of, shape_of
 
+_PRODUCTS = ("matmul", "bmm")
+_TIMES = frozenset({"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"})
+_OVER = frozenset({"div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__"})
 
-def changed_scales(graph: Graph, types: Types, keep: Keep) -> dict[str, float]:
-    """Modules whose attention leaves the scale to the operator and loses width: the scale that each had."""
+
+@dataclass(frozen=True)
+class Scale:
+    """1/√width of queries and keys: of the original's width, and of what is left of it."""
+
+    width: int
+    left: int
+
+    @property
+    def factor(self) -> float:
+        return 1 / math.sqrt(self.width)
+
+    def held(self, number: Any) -> Any:
+        """A number that was computed from the width that is left, as the original has it; any other as it is."""
+        if isinstance(number, float):
+            for power in (-0.5, 0.5):
+                if _same(number, self.left**power):
+                    return self.width**power
+        return number
+
+
+def changed_scales(graph: Graph, types: Types, keep: Keep) -> dict[str, Scale]:
+    """Modules whose attention loses width and computes its scale from that: by leaving it to the operator, or as a number."""
     widths = {atom: len(entries) for atom, entries in keep.items()}
     found = {}
     for node in graph.nodes:
-        if operator_name(node) == "scaled_dot_product_attention" and node.kwargs.get("scale") is None and isinstance(query := node.args[0], fx.Node):
-            width = shape_of(query.meta["val"])[-1]
-            if kept_size(types.shape(query)[-1], widths) < width and owners_of(node):
-                found[owners_of(node)[0]] = 1 / math.sqrt(width)
+        query = _query(node)
+        if query is None or not owners_of(node):
+            continue
+        width, left = shape_of(query.meta["val"])[-1], kept_size(types.shape(query)[-1], widths)
+        if left < width and (operator_name(node) == "scaled_dot_product_attention" or _same(_factor(node), 1 / math.sqrt(width))):
+            found[owners_of(node)[0]] = Scale(width, left)
     return found
 
 
-def hold_scales(model: nn.Module, scales: Mapping[str, float]) -> list[Held]:
-    """Put hooks on `model` under which the attention of these modules takes these scales."""
+def _query(node: fx.Node) -> fx.Node | None:
+    """The queries or keys that a node may scale, themselves or in their product, the width on the last axis."""
+    if operator_name(node) == "scaled_dot_product_attention":
+        source = node.args[0] if node.kwargs.get("scale") is None else None
+    else:
+        source = node.args[0] if _factor(node) else None
+        if isinstance(source, fx.Node) and operator_name(source) in _PRODUCTS:
+            source = source.args[0]
+    return source if isinstance(source, fx.Node) and shape_of(source.meta["val"]) else None
+
+
+def _factor(node: fx.Node) -> float:
+    """The number that a node multiplies by; 0 for any other node."""
+    if operator_name(node) not in ("mul", "div") or not isinstance(number := node.args[1], float) or not number:
+        return 0.0
+    return number if operator_name(node) == "mul" else 1 / number
+
+
+def _same(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-12)
+
+
+def hold_scales(model: nn.Module, scales: Mapping[str, Scale]) -> list[Held]:
+    """Put hooks on `model` under which the attention of these modules takes the scales of the original."""
     return [Held(model.get_submodule(name), scale) for name, scale in scales.items()]
 
 
 class Held:
-    """Hooks around a module's forward, which may call itself. `needed`: whether some attention left its scale to be computed."""
+    """Hooks around a module's forward, which may call itself. `needed`: whether some attention computed its scale from the width."""
 
-    def __init__(self, module: nn.Module, scale: float):
+    def __init__(self, module: nn.Module, scale: Scale):
         self.needed = False
         self._scale = scale
         self._entered: list[_Scaled] = []
@@ -54,13 +103,17 @@ class Held:
 
 
 class _Scaled(TorchFunctionMode):
-    def __init__(self, held: Held, scale: float):
+    def __init__(self, held: Held, scale: Scale):
         super().__init__()
         self._held, self._scale = held, scale
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if function is F.scaled_dot_product_attention and kwargs.get("scale") is None:
-            kwargs["scale"] = self._scale
+            kwargs["scale"] = self._scale.factor
             self._held.needed = True
+        elif getattr(function, "__name__", "") in _TIMES | _OVER:
+            held = tuple(map(self._scale.held, args))
+            self._held.needed |= any(new is not old for new, old in zip(held, args, strict=True))
+            args = held
         return function(*args, **kwargs)
