@@ -194,6 +194,23 @@ def test_a_file_may_differ_from_torch_as_torch_differs_from_itself(times: int, m
             check(Path("model.onnx"), module, (x,), {})
 
 
+@pytest.mark.parametrize(("share", "right"), [(0.02, True), (0.2, False)])
+def test_whole_numbers_of_a_file_are_torchs_but_for_a_few_ties(share: float, right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Best(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x, x.argmax(1)
+
+    x = torch.rand(100, 5, generator=torch.Generator().manual_seed(0))
+    others = x.argmax(1)
+    others[: int(share * 100)] += 1
+    monkeypatch.setattr("structprune.backends.onnx.run", lambda path, flat: [x.numpy(), others.numpy()])
+    if right:
+        assert check(Path("model.onnx"), Best(), (x,), {}) == 0
+    else:
+        with pytest.raises(VerificationError, match="20.0% are others"):
+            check(Path("model.onnx"), Best(), (x,), {})
+
+
 class Positions(nn.Module):
     """Tokens of a batch, and positions that all samples share: two first axes that may change, one of which is no batch."""
 

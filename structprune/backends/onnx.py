@@ -36,6 +36,7 @@ _LARGE = 2_000_000_000  # bytes: a protocol buffer holds 2 GiB, and larger weigh
 _WEIGHT_FUSIONS = ["FusionGelu", *(f"Fusion{conv}{what}" for conv in ("Conv", "ConvTranspose") for what in ("Add", "BN", "Mul"))]
 _OWN = 2  # times the difference between float32 and float64 in torch is what ONNX Runtime may differ by, in a model that is so sensitive
 _MOST_OWN = 5e-2  # of the largest answer: a model that differs more from itself can be told from nothing
+_TIES = 0.05  # of the whole numbers in an answer: two values that are equal but for rounding may change places
 LEAST = 1e-3  # a smaller answer counts as one of this: ONNX Runtime's sigmoid is right to 1e-7, not to a share of what it answers
 
 
@@ -196,8 +197,8 @@ def check(
     batch_of_one: a model that squeezes its answer may lose the batch in it; the file keeps it. One that does not run on it is not asked.
 
     Raises VerificationError where it is more than `tolerance`; by default, than arithmetic in another order explains, in float32 or in float16 as the
-    module's answers are. A model that picks the best of many (boxes, queries) may pick otherwise for the last digit: where torch itself differs as
-    much between float32 and float64, the file is as right as torch is.
+    module's answers are; and where more whole numbers are others than ties explain. A model that picks the best of many (boxes, queries) may pick
+    otherwise for the last digit: where torch itself differs as much between float32 and float64, the file is as right as torch is.
     """
     try:
         wanted = _answers(module, args, kwargs)
@@ -209,26 +210,42 @@ def check(
     answers = run(path, pytree.tree_leaves((args, dict(kwargs))))
     if tolerance is None:
         tolerance = TOLERANCE_HALF if any(v.dtype == torch.float16 for v in wanted) else TOLERANCE
+    expected = _in_their_shapes(path.name, answers, wanted, batch_of_one)
+    if not all(np.isfinite(got[np.isfinite(want)]).all() for got, want in zip(answers, expected, strict=True)):
+        raise VerificationError(f"{path.name} answers with NaN or infinities, where the model does not")
+    apart, others = _differences(answers, expected, wanted)
+    if not (apart <= tolerance and others <= _TIES):
+        own_apart, own_others = _rounding(module, args, kwargs, wanted)
+        if not apart <= max(tolerance, own_apart):
+            raise VerificationError(f"{path.name}: ONNX Runtime differs from torch by {apart:.2g} of the largest answer")
+        if not others <= max(_TIES, own_others):
+            raise VerificationError(f"{path.name}: of the whole numbers in an answer, {others:.1%} are others in ONNX Runtime than in torch")
+    return apart
+
+
+def _in_their_shapes(file: str, answers: Sequence[np.ndarray], wanted: Sequence[Tensor], batch_of_one: bool) -> list[np.ndarray]:
+    """torch's answers as arrays, in the shapes of those of a file."""
     if len(answers) != len(wanted):
-        raise VerificationError(f"{path.name} gives {len(answers)} tensors, the model {len(wanted)}")
-    expected = [v.detach().double().numpy() for v in wanted]
+        raise VerificationError(f"{file} gives {len(answers)} tensors, the model {len(wanted)}")
+    expected = [v.detach().double().numpy() if v.is_floating_point() else v.numpy() for v in wanted]
     for i, (got, want) in enumerate(zip(answers, expected, strict=True)):
         if batch_of_one and [s for s in got.shape if s != 1] == [s for s in want.shape if s != 1]:
             expected[i] = want.reshape(got.shape)
         elif got.shape != want.shape:
-            raise VerificationError(f"{path.name} answers with shape {got.shape}, the model with {want.shape}")
-    floating = [(got, want) for got, want, v in zip(answers, expected, wanted, strict=True) if v.is_floating_point()]
-    if not all(np.isfinite(got[np.isfinite(want)]).all() for got, want in floating):
-        raise VerificationError(f"{path.name} answers with NaN or infinities, where the model does not")
-    worst = max((_apart(got, want) for got, want in floating), default=0.0)
-    if not worst <= tolerance and not worst <= _rounding(module, args, kwargs, wanted):
-        raise VerificationError(f"{path.name}: ONNX Runtime differs from torch by {worst:.2g} of the largest answer")
-    return worst
+            raise VerificationError(f"{file} answers with shape {got.shape}, the model with {want.shape}")
+    return expected
 
 
 def _answers(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     with torch.no_grad():
         return [v for v in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(v, Tensor)]
+
+
+def _differences(answers: Sequence[np.ndarray], expected: Sequence[np.ndarray], wanted: Sequence[Tensor]) -> tuple[float, float]:
+    """The largest difference in answers of floating point, see `_apart`; and the largest share of entries of any other answer that are not equal."""
+    pairs = list(zip(answers, expected, wanted, strict=True))
+    apart = max((_apart(got, want) for got, want, v in pairs if v.is_floating_point()), default=0.0)
+    return apart, max((float((got != want).mean()) for got, want, v in pairs if not v.is_floating_point() and want.size), default=0.0)
 
 
 def _apart(got: np.ndarray, want: np.ndarray) -> float:
@@ -238,16 +255,17 @@ def _apart(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.abs(got.astype(np.float64) - want)[finite].max(initial=0.0) / scale)
 
 
-def _rounding(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], answers: Sequence[Tensor]) -> float:
-    """A difference from torch's own answers in float32 that torch's in float64 explain; 0 where they cannot be had, or are another answer."""
+def _rounding(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], answers: Sequence[Tensor]) -> tuple[float, float]:
+    """The `_differences` from torch's own answers in float32 that torch's in float64 explain; 0 where they cannot be had, or are another answer."""
     try:
         exact = _answers(copy.deepcopy(module).double(), *pytree.tree_map_only(Tensor, in_double, (args, dict(kwargs))))
     except (RuntimeError, TypeError):  # types are written into the model's code
         _log.debug("the model does not run in float64", exc_info=True)
-        return 0.0
-    found = [_apart(a.detach().numpy(), e.detach().double().numpy()) for a, e in zip(answers, exact, strict=True) if a.is_floating_point()]
-    own = max(found, default=0.0)
-    return _OWN * own if own <= _MOST_OWN else 0.0
+        return 0.0, 0.0
+    if [v.shape for v in exact] != [v.shape for v in answers]:
+        return 0.0, 0.0
+    apart, others = _differences([v.detach().numpy() for v in answers], [v.detach().numpy() for v in exact], answers)
+    return _OWN * apart if apart <= _MOST_OWN else 0.0, _OWN * others
 
 
 def run(model: Path | bytes, flat: Sequence[Any]) -> list[np.ndarray]:
