@@ -146,6 +146,57 @@ def test_a_class_with_hooks_can_be_saved_and_loaded(attend: Attend) -> None:
     assert oracle.error_of(model, result.model, {name: cut.keep for name, cut in result.plan.tensors.items()}, (x,))[0] > tolerance
 
 
+class Better(nn.Module):
+    """The number of channels is that of the tensor, and `paths` only looks as if it had to follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paths = 2
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y.reshape(y.shape[0], self.paths, y.shape[1] // self.paths, *y.shape[2:]).amax(1)
+
+
+class Paths(nn.Module):
+    """The number of channels of a part is computed from an attribute, which must follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.paths = 32, 2
+        self.stem, self.better, self.head = nn.Conv2d(32, 32, 1), Better(), nn.Linear(16, 5)
+        self.convolutions = nn.ModuleList(nn.Conv2d(16, 32, 1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.split(self.stem(x).relu(), self.width // self.paths, 1)
+        y = torch.stack([conv(part) for conv, part in zip(self.convolutions, parts, strict=True)]).sum(0)
+        return self.head(self.better(y).mean((2, 3)))
+
+
+class Renamed(nn.Module):
+    """The attribute is not named where it is read, and a window on the way divides the width that shrinks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.window, self.places = 2, 8, nn.Parameter(torch.randn(8, 1))
+        self.embed, self.qkv, self.head = nn.Linear(8, 64), nn.Linear(64, 192), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        heads = self.heads
+        rows = self.embed(x)
+        windows = rows.view(b, n // self.window, self.window, rows.shape[-1])
+        q, k, v = (t.reshape(b, n, heads, 32).transpose(1, 2) for t in self.qkv((windows + self.places).flatten(1, 2)).chunk(3, -1))
+        return self.head(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("model", "x"), [(Paths(), torch.randn(2, 32, 4, 4)), (Renamed(), torch.randn(2, 16, 8))])
+def test_attributes_that_follow_are_told_from_those_that_stay(model: nn.Module, x: Tensor) -> None:
+    result = sp.compress(model.eval(), (x,), "channels=0.5")
+    assert type(result.model) is type(model), result.report.data["verification"]["module_note"]
+    keep = {name: cut.keep for name, cut in result.plan.tensors.items()}
+    assert oracle.error_of(model, result.model, keep, (x,))[0] <= oracle.TOLERANCE
+
+
 def test_a_class_that_drifts_by_less_than_float32_shows_does_not_come_back() -> None:
     class Drifts(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:

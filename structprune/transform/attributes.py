@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,9 @@ from structprune.ir.graph import owners_of, source_code_of
 Attributes = dict[str, dict[str, Any]]  # module name -> attribute -> new value
 
 _MANY_KEYS = 12  # attributes in doubt, of which small sets are tried
-_CHOICES = 10
+_CHOICES = 16
+
+_MENTIONED, _HELD, _COMPUTED = range(3)
 
 
 def guesses(model: nn.Module, tensors: Mapping[int, Tensor], literals: Mapping[fx.Node, list[tuple[int, int]]]) -> Iterator[Attributes]:
@@ -50,19 +52,36 @@ class _Option(NamedTuple):
     name: str
     old: int
     new: int
-    sure: bool  # the source line mentions it, and it holds the very number: not 3 · self.width, or self.width // 2
+    doubt: int  # _MENTIONED in the source line; or _HELD by the module; or the number may be _COMPUTED from it: 3 · self.width, or self.width // 2
 
 
 def _choices(modules: Mapping[str, nn.Module], changes: Sequence[Sequence[_Option]]) -> Iterator[list[_Option]]:
     """Sets of attributes that may explain the changes: first of those that surely do, then of others too.
 
-    A number that no attribute explains was computed from the sizes of tensors, and follows by itself.
+    A number that no attribute explains was computed from the sizes of tensors, and follows by itself; so may one that might be computed from an
+    attribute.
     """
-    pools = [[options for all_of in changes if (options := tuple(o for o in all_of if o.sure or any_of))] for any_of in (False, True)]
-    for explained in pools:
-        yield [option for options in explained for option in options if option.level == options[0].level]
-    for explained in pools:
+    pools = [_explained(changes, lambda o, most=doubt: o.doubt <= most) for doubt in (_MENTIONED, _HELD, _COMPUTED)]  # type: ignore[misc]
+    yield from map(_innermost, pools)
+    for explained in pools[:_COMPUTED]:
         yield from _smallest_sets(modules, explained)
+    for chosen in dict.fromkeys(_key(modules, o) for all_of in changes for o in all_of if o.doubt == _COMPUTED):
+        yield _innermost(_explained(changes, lambda o, chosen=chosen: o.doubt < _COMPUTED or _key(modules, o) == chosen))  # type: ignore[misc]
+    yield from _smallest_sets(modules, pools[_COMPUTED])
+
+
+def _explained(changes: Sequence[Sequence[_Option]], trusted: Callable[[_Option], bool]) -> list[tuple[_Option, ...]]:
+    """The changes that trusted options explain, each with these."""
+    return [options for all_of in changes if (options := tuple(filter(trusted, all_of)))]
+
+
+def _innermost(explained: Sequence[Sequence[_Option]]) -> list[_Option]:
+    return [option for options in explained for option in options if option.level == options[0].level]
+
+
+def _key(modules: Mapping[str, nn.Module], option: _Option) -> tuple[type, str]:
+    """An attribute of a class: what goes for one module of it goes for all."""
+    return type(modules[option.owner]), option.name
 
 
 def _explanations(modules: Mapping[str, nn.Module], literals: Mapping[fx.Node, list[tuple[int, int]]]) -> list[tuple[_Option, ...]]:
@@ -93,21 +112,18 @@ def _holding(held: Mapping[str, Mapping[str, Any]], code: str, level: int, old: 
         return re.search(rf"\.{name}\b", code) is not None
 
     found = [(m, a) for m, attributes in held.items() for a, v in attributes.items() if _holds(v, old) and a not in ("in_channels", "out_channels")]
-    sure = [_Option(level, m, a, old, new, True) for m, a in found if mentioned(a)]
+    sure = [_Option(level, m, a, old, new, _MENTIONED) for m, a in found if mentioned(a)]
     module, attributes = next(iter(held.items()))
     numbers = [(a, v) for a, v in attributes.items() if type(v) is int and v > 1 and v != old and mentioned(a)]
-    factors = [_Option(level, module, a, v, v * new // old, False) for a, v in numbers if old % v == 0 and v * new % old == 0]
-    multiples = [_Option(level, module, a, v, v // old * new, False) for a, v in numbers if v % old == 0]
-    return sure or [*factors, *multiples] or [_Option(level, m, a, old, new, False) for m, a in found]
+    factors = [_Option(level, module, a, v, v * new // old, _COMPUTED) for a, v in numbers if old % v == 0 and v * new % old == 0]
+    multiples = [_Option(level, module, a, v, v // old * new, _COMPUTED) for a, v in numbers if v % old == 0]
+    return sure or [*factors, *multiples] or [_Option(level, m, a, old, new, _HELD) for m, a in found]
 
 
 def _smallest_sets(modules: Mapping[str, nn.Module], changes: Sequence[tuple[_Option, ...]]) -> Iterator[list[_Option]]:
     """Choices of attributes, by class and name, such that every change is explained; small ones first."""
 
-    def key(option: _Option) -> tuple[type, str]:
-        return type(modules[option.owner]), option.name
-
-    keys = [tuple(dict.fromkeys(map(key, options))) for options in changes]
+    keys = [tuple(dict.fromkeys(_key(modules, option) for option in options)) for options in changes]
     certain = {k[0] for k in keys if len(k) == 1}
     open_ones = [k for k in keys if not certain.intersection(k)]
     doubtful = list(dict.fromkeys(k for options in open_ones for k in options))
@@ -117,7 +133,7 @@ def _smallest_sets(modules: Mapping[str, nn.Module], changes: Sequence[tuple[_Op
         for chosen in itertools.combinations(doubtful, number):
             held = certain.union(chosen)
             if all(held.intersection(k) for k in open_ones):
-                yield [option for options in changes for option in options if key(option) in held]
+                yield [option for options in changes for option in options if _key(modules, option) in held]
 
 
 def _followed(modules: Mapping[str, nn.Module], options: Sequence[_Option]) -> Attributes:
