@@ -22,10 +22,11 @@ _OVER = frozenset({"div", "div_", "divide", "true_divide", "__truediv__", "__itr
 
 @dataclass(frozen=True)
 class Scale:
-    """1/√width of queries and keys: of the original's width, and of what is left of it."""
+    """1/√width of queries and keys: of the original's width, and of what is left of it. `in_code`: the code computes it, not the operator alone."""
 
     width: int
     left: int
+    in_code: bool
 
     @property
     def factor(self) -> float:
@@ -33,7 +34,7 @@ class Scale:
 
     def held(self, number: Any) -> Any:
         """A number that was computed from the width that is left, as the original has it; any other as it is."""
-        if isinstance(number, float):
+        if self.in_code and isinstance(number, float):
             for power in (-0.5, 0.5):
                 if _same(number, self.left**power):
                     return self.width**power
@@ -43,14 +44,16 @@ class Scale:
 def changed_scales(graph: Graph, types: Types, keep: Keep) -> dict[str, Scale]:
     """Modules whose attention loses width and computes its scale from that: by leaving it to the operator, or as a number."""
     widths = {atom: len(entries) for atom, entries in keep.items()}
-    found = {}
+    found: dict[str, Scale] = {}
     for node in graph.nodes:
         query = _query(node)
         if query is None or not owners_of(node):
             continue
         width, left = shape_of(query.meta["val"])[-1], kept_size(types.shape(query)[-1], widths)
-        if left < width and (operator_name(node) == "scaled_dot_product_attention" or _same(_factor(node), 1 / math.sqrt(width))):
-            found[owners_of(node)[0]] = Scale(width, left)
+        in_code = _same(_factor(node), 1 / math.sqrt(width))
+        if left < width and (in_code or operator_name(node) == "scaled_dot_product_attention"):
+            owner = owners_of(node)[0]
+            found[owner] = Scale(width, left, in_code or (owner in found and found[owner].in_code))
     return found
 
 
