@@ -197,6 +197,21 @@ def test_attributes_that_follow_are_told_from_those_that_stay(model: nn.Module, 
     assert oracle.error_of(model, result.model, keep, (x,))[0] <= oracle.TOLERANCE
 
 
+def test_a_class_that_float64_decides_on_keeps_its_hooks() -> None:
+    """Its sums run in another order while it is not traced: float32 cannot tell."""
+
+    def by_either_order(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        answer = by_operator(q, k, v)
+        return answer if torch.compiler.is_exporting() else answer * 1.1 / 1.1
+
+    torch.manual_seed(0)
+    model, x = Fused(by_either_order).eval(), torch.randn(2, 5, 12)
+    result = sp.compress(model, (x,), target="channels=0.5")
+    assert type(result.model) is Fused and "hooks on 1 modules" in result.report.data["verification"]["module_note"]
+    keep = {name: cut.keep for name, cut in result.plan.tensors.items()}
+    assert oracle.error_of(model, result.model, keep, (x,))[0] <= oracle.TOLERANCE
+
+
 def test_a_class_that_drifts_by_less_than_float32_shows_does_not_come_back() -> None:
     class Drifts(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:

@@ -89,16 +89,17 @@ def own_class(
         for attributes in candidates(double):
             try:
                 candidate = rebuild(model, surgery.tensors, attributes).eval()
-                hooks = hold_scales(candidate, scales)
-                error = _error(candidate, graph, wanted(double), double)
+                judged = copy.deepcopy(candidate).double() if double else candidate
+                hooks = hold_scales(judged, scales)
+                error = _error(judged, graph, wanted(double), double)
                 if _TOLERANCE < error < _SINGLE and not double:
                     doubtful.append((error, attributes))
                 if not error <= _TOLERANCE:
                     raise VerificationError(f"it differs by {error:.2g}")
-                needed = [h for h in hooks if h.needed]
-                for hook in hooks:
-                    if not hook.needed:  # the class says its scale itself
-                        hook.remove()
+                for hook in hooks.values():
+                    hook.remove()
+                needed = {name: scales[name] for name, hook in hooks.items() if hook.needed}  # other modules say their scale themselves
+                hold_scales(candidate, needed)
                 if _has_unseen_parameters(model, surgery.tensors):
                     _runs_in_training(candidate, graph)
                 held = f"; hooks on {len(needed)} modules keep the original's attention scale" if needed else ""
@@ -113,14 +114,14 @@ def own_class(
 
 
 def _error(candidate: nn.Module, graph: Graph, wanted: Sequence[Tensor], double: bool) -> float:
-    """Largest difference between a candidate's answers and the small graph's as a share of the answer, in the model's own precision or in float64.
+    """Largest difference between a candidate's answers and the small graph's as a share of the answer. double: both are in float64.
 
     Both hold the same tensors and call the same kernels, mostly in the same order.
     """
     with torch.no_grad():
         args, kwargs = graph.example()
         if double:
-            candidate, (args, kwargs) = copy.deepcopy(candidate).double(), pytree.tree_map(in_double, (args, kwargs))
+            args, kwargs = pytree.tree_map(in_double, (args, kwargs))
         with same_noise():
             got = floats(candidate(*args, **kwargs))
     nothing = [torch.zeros((), dtype=torch.float64)] * len(wanted)

@@ -79,9 +79,9 @@ def _same(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-12)
 
 
-def hold_scales(model: nn.Module, scales: Mapping[str, Scale]) -> list[Held]:
+def hold_scales(model: nn.Module, scales: Mapping[str, Scale]) -> dict[str, Held]:
     """Put hooks on `model` under which the attention of these modules takes the scales of the original."""
-    return [Held(model.get_submodule(name), scale) for name, scale in scales.items()]
+    return {name: Held(model.get_submodule(name), scale) for name, scale in scales.items()}
 
 
 class Held:
