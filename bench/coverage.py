@@ -353,9 +353,13 @@ def _memory(rows: Mapping[str, Any]) -> str:
     above = [spec for spec in rows if own[spec] > LARGE]
     forward = [spec for spec in above if rows[spec].get("forward_peak_mib", 0) > LARGE * rows[spec]["model_mib"]]
     large = {spec: own[spec] for spec in rows if rows[spec]["model_mib"] >= 100}
+    of_large = (
+        f", of the {len(large)} models of 100 MiB or more {median(large.values()):.2f} in the median and {max(large.values()):.2f} at most"
+        if large
+        else ""
+    )
     return (
-        f"- peak memory above the loaded model, after torch.export: {median(own.values()):.2f} of the model's size in the median, of the "
-        f"{len(large)} models of 100 MiB or more {median(large.values()):.2f} in the median and {max(large.values()):.2f} at most; above {LARGE} "
+        f"- peak memory above the loaded model, after torch.export: {median(own.values()):.2f} of the model's size in the median{of_large}; above {LARGE} "
         f"for {len(above)} of {len(rows)}, of which {len(forward)} need more than that for one forward of the original"
     )
 
