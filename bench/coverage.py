@@ -359,8 +359,8 @@ def _memory(rows: Mapping[str, Any]) -> str:
         else ""
     )
     return (
-        f"- peak memory above the loaded model, after torch.export: {median(own.values()):.2f} of the model's size in the median{of_large}; above {LARGE} "
-        f"for {len(above)} of {len(rows)}, of which {len(forward)} need more than that for one forward of the original"
+        f"- peak memory above the loaded model, after torch.export: {median(own.values()):.2f} of the model's size in the median{of_large}; "
+        f"above {LARGE} for {len(above)} of {len(rows)}, of which {len(forward)} need more than that for one forward of the original"
     )
 
 
