@@ -248,6 +248,20 @@ def norm_without_affine(draw: st.DrawFn, state: State) -> Step:
     return Step(lambda m, x: F.layer_norm(x, x.shape[-1:]), inexact=True)
 
 
+@step(IMAGE, SEQUENCE, VECTOR, when=lambda state: state.channels > 1)
+def norm_by_hand(draw: st.DrawFn, state: State) -> Step:
+    """As the networks write it that have a layer norm of their own: by a mean of squares, or by a variance."""
+    axis = 1 if state.x.dim() == 4 else -1
+    variance = one_of(
+        draw,
+        lambda x: (x - x.mean(axis, keepdim=True)).pow(2).mean(axis, keepdim=True),
+        lambda x: x.var(axis, unbiased=False, keepdim=True),
+        lambda x: x.std(axis, correction=0, keepdim=True) ** 2,
+        lambda x: torch.var_mean(x, axis, correction=0, keepdim=True)[0],
+    )
+    return Step(lambda m, x: (x - x.mean(axis, keepdim=True)) / (variance(x) + 1e-5).sqrt(), inexact=True)
+
+
 @step(IMAGE)
 def norm_channels_last(draw: st.DrawFn, state: State) -> Step:
     norm = one_of(draw, nn.LayerNorm, RmsNorm)(state.channels)

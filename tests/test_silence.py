@@ -24,6 +24,7 @@ CASES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
     "a sum of sigmoids": (lambda m, x: m.q(x).sigmoid().sum(-1, keepdim=True) * m.b(x), False),
     "a norm of channels": (lambda m, x: F.normalize(m.q(x), dim=-1) @ m.a.weight.t(), True),
     "a norm of exponentials": (lambda m, x: m.a(F.normalize(m.q(x).exp(), dim=-1)), False),
+    "a deviation from the mean of a sample": (lambda m, x: m.a(m.q(x) / m.q(x).std(-1, keepdim=True)), False),
     "an inner product": (lambda m, x: (m.q(x) * m.k(x)).sum(-1, keepdim=True) * m.b(x), True),
     "one silent factor is enough": (lambda m, x: (m.q(x) * m.k(x).sigmoid()).sum(-1, keepdim=True) * m.b(x), True),
     "linear attention": (lambda m, x: (F.elu(m.q(x)) + 1) @ (F.elu(m.k(x)) + 1).t() @ m.b(x), False),
@@ -65,3 +66,55 @@ def test_a_mean_over_channels_that_are_not_zero_keeps_them() -> None:
         assert any(m.tensor == "q.weight" and m.dim == 0 for g in groups for m in g.members) is prunable
         reasons = [f.reason for f in groups.frozen if any(m.tensor == "q.weight" and m.dim == 0 for m in f.members)]
         assert reasons == ([] if prunable else ["a mean over these channels, which are not zero where they are removed"])
+
+
+BY_HAND: dict[str, Callable[[Tensor], Tensor]] = {
+    "a mean of squares": lambda x: (x - x.mean(1, keepdim=True)) / ((x - x.mean(1, keepdim=True)).pow(2).mean(1, keepdim=True) + 1e-5).sqrt(),
+    "a product": lambda x: _centred(x) * torch.rsqrt((_centred(x) * _centred(x)).mean(1, keepdim=True) + 1e-5),
+    "two moments": lambda x: _centred(x) / ((x * x).mean(1, keepdim=True) - x.mean(1, keepdim=True) ** 2 + 1e-5).sqrt(),
+    "a variance": lambda x: _centred(x) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt(),
+    "a variance and a mean": lambda x: (x - (both := torch.var_mean(x, 1, correction=0, keepdim=True))[1]) * torch.rsqrt(both[0] + 1e-5),
+    "a deviation": lambda x: _centred(x) / (x.std(1, correction=0, keepdim=True) ** 2 + 1e-5).sqrt(),
+    "a deviation and a mean": lambda x: (x - (both := torch.std_mean(x, 1, correction=0, keepdim=True))[1]) / (both[0] ** 2 + 1e-5).sqrt(),
+}
+
+
+def _centred(x: Tensor) -> Tensor:
+    return x - x.mean(1, keepdim=True)
+
+
+def _normed_images(norm: Callable[[Tensor], Tensor]) -> Of:
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        y = norm(m.first(x)) * m.scale[:, None, None] + m.shift[:, None, None]
+        return m.last((y + m.out(m.into(y).relu())).mean((2, 3)))
+
+    layers = {"first": nn.Conv2d(3, 12, 3), "into": nn.Conv2d(12, 20, 1), "out": nn.Conv2d(20, 12, 1), "last": nn.Linear(12, 5)}
+    model = Of(run, **layers)
+    model.scale, model.shift = nn.Parameter(torch.rand(12) + 0.5), nn.Parameter(torch.randn(12))
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_norm_written_by_hand_is_pruned_as_the_one_in_torch(name: str) -> None:
+    """The same network with torch's layer norm is the measure: the same plan, the same small answers."""
+
+    def in_torch(x: Tensor) -> Tensor:
+        return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
+
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    small = []
+    for norm in (BY_HAND[name], in_torch):
+        torch.manual_seed(0)
+        small.append(sp.compress(_normed_images(norm), (x,), target="channels=0.5"))
+    assert small[0].plan.tensors == small[1].plan.tensors and "first.weight" in small[0].plan.tensors
+    assert not small[0].report.data["verification"]["exact"]
+    torch.testing.assert_close(small[0].model(x), small[1].model(x), rtol=1e-9, atol=1e-12)
+
+
+def test_a_variance_of_channels_that_are_not_zero_keeps_them() -> None:
+    """Of sigmoids no plain mask tells what removing one means, however the variance is written."""
+    x = torch.randn(5, 6)
+    for variance in (lambda y: y.var(-1, keepdim=True), lambda y: (y - y.mean(-1, keepdim=True)).square().mean(-1, keepdim=True)):
+        groups = sp.inspect(over_linears(lambda m, x, of=variance: of(m.q(x).sigmoid()) * m.b(x)).eval(), (x,))
+        reasons = [f.reason for f in groups.frozen if any(m.tensor == "q.weight" and m.dim == 0 for m in f.members)]
+        assert len(reasons) == 1 and reasons[0].endswith("over these channels, which are not zero where they are removed")

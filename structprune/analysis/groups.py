@@ -103,8 +103,9 @@ def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> Groups:
     work = tuple(tuple(map(types.solver.resolve, w.axes)) for w in types.work)
     _keep_unread_entries(types, axes, members)
     _keep_tables(types, work)
-    for atom, node in loud["mean"].items():
-        types.solver.freeze(atom, Reason("a mean over these channels, which are not zero where they are removed", source_of(node)))
+    for how in ("mean", "variance"):
+        for atom, node in loud[how].items():
+            types.solver.freeze(atom, Reason(f"a {how} over these channels, which are not zero where they are removed", source_of(node)))
     names = _Names()
     groups, frozen = [], []
     for atom, where in members.items():

@@ -4,6 +4,9 @@ To set the weights of a channel to zero is not always to remove it: sigmoid(0) i
 weight of its own to silence it takes the 1/2 in. A plan says of its groups whether a plain zero mask would answer the
 same (`exact`); this pass finds out. An atom is *loud* in a node's answer if its removed entries may be other than zero there.
 Unknown operators are loud.
+
+A statistic taken from channels makes none of them loud: where a norm is written by hand, x - mean(x) is other than zero for a removed channel,
+but the variance is over the channels of which the mean was taken, and these are the kept ones.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import fx
 from structprune.analysis.infer import Types
 from structprune.ir.axes import Atom
 from structprune.ir.graph import Graph, operator_name
-from structprune.ops import RULES, contraction, joining, layout, normalization, recurrent, spatial
+from structprune.ops import RULES, contraction, elementwise, joining, layout, normalization, recurrent, spatial
 
 Loud = frozenset[Atom]
 _NONE: Loud = frozenset()
@@ -39,16 +42,20 @@ _AFFINE = {"batch_norm": (1, 2), "instance_norm": (1, 2), "layer_norm": (2, 3), 
 # zeros stay zeros; of a recurrent layer too, whose gates of zero weights halve the state
 _PASSING = frozenset({layout.__name__, joining.__name__, spatial.__name__, recurrent.__name__})
 _COPYING = (layout.expand, layout.repeat_interleave)
-_REDUCED = (normalization.total, normalization.mean, normalization.vector_norm, normalization.norm, normalization.reduction)
+_REDUCED = (normalization.total, normalization.mean, normalization.vector_norm, normalization.norm, normalization.reduction, normalization.variance)
+_STATISTICS = ("mean", "variance")
 
 
 def read_where_loud(graph: Graph, types: Types) -> dict[str, dict[Atom, fx.Node]]:
-    """For sums and means: the atoms over which an operator takes one of entries that are not zero where they are removed, and the operator."""
+    """For sums, means and variances: the atoms over which an operator takes one of entries that are not zero where they are removed, and the
+    operator.
+    """
     atoms = {n: _atoms(types, n) for n in graph.nodes}
+    statistics = _statistics(graph, types)
     loud: dict[fx.Node, Loud] = {}
     for node in graph.nodes:
-        loud[node] = _loud(graph, node, types.constants, atoms, loud) & atoms[node]
-    found: dict[str, dict[Atom, fx.Node]] = {"sum": {}, "mean": {}}
+        loud[node] = _loud(graph, node, types.constants, atoms, statistics, loud) & atoms[node]
+    found: dict[str, dict[Atom, fx.Node]] = {"sum": {}, "mean": {}, "variance": {}}
     for reading in types.readings:
         operands = reading.node.all_input_nodes
         for atom in types.solver.atoms(reading.axis) if reading.how in found else ():
@@ -62,7 +69,27 @@ def _atoms(types: Types, node: fx.Node) -> Loud:
     return frozenset(a for a in types.atoms(node) if types.solver.reason(a) is None)
 
 
-def _loud(graph: Graph, node: fx.Node, constants: frozenset[fx.Node], atoms: Mapping[fx.Node, Loud], loud: Mapping[fx.Node, Loud]) -> Loud:
+def _statistics(graph: Graph, types: Types) -> dict[fx.Node, frozenset[Atom]]:
+    """The atoms of which a node's answer is a statistic, or an elementwise function of one."""
+    found: dict[fx.Node, frozenset[Atom]] = {}
+    for reading in types.readings:
+        if reading.how in _STATISTICS:
+            found[reading.node] = found.get(reading.node, _NONE).union(types.solver.atoms(reading.axis))
+    for node in graph.nodes:
+        rule = RULES.get(operator_name(node)) if node.op == "call_function" else None
+        if node.target is operator.getitem or (rule is not None and rule.__module__ in (elementwise.__name__, layout.__name__)):
+            found[node] = _NONE.union(*(found.get(o, _NONE) for o in node.all_input_nodes))
+    return found
+
+
+def _loud(
+    graph: Graph,
+    node: fx.Node,
+    constants: frozenset[fx.Node],
+    atoms: Mapping[fx.Node, Loud],
+    statistics: Mapping[fx.Node, frozenset[Atom]],
+    loud: Mapping[fx.Node, Loud],
+) -> Loud:
     """What may be loud in a node's answer, from what is in its operands."""
     mine, operands = atoms[node], node.all_input_nodes
     if node.op == "get_attr":  # a parameter's removed entries are the ones that are set to zero
@@ -80,9 +107,10 @@ def _loud(graph: Graph, node: fx.Node, constants: frozenset[fx.Node], atoms: Map
         chosen = [v for v in values if isinstance(v, fx.Node)]
         outside = any(not _is_zero(v) for v in values if not isinstance(v, fx.Node))
         return mine if outside else frozenset(a for a in mine if any(a in loud[o] or a not in atoms[o] for o in chosen))
-    if name in _ADDENDS:  # every addend must be silent, and none may come from outside the channel
+    if name in _ADDENDS:  # every addend must be silent, and none may come from outside the channel, its own statistics aside
         outside = len(operands) < 2 and not _is_zero(node.args[1] if len(node.args) > 1 else 0)
-        return mine if outside else frozenset(a for a in mine if any(a in loud[o] or a not in atoms[o] for o in operands))
+        inside = {o: atoms[o] | statistics.get(o, _NONE) for o in operands}
+        return mine if outside else frozenset(a for a in mine if any(a in loud[o] or a not in inside[o] for o in operands))
     if name in _ZERO_AT_ZERO or name in _QUOTIENTS or (name == "pow" and _positive(node.args[1])):
         first = operands[0]
         return frozenset(a for a in mine if a in loud[first] or a not in atoms[first])

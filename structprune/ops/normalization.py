@@ -1,7 +1,7 @@
 """Normalisations, and reductions over whole axes.
 
-Layer, RMS and group norms over a pruned axis run over the kept entries, and so does a mean. Reductions for which no
-entry is neutral (softmax, maximum, variance) keep the axes that they run over.
+Layer, RMS and group norms over a pruned axis run over the kept entries, and so do a mean and a variance. Reductions for which no
+entry is neutral (softmax, maximum) keep the axes that they run over.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def variance(eq: Equations, x: Shape, dim: Any = None, *args: Any, keepdim: bool
         dim = None
     keep = keepdim or (len(args) > 1 and bool(args[1]))
     dims, out = _reduced(x, dim, keep)
-    eq.freeze(_runs(eq), *(x[d] for d in dims))
+    for d in dims:
+        eq.over(x[d], "variance", exact=False)
     return [out, out] if isinstance(eq.out, list) else out
 
 

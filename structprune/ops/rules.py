@@ -71,7 +71,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Reading:
-    """A node that reads across an axis: `how` is 'sum', 'mean' or 'norm'.
+    """A node that reads across an axis: `how` is 'sum', 'mean', 'variance' or 'norm'.
 
     `exact` says that setting the removed channels to zero cannot be told from removing them, norms with an affine aside: those run
     over the kept entries. Of a sum this holds where the removed entries are zero; analysis/silence.py finds out.
@@ -116,7 +116,7 @@ class Equations:
         self.work.append(Work(self.node, axes))
 
     def over(self, axis: Axis, how: str, *, exact: bool) -> None:
-        """The node computes a mean or norm over the kept entries of this axis."""
+        """The node computes a mean, variance or norm over the kept entries of this axis."""
         self.readings.append(Reading(self.node, axis, how, exact))
 
     def sums(self, *axes: Axis) -> None:

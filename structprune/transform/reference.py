@@ -2,7 +2,7 @@
 
 It knows axis types and which entries of each atom stay, but nothing of a plan's slices, of resized literals or of the small graph:
 wherever an operator reads across channels, it reads zeros for the removed ones. Convolutions and matrix products, in which nearly all of the time
-goes, leave the zeros out of their sums. Means and norms over a pruned axis are computed from their definition, over the kept entries.
+goes, leave the zeros out of their sums. Means, variances and norms over a pruned axis are computed from their definition, over the kept entries.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Masked(Exact):
         if name in _OVER_KEPT and isinstance(operand, fx.Node):
             masks = self._masks_of(self._types.nodes[operand], self.env[operand])
             if any(mask is not None for mask in masks):
-                return _OVER_KEPT[name](masks, *named_arguments(n, args, kwargs).values())
+                given = named_arguments(n, args, kwargs)
+                return _OVER_KEPT[name](masks, given.pop(next(iter(given))), **given)
         return self.call_function(n.target, args, kwargs)
 
     def _shorter_sums(self, n: fx.Node) -> Tensor | None:
@@ -159,31 +160,61 @@ def _weights(masks: list[Tensor | None], x: Tensor, dims: list[int]) -> Tensor:
     return weight
 
 
+def _dims(x: Tensor, dim: Any) -> list[int]:
+    """The dimensions that a reduction runs over."""
+    return [d % x.dim() for d in (dim if isinstance(dim, (list, tuple)) else [dim])] if dim not in (None, []) else list(range(x.dim()))
+
+
 def _mean(masks: list[Tensor | None], x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Tensor:
-    dims = [d % x.dim() for d in (dim if isinstance(dim, (list, tuple)) else [dim])] if dim not in (None, []) else list(range(x.dim()))
+    dims = _dims(x, dim)
     weight = _weights(masks, x, dims)
     return (x * weight).sum(dims, keepdim=keepdim) / weight.sum()
 
 
-def _layer_norm(masks: list[Tensor | None], x: Tensor, shape: list[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Tensor:
-    dims = list(range(x.dim() - len(shape), x.dim()))
+def _variance(
+    masks: list[Tensor | None], x: Tensor, dim: Any = None, correction: float | None = None, keepdim: bool = False, unbiased: bool = True
+) -> Tensor:
+    """Σ(x - mean)² / (entries - correction); correction is 1 where neither it nor `unbiased` is given."""
+    dims = _dims(x, dim)
+    stays = _weights(masks, x, dims)
+    squares = ((x - _mean(masks, x, dims, keepdim=True)).square() * stays).sum(dims, keepdim=keepdim)
+    return squares / (stays.sum() - (float(unbiased) if correction is None else correction))
+
+
+def _deviation(masks: list[Tensor | None], x: Tensor, **given: Any) -> Tensor:
+    return _variance(masks, x, **given).sqrt()
+
+
+def _variance_mean(masks: list[Tensor | None], x: Tensor, dim: Any = None, keepdim: bool = False, **given: Any) -> tuple[Tensor, Tensor]:
+    return _variance(masks, x, dim, keepdim=keepdim, **given), _mean(masks, x, dim, keepdim)
+
+
+def _deviation_mean(masks: list[Tensor | None], x: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+    variance, mean = _variance_mean(masks, x, **given)
+    return variance.sqrt(), mean
+
+
+def _layer_norm(
+    masks: list[Tensor | None], x: Tensor, normalized_shape: list[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, **_: Any
+) -> Tensor:
+    dims = list(range(x.dim() - len(normalized_shape), x.dim()))
     stays = _weights(masks, x, dims)
     centred = x - (x * stays).sum(dims, keepdim=True) / stays.sum()
     out = centred / ((centred.square() * stays).sum(dims, keepdim=True) / stays.sum() + eps).sqrt()
     return _affine(out, weight, bias)
 
 
-def _rms_norm(masks: list[Tensor | None], x: Tensor, shape: list[int], weight: Any = None, eps: float | None = None, *_: Any) -> Tensor:
-    dims = list(range(x.dim() - len(shape), x.dim()))
+def _rms_norm(masks: list[Tensor | None], x: Tensor, normalized_shape: list[int], weight: Any = None, eps: float | None = None) -> Tensor:
+    dims = list(range(x.dim() - len(normalized_shape), x.dim()))
     stays = _weights(masks, x, dims)
     floor = torch.finfo(x.dtype).eps if eps is None else eps
     return _affine(x / ((x.square() * stays).sum(dims, keepdim=True) / stays.sum() + floor).sqrt(), weight, None)
 
 
-def _group_norm(masks: list[Tensor | None], x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Tensor:
+def _group_norm(masks: list[Tensor | None], x: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, **_: Any) -> Tensor:
     stays = torch.ones(x.shape[1], dtype=x.dtype) if masks[1] is None else masks[1].to(x.dtype)
-    split = x.reshape(x.shape[0], groups, -1)
-    counts = stays.view(groups, -1, 1).expand(-1, -1, split.shape[2] // (x.shape[1] // groups)).reshape(1, groups, -1)
+    split = x.reshape(x.shape[0], num_groups, -1)
+    counts = stays.view(num_groups, -1, 1).expand(-1, -1, split.shape[2] // (x.shape[1] // num_groups)).reshape(1, num_groups, -1)
     number = counts.sum(2, keepdim=True).clamp_min(1)  # a removed group has no entries, and no readers
     centred = split - (split * counts).sum(2, keepdim=True) / number
     out = (centred / ((centred.square() * counts).sum(2, keepdim=True) / number + eps).sqrt()).reshape(x.shape)
@@ -196,8 +227,12 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-_OVER_KEPT: dict[str, Callable[..., Tensor]] = {
+_OVER_KEPT: dict[str, Callable[..., Any]] = {
     "mean": _mean,
+    "var": _variance,
+    "std": _deviation,
+    "var_mean": _variance_mean,
+    "std_mean": _deviation_mean,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
