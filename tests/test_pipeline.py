@@ -8,6 +8,7 @@ from pathlib import Path
 
 import models
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -388,6 +389,27 @@ def test_a_batch_that_the_model_fixes_is_static_and_said() -> None:
     data = sp.compress(Fixed(), (torch.randn(3, 4),), target="channels=0.5").report.data
     assert data["verification"]["dynamic_batch"] is False
     assert any("static batch" in note for note in data["notes"])
+
+
+def test_a_batch_of_one_that_the_model_fixes_stays_one(tmp_path: Path) -> None:
+    """Swin's window_reverse asks for int(windows / number); tracing, which needs two samples for a free batch, fixes it to two there."""
+
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            windows = self.a(x).relu().reshape(-1, 3, 8)
+            return self.b(windows.reshape(int(windows.shape[0] / (6 / 3)), 6, 8))
+
+    x = torch.randn(1, 6, 4)
+    result = sp.compress(Windows(), (x,), target="channels=0.5")
+    assert any("static batch" in note for note in result.report.data["notes"])
+    assert result.small(x).shape == (1, 6, 2)
+    result.export_onnx(tmp_path / "model.onnx")
+    (answer,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(answer, result.model(x).detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_output_directory_round_trip(tmp_path: Path) -> None:

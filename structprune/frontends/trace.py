@@ -26,6 +26,7 @@ from structprune.ir.signature import Signature, signature_of
 _log = logging.getLogger(__name__)
 _GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+_FIXED = "the model's code fixes the first axis of an input"
 
 
 Dynamic: TypeAlias = Sequence[int] | Mapping[str, Sequence[int]]
@@ -59,6 +60,10 @@ def trace(
                 exported = _export(model, example[0], example[1], axes)
                 if promised is not None:
                     _check_against_file(promised, exported, example[0], doubled=any(a is not b for a, b in zip(example[0], args, strict=True)))
+                elif any(
+                    two is not one and not free for one, two, free in zip(given, pytree.tree_leaves(example), _first_axes(exported), strict=True)
+                ):
+                    raise InputError(_FIXED)  # and that to two samples, where the user has one
                 args, kwargs = example
                 break
             except Exception as error:  # torch.export raises whatever the model's code meets
@@ -105,7 +110,7 @@ def _check_against_file(promised: Signature, exported: ExportedProgram, args: tu
             if is_dynamic(size):
                 axes.setdefault(str(size), []).append((i, d))
     if doubled and not any(d == 0 for places in axes.values() for _, d in places):
-        raise InputError("the model's code fixes the first axis of an input")
+        raise InputError(_FIXED)
     answer = runner(promised.file)
 
     def run(*inputs: Any) -> Any:  # no hook of the program's looks at the sizes
@@ -194,7 +199,7 @@ def from_exported(
     values = [n.meta.get("val") for n in placeholders]
     dynamic = tuple(tuple(d for d, size in enumerate(v.shape) if is_dynamic(size)) if isinstance(v, Tensor) else () for v in values)
     if not any(0 in axes for axes in dynamic) and not notes and promised is None:
-        notes = ("static batch: the model's code fixes the first axis of an input",)
+        notes = (f"static batch: {_FIXED}",)
     return Graph(
         module=module,
         args=args,
@@ -265,6 +270,13 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     origins = preserve_node_meta() if signature_of(model) is not None else nullcontext()
     with _quiet(), _masks_as_they_are(), origins:
         return torch.export.export(model, args, dict(kwargs) or None, dynamic_shapes=shapes, strict=False)
+
+
+def _first_axes(exported: ExportedProgram) -> list[bool]:
+    """Of each leaf of the arguments, whether its first axis may have another size."""
+    values = {n.name: n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder"}
+    shapes = [getattr(values.get(str(name)), "shape", ()) for name in exported.graph_signature.user_inputs]
+    return [bool(shape) and is_dynamic(shape[0]) for shape in shapes]
 
 
 @contextmanager
