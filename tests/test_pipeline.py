@@ -354,7 +354,7 @@ def test_views_of_what_fused_attention_answers(ignore: tuple[str, ...]) -> None:
     assert result.model(x).shape == x.shape and result.report.data["macs"]["after"] < 0.8 * result.report.data["macs"]["before"]
 
 
-def test_a_model_that_writes_to_its_input_is_verified_on_what_was_given() -> None:
+def test_a_model_that_writes_to_its_input_is_verified_on_what_was_given(tmp_path: Path) -> None:
     class Writes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -368,7 +368,27 @@ def test_a_model_that_writes_to_its_input_is_verified_on_what_was_given() -> Non
     before = x.clone()
     result = sp.compress(Writes().eval(), (x,), target="channels=0.5")
     assert result.report.data["verification"]["masked_error"] == 0
+    assert result.export_onnx(tmp_path / "model.onnx") < 1e-5
     assert torch.equal(x, before), "the user's example was written to"
+
+
+def test_an_epsilon_stays_in_the_onnx_file(tmp_path: Path) -> None:
+    """For silence, all of whose channels are zero, the model answers zeros, and a file without the epsilon NaN."""
+
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8, bias=False), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x).relu()
+            return self.b(y / (y.sum(1, keepdim=True) + 1e-12))
+
+    result = sp.compress(Shares().eval(), (torch.randn(3, 4),), target="channels=0.5")
+    result.export_onnx(tmp_path / "model.onnx")
+    silence = torch.zeros(2, 4)
+    (answer,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"x": silence.numpy()})
+    np.testing.assert_allclose(answer, result.model(silence).detach(), rtol=1e-6)
 
 
 def test_wrong_example_inputs_are_told() -> None:

@@ -8,7 +8,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import onnxscript.optimizer
+import onnxscript.rewriter
 import onnxslim
 import torch
 from onnxscript import opset18 as op
+from onnxscript.rewriter.rules.common import _no_op
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -60,7 +62,7 @@ def export(
     Returns where the file's nodes come from: the name of a node, or of a value that it computes -> the name of a node of `program.module()`.
     Raises ExportError, with the operator, for what torch's exporter cannot translate.
     """
-    with _quiet():
+    with _quiet(), _epsilons_kept():
         try:
             exported = torch.onnx.export(
                 program,
@@ -104,6 +106,19 @@ def export(
         onnx.checker.check_model(model)
         onnx.save(model, str(path))
     return origins
+
+
+@contextlib.contextmanager
+def _epsilons_kept() -> Iterator[None]:
+    """onnxscript takes what is within 1e-8 of 0 for 0, and what is within 1e-5 of 1 for 1, and drops it: of x / (sum + 1e-12) the file would answer
+    NaN for a silent input. Adding a plain 0 costs nothing; runtimes drop it.
+    """
+    rules = onnxscript.rewriter._DEFAULT_REWRITE_RULES
+    onnxscript.rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if not any(rule is other for other in _no_op.rules))
+    try:
+        yield
+    finally:
+        onnxscript.rewriter._DEFAULT_REWRITE_RULES = rules
 
 
 def _squeeze(x: Any, dims: int | Sequence[int]) -> Any:
@@ -237,6 +252,7 @@ def _in_their_shapes(file: str, answers: Sequence[np.ndarray], wanted: Sequence[
 
 
 def _answers(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))  # the model may write to its inputs
     with torch.no_grad():
         return [v for v in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(v, Tensor)]
 

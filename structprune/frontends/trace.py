@@ -275,7 +275,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
 def _first_axes(exported: ExportedProgram) -> list[bool]:
     """Of each leaf of the arguments, whether its first axis may have another size."""
     values = {n.name: n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder"}
-    shapes = [getattr(values.get(str(name)), "shape", ()) for name in exported.graph_signature.user_inputs]
+    shapes: list[Sequence[Any]] = [getattr(values.get(str(name)), "shape", ()) for name in exported.graph_signature.user_inputs]
     return [bool(shape) and is_dynamic(shape[0]) for shape in shapes]
 
 
