@@ -29,7 +29,7 @@ from structprune.frontends.finite import must_be_finite
 from structprune.frontends.samples import samples_of
 from structprune.frontends.trace import Dynamic, fold_parametrizations, trace
 from structprune.ir.axes import Atom
-from structprune.ir.graph import Graph
+from structprune.ir.graph import Graph, results_in
 from structprune.ir.plan import Plan
 from structprune.ir.samples import Samples
 from structprune.recovery.compensate import Fitted
@@ -260,7 +260,7 @@ def _without_dead(given: _Given, options: Options, clock: Clock, plan: Plan | No
     """The model without the channels that contribute nothing, proved to answer as the original; or without those of them that a plan removes."""
     options.deployed()  # an unknown runtime is told before any work is done
     folded, original = given.traced(clock)
-    silent, module = copy.deepcopy((folded, original.module))  # together, so that they go on to share their tensors
+    silent, module = copy.deepcopy((folded, original.module), results_in(folded))  # together, so that they go on to share their tensors
     graph = replace(original, module=module)
     with clock("infer"):
         groups = find_groups(graph, options.ignore)

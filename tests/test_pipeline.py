@@ -372,6 +372,26 @@ def test_a_model_that_writes_to_its_input_is_verified_on_what_was_given(tmp_path
     assert torch.equal(x, before), "the user's example was written to"
 
 
+def test_a_model_that_keeps_the_features_of_its_last_call_comes_back_as_itself() -> None:
+    """torch refuses to copy them, with the history that they have where it was called outside of no_grad."""
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.features = nn.Linear(4, 8), nn.Linear(8, 2), []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.features = [self.a(x).relu()]
+            return self.b(self.features[0])
+
+    model, x = Keeps().eval(), torch.randn(3, 4)
+    model(x)
+    kept = model.features[0]
+    result = sp.compress(model, (x,), target="channels=0.5")
+    assert isinstance(result.model, Keeps) and result.model.features is not model.features
+    assert kept.grad_fn is not None, "the user's own was detached"
+
+
 def test_an_epsilon_stays_in_the_onnx_file(tmp_path: Path) -> None:
     """For silence, all of whose channels are zero, the model answers zeros, and a file without the epsilon NaN."""
 

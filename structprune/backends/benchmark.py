@@ -38,6 +38,7 @@ from torch.export.passes import move_to_device_pass
 
 from structprune.backends.resources import NO_ENERGY, NO_MEMORY, Resources, measure
 from structprune.errors import InputError
+from structprune.ir.graph import results_in
 
 Runner = Callable[[], float]
 """One run of one candidate, its inputs already in place; returns seconds. A runner ends when the outputs exist."""
@@ -332,14 +333,9 @@ def _starter(
 
 
 def _evaluation_copy(name: str, module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, so that the mode, the device and whatever the original caches in forward stay as they are.
-
-    Tensors that are results of computation (the masked weights of torch.nn.utils.prune) refuse to be copied: they are detached.
-    """
-    attributes = [value for part in module.modules() for value in vars(part).values()]
-    results = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
+    """A copy in evaluation mode, so that the mode, the device and whatever the original caches in forward stay as they are."""
     try:
-        duplicate = copy.deepcopy(module, {id(value): value.detach().clone() for value in results})
+        duplicate = copy.deepcopy(module, results_in(module))
     except Exception as error:  # whatever the module's own attributes raise
         raise InputError(f"{name}: the module cannot be copied (copy.deepcopy): {_first_line(error)}") from error
     with suppress(NotImplementedError):  # modules of torch.export were traced in one mode and refuse to change it

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError, TraceError
-from structprune.ir.graph import Graph, attribute, has_effect, held_by, is_dynamic, operator_name, repeated
+from structprune.ir.graph import Graph, attribute, has_effect, held_by, is_dynamic, operator_name, repeated, results_in
 from structprune.ir.signature import Signature, signature_of
 
 _log = logging.getLogger(__name__)
@@ -220,11 +220,9 @@ def fold_parametrizations(model: nn.Module) -> nn.Module:
 
     Weight norm and spectral norm, new and old, and the masks of torch.nn.utils.prune.
     """
-    hooked = {m: [h for h in m._forward_pre_hooks.values() if _folds(h)] for m in model.modules()}
-    if not any(hooked.values()) and not any(parametrize.is_parametrized(m) for m in model.modules()):
+    if not any(parametrize.is_parametrized(m) or any(map(_folds, m._forward_pre_hooks.values())) for m in model.modules()):
         return model
-    computed = [t for m, hooks in hooked.items() if hooks for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    model = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})  # a masked weight is no leaf, which cannot be copied otherwise
+    model = copy.deepcopy(model, results_in(model))
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             # A copy shares the class that holds its parametrized properties, and removing one would break the original.

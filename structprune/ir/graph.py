@@ -116,6 +116,15 @@ def held_by(module: torch.nn.Module) -> dict[str, Tensor]:
     return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
 
 
+def results_in(module: torch.nn.Module) -> dict[int, Tensor]:
+    """What a module keeps that was computed (a masked weight, features of its last call), detached, by the identity of the original.
+
+    torch refuses to copy such a tensor with its history; as the memo of `copy.deepcopy` this stands in for it.
+    """
+    kept = pytree.tree_leaves([vars(part) for part in module.modules()])
+    return {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
+
+
 def attribute(root: torch.nn.Module, name: str) -> Any:
     """`root.a.b.c` for the name 'a.b.c'."""
     return operator.attrgetter(name)(root)

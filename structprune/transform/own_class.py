@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from structprune.errors import VerificationError
-from structprune.ir.graph import Graph, held_by
+from structprune.ir.graph import Graph, held_by, results_in
 from structprune.transform.attributes import Attributes, guesses
 from structprune.transform.reference import Exact, in_double
 from structprune.transform.scale import Scale, hold_scales
@@ -40,7 +40,7 @@ def rebuild(model: nn.Module, tensors: Mapping[int, Tensor], attributes: Attribu
 
     What is replaced is never copied: the copy costs the memory of the small model.
     """
-    small = copy.deepcopy(model, dict(tensors))
+    small = copy.deepcopy(model, results_in(model) | dict(tensors))
     for name, values in attributes.items():
         module = small.get_submodule(name)
         for attribute, value in values.items():

@@ -19,7 +19,7 @@ from structprune.analysis.infer import Types
 from structprune.errors import TraceError, VerificationError
 from structprune.frontends.trace import evaluation
 from structprune.ir.axes import Keep
-from structprune.ir.graph import Graph, operator_name, shape_of
+from structprune.ir.graph import Graph, operator_name, results_in, shape_of
 from structprune.ops import RULES, contraction
 from structprune.transform.reference import Exact, Masked, in_double
 
@@ -114,7 +114,9 @@ def verify_trace(model: nn.Module, graph: Graph) -> None:
 
     spec = pytree.tree_structure((graph.args, dict(graph.kwargs)))
     off = error(model, fx.Interpreter(graph.module), lambda value: value)
-    if off > _ROUNDED and (off > _SINGLE or not _as_in_double(lambda: error(copy.deepcopy(model).double(), Exact(graph.module), in_double))):
+    if off > _ROUNDED and (
+        off > _SINGLE or not _as_in_double(lambda: error(copy.deepcopy(model, results_in(model)).double(), Exact(graph.module), in_double))
+    ):
         raise TraceError(
             f"the model answers otherwise than its trace by torch.export, by {off:.2g} of the largest answer: its code goes another way while it is "
             "traced (torch.compiler.is_exporting, a default mask); give all inputs explicitly, masks and positions among them, or change that code"
