@@ -364,8 +364,8 @@ def realise(
             _follow(own, surgery.module)
             accuracy |= _scores_of(ready, "after", small, clock)
     report = _report(graph, groups, plan, verification, own is not None, note, clock, ready, found, fitted, matched, accuracy)
-    given = (ready.dense, ready.samples, ready.evaluate) if ready is not None else ()
-    return Result(small, plan, report, graph, surgery.module, clock, options.deployed(), *given)
+    given = (ready.samples, ready.evaluate) if ready is not None else ()
+    return Result(small, plan, report, graph, surgery.module, clock, options.deployed(), found, *given)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,19 @@ from torch.utils import _pytree as pytree
 
 from structprune.backends import directory as out
 from structprune.backends import onnx, profiles, runtimes
+from structprune.backends.bench_process import BenchProcess
 from structprune.backends.benchmark import Comparison, environment
 from structprune.backends.quantize import OnnxModule
 from structprune.backends.quantize import quantize as quantized
 from structprune.backends.report import Report
 from structprune.backends.runtimes import Runtime
-from structprune.closed_loop import Dense
+from structprune.closed_loop import Built, Found
 from structprune.errors import InputError, VerificationError
 from structprune.frontends.onnx_in.check import runs as runs_in_onnxruntime
 from structprune.frontends.onnx_in.reading import read_again
 from structprune.frontends.program import save_program
 from structprune.frontends.trace import from_exported, retrace
-from structprune.ir.graph import Graph, draws, held_by, operator_name, resized, source_of
+from structprune.ir.graph import Graph, digest, draws, held_by, operator_name, resized, source_of
 from structprune.ir.plan import Plan
 from structprune.ir.samples import Samples
 from structprune.ir.traced import TracedModule
@@ -51,7 +51,7 @@ class Result:
     small: TracedModule = field(repr=False)  # the same weights as `model`, as a graph
     clock: Clock = field(repr=False)
     runtime: Runtime  # that it is deployed in
-    dense: Dense | None = field(default=None, repr=False)  # the model before pruning, where it was exported to be timed
+    found: Found | None = field(default=None, repr=False)  # what hit a latency: files of this model and of the one before pruning
     samples: Samples | None = field(default=None, repr=False)  # of the model's inputs, where some were given
     evaluate: Evaluate | None = field(default=None, repr=False)
 
@@ -85,26 +85,29 @@ class Result:
         """
         check_form(half, quantize, self.samples is not None)
         data = self.report.to_dict() | {"model": model_name, **(typed or {}), "notes": [*notes, *self.report.data["notes"]]}
-        with out.all_or_none(Path(directory)) as work:
+        built = self._built(half, opset)
+        with out.all_or_none(Path(directory)) as work, BenchProcess() as bench:
+            if latency and (built is None or built.compared is None):
+                bench.start()
             data["verification"]["onnx_error"] = self.write_model(work, half=half, opset=opset)
             data["precision"] = "float16" if half else str(type_of(self.small)).removeprefix("torch.")
             self.plan.save(work / "plan.json")
             with self.clock("onnx"):
                 if self.graph.signature is not None:
                     (work / "original.onnx").write_bytes(read_again(self.graph.signature))
-                elif self.dense is not None and self.dense.original.suffix == ".onnx":
-                    shutil.copyfile(self.dense.original, work / "original.onnx")
+                elif self.found is not None and self.found.dense.original.suffix == ".onnx":
+                    onnx.copy_file(self.found.dense.original, work / "original.onnx")
                 else:
                     self._export_original(work / "original.onnx", opset)
             data["onnx_bytes"] = {"before": onnx.size(work / "original.onnx"), "after": onnx.size(work / "model.onnx")}
             if latency:
                 with self.clock("benchmark"):
-                    data["latency_ms"] = self._latencies(work)
+                    data["latency_ms"] = self._latencies(work, bench, built)
                 with self.clock("profile"):
                     data["operators"] = self._operators(work)
             if quantize is not None:
                 with self.clock("quantize"):
-                    data["int8"] = self._quantized(work, latency)
+                    data["int8"] = self._quantized(work, bench if latency else None)
                 data["notes"] += [note] if (note := data["int8"].pop("note", "")) else []
             data["seconds"] = dict(self.clock.seconds)
             report = Report(data)
@@ -114,12 +117,25 @@ class Result:
 
     def write_model(self, folder: Path, *, half: bool = False, opset: int | None = None) -> float:
         """Write the small model as model.pt2, model.safetensors and model.onnx; returns ONNX Runtime's largest relative difference from it."""
+        built = self._built(half, opset)
         with self.clock("export"):
             module, graph = self._form(half)
-            save_program(retrace(module, graph).exported, folder / "model.pt2", self._metadata())
-            out.save_weights(module, folder / "model.safetensors", self._metadata())
+            if built is not None and built.file.suffix == ".pt2":
+                shutil.copyfile(built.file, folder / "model.pt2")
+            else:
+                save_program(retrace(module, graph).exported, folder / "model.pt2", out.stamp(self.plan))
+            out.save_weights(module, folder / "model.safetensors", out.stamp(self.plan))
         with self.clock("onnx"):
-            return self._export(module, graph, folder / "model.onnx", opset)
+            if built is None or built.file.suffix != ".onnx":
+                return self._export(module, graph, folder / "model.onnx", opset)
+            onnx.copy_file(built.file, folder / "model.onnx")
+            return _checked(folder / "model.onnx", module, graph, None)
+
+    def _built(self, half: bool, opset: int | None) -> Built | None:
+        """What was built to hit a latency, where its file is the one that would be written now: the user may have trained the model since."""
+        if self.found is None or half or opset is not None or self.found.built.weights != digest(self._form(half)[0]):
+            return None
+        return self.found.built
 
     def _form(self, half: bool) -> tuple[TracedModule, Graph]:
         """The small model with its present weights, as it is or in float16, and how it is called."""
@@ -130,11 +146,7 @@ class Result:
         bfloat16 = type_of(self.small) == torch.bfloat16
         return in_half(in_float32(self.small) if bfloat16 else self.small), _in_float32(self.graph) if bfloat16 else self.graph
 
-    def _metadata(self) -> dict[str, str]:
-        """For the files: who made them, by which plan, for which target."""
-        return {"structprune.version": version("structprune"), "structprune.plan": self.plan.digest, "structprune.target": self.plan.target}
-
-    def _quantized(self, work: Path, latency: bool) -> dict[str, Any]:
+    def _quantized(self, work: Path, bench: BenchProcess | None) -> dict[str, Any]:
         """Write model.int8.onnx; what it loses beside model.onnx, and what it gains."""
         assert self.samples is not None
         target = work / "model.int8.onnx"
@@ -144,13 +156,13 @@ class Result:
                 found["accuracy"] = self.evaluate(OnnxModule(target))
             except Exception as error:  # it was written for a module with parameters, which a file has not
                 found["note"] = f"int8 has no accuracy: evaluate= does not take an ONNX file: {type(error).__name__} {error}"
-        if latency:
+        if bench is not None:
             inputs = [v for v in floated(self.graph.given_inputs()) if isinstance(v, Tensor)]
-            compared = runtimes.compare(Runtime("onnxruntime", "cpu", self.runtime.threads), work / "original.onnx", target, inputs)
+            compared = runtimes.compare(Runtime("onnxruntime", "cpu", self.runtime.threads), work / "original.onnx", target, inputs, bench)
             found["latency_ms"] = _latency(compared)
         return found
 
-    def _latencies(self, work: Path) -> dict[str, Any]:
+    def _latencies(self, work: Path, bench: BenchProcess, built: Built | None) -> dict[str, Any]:
         """In the runtime of deployment, and in ONNX Runtime on the CPU, and on the GPU where there is one: by runtime."""
         inputs = tuple(v for v in self.graph.given_inputs() if isinstance(v, Tensor))
         on_cpu = Runtime("onnxruntime", "cpu", self.runtime.threads)
@@ -158,12 +170,15 @@ class Result:
         found = {}
         with tempfile.TemporaryDirectory() as folder:
             for where in dict.fromkeys([self.runtime, on_cpu, *([replace(on_cpu, device="cuda")] if has_gpu else [])]):
+                if built is not None and built.compared is not None and where == self.runtime:
+                    found[built.compared.latencies[0].runtime] = _latency(built.compared)
+                    continue
                 original = where.file(work, "original")
                 given = floated(inputs) if where.name == "onnxruntime" and type_of(self.small) == torch.bfloat16 else inputs
                 if not original.exists():  # only ONNX stays in the directory
                     original = where.file(Path(folder), "original")
                     runtimes.save(where, self.graph.exported, self.graph, original)
-                compared = runtimes.compare(where, original, where.file(work, "model"), given)
+                compared = runtimes.compare(where, original, where.file(work, "model"), given, bench)
                 found[compared.latencies[0].runtime] = _latency(compared)
         return found
 
@@ -187,19 +202,23 @@ class Result:
         if type_of(module) == torch.bfloat16:
             module, graph = in_float32(module), _in_float32(graph)
             reference = module
-        tolerance = onnx.TOLERANCE_HALF if type_of(module) == torch.float16 else None
         sizes = graph.signature.sizes if graph.signature is not None else ()
-        onnx.export(retrace(module, graph).exported, path, graph.input_names, graph.output_names, self._metadata(), sizes, opset)
-        try:
-            return _difference(path, reference, graph, tolerance)
-        except VerificationError as differs:
-            drawn = next((node for node in graph.nodes if draws(node)), None)
-            if drawn is None:
-                raise
-            where = f"{operator_name(drawn)} at {source_of(drawn) or drawn.name}"
-            raise VerificationError(
-                f"{differs}; the model draws random numbers ({where}), and no two runtimes the same: make the noise an input"
-            ) from differs
+        onnx.export(retrace(module, graph).exported, path, graph.input_names, graph.output_names, out.stamp(self.plan), sizes, opset)
+        return _checked(path, reference, graph, onnx.TOLERANCE_HALF if type_of(module) == torch.float16 else None)
+
+
+def _checked(path: Path, reference: nn.Module, graph: Graph, tolerance: float | None) -> float:
+    """`_difference`, or an error that says what the user can do about it."""
+    try:
+        return _difference(path, reference, graph, tolerance)
+    except VerificationError as differs:
+        drawn = next((node for node in graph.nodes if draws(node)), None)
+        if drawn is None:
+            raise
+        where = f"{operator_name(drawn)} at {source_of(drawn) or drawn.name}"
+        raise VerificationError(
+            f"{differs}; the model draws random numbers ({where}), and no two runtimes the same: make the noise an input"
+        ) from differs
 
 
 def _difference(path: Path, reference: nn.Module, graph: Graph, tolerance: float | None) -> float:

@@ -100,7 +100,7 @@ def recover(
         take_values(module, trained.state)
     report = result.report.to_dict() | {"recovery": record, "seconds": dict(clock.seconds)}
     report["accuracy"] = _accuracy(report, record)
-    return Result(model.eval(), result.plan, Report(report), result.graph, small.eval(), clock, result.runtime, result.dense)  # type: ignore[arg-type]
+    return Result(model.eval(), result.plan, Report(report), result.graph, small.eval(), clock, result.runtime, result.found)  # type: ignore[arg-type]
 
 
 def recover_directory(
@@ -122,8 +122,8 @@ def recover_directory(
         return Report(report)
     with out.all_or_none(target) as work:
         report["verification"]["onnx_error"] = recovered.write_model(work)
-        for name in ("plan.json", "original.onnx"):
-            shutil.copyfile(source / name, work / name)
+        shutil.copyfile(source / "plan.json", work / "plan.json")
+        onnx.copy_file(source / "original.onnx", work / "original.onnx")
         report["onnx_bytes"] = {"before": onnx.size(work / "original.onnx"), "after": onnx.size(work / "model.onnx")}
         report["seconds"] = dict(recovered.clock.seconds)
         full = Report(report)

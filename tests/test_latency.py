@@ -20,7 +20,9 @@ from torch import nn
 import structprune as sp
 from structprune import closed_loop
 from structprune.backends import eager, kernels, latency, onnx, profiles, runtimes
-from structprune.backends.benchmark import Comparison, Latency, Ratio, benchmark_afresh
+from structprune.backends.bench_process import BenchProcess
+from structprune.backends.benchmark import Comparison, Latency, Ratio
+from structprune.backends.directory import verify_directory
 from structprune.backends.runtimes import Runtime
 from structprune.backends.tables import Tables, rows
 from structprune.decide.allocate import allocate
@@ -300,15 +302,18 @@ def compared(names: tuple[str, str], ratio: float, dense_ms: float = 2.0) -> Com
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callable[[float], float]], list[float]]:
-    """A machine on which a file takes the time that a function gives for its share of bytes. Returns what was measured."""
+    """A machine on which a file takes the time that a function gives for its share of bytes. Returns what was measured, for each file once."""
     log: list[float] = []
 
     def install(time: Callable[[float], float]) -> list[float]:
-        def fake(where: Runtime, original: Path, small: Path, inputs: Any) -> Comparison:
-            log.append(time(small.stat().st_size / original.stat().st_size))
-            return compared((original.name, small.name), log[-1])
+        def fake(where: Runtime, original: Path, small: Path, *_: Any) -> Comparison:
+            taken = time(small.stat().st_size / original.stat().st_size)
+            if taken not in log[-1:]:  # a glance, and the measurement in full
+                log.append(taken)
+            return compared((original.name, small.name), taken)
 
         monkeypatch.setattr(runtimes, "compare", fake)
+        monkeypatch.setattr(BenchProcess, "start", lambda _: None)
         monkeypatch.setattr(runtimes, "tables_of", lambda *_: Known())
         return log
 
@@ -333,6 +338,36 @@ def test_the_loop_corrects_until_it_is_close(machine: Any, runtime: str) -> None
     assert abs(found["measured"] / 0.7 - 1) <= max(0.015, min(abs(m / 0.7 - 1) for m in measured) * 2)
     assert found["measured"] in measured
     assert result.report.data["importance_kept"] > 0.5
+
+
+def test_the_file_that_hit_the_target_is_the_one_that_is_deployed(machine: Any, tmp_path: Path) -> None:
+    machine(lambda share: share)
+    result = sp.compress(*chain(), target="latency=0.7", align=1)
+    assert result.found is not None and result.found.built.compared is not None
+    built = result.found.built.file
+    report = result.save(tmp_path / "first")
+    assert (tmp_path / "first" / "model.onnx").read_bytes() == built.read_bytes()
+    assert (tmp_path / "first" / "original.onnx").read_bytes() == result.found.dense.original.read_bytes()
+    shown = report.data["latency_ms"]["onnxruntime-cpu"]["ratio"]["median"]
+    assert shown == result.found.built.compared.ratios["model.onnx"].median == report.data["latency_target"]["measured"]
+    verify_directory(tmp_path / "first")
+    weight = next(result.model.parameters())
+    with torch.no_grad():
+        weight.view(-1)[0] += 1e-3  # the user goes on to train it: the file is another one
+    result.save(tmp_path / "second")
+    assert (tmp_path / "second" / "model.onnx").read_bytes() != built.read_bytes()
+    np.testing.assert_array_equal(onnx.weights(tmp_path / "second" / "model.onnx")["layers.0.weight"], weight.detach())
+    assert onnx.metadata(tmp_path / "second" / "model.onnx") == onnx.metadata(built)
+
+
+def test_a_round_is_enough_where_it_is_close_or_a_bit_too_fast_after_the_first() -> None:
+    def enough(*measured: float) -> bool:
+        return closed_loop._enough([closed_loop.Round(m, m, m, m, None) for m in measured], 1.0)
+
+    assert enough(1.01) and enough(0.99) and not enough(0.975) and not enough(1.02)
+    assert enough(1.1, 0.975) and not enough(1.1, 0.96) and not enough(1.1, 1.02)
+    assert enough(1.1, 1.03, 1.2, 1.2) and not enough(1.1, 1.05, 1.2, 1.2)
+    assert enough(*[1.1] * 7) and not enough(*[1.1] * 6)
 
 
 def test_between_a_round_that_is_too_fast_and_one_that_is_too_slow_lies_the_next() -> None:
@@ -386,9 +421,15 @@ def test_a_process_of_its_own_compares_two_files(tmp_path: Path) -> None:
     other = tmp_path / "other.onnx"
     other.write_bytes(path.read_bytes())
     inputs = tuple(graph.given_inputs())
-    found = benchmark_afresh(path, other, inputs, threads=1, seconds=0.5)
-    assert list(found.ratios) == ["dense.onnx", "other.onnx"]
-    assert found.ratios["dense.onnx"].median == 1.0 < 10 * found.ratios["other.onnx"].median
-    assert found.threads == 1
-    with pytest.raises(InputError, match="no such file"):
-        benchmark_afresh(path, tmp_path / "missing.onnx", inputs, threads=1, seconds=0.5)
+    with BenchProcess() as bench:
+        found = bench.compare(path, other, inputs, threads=1, seconds=0.5)
+        assert list(found.ratios) == ["dense.onnx", "other.onnx"]
+        assert found.ratios["dense.onnx"].median == 1.0 < 10 * found.ratios["other.onnx"].median
+        assert found.threads == 1
+        with pytest.raises(InputError, match="no such file"):
+            bench.compare(path, tmp_path / "missing.onnx", inputs, threads=1, seconds=0.5)
+        again = bench.compare(other, path, inputs, threads=1, seconds=0.5)  # it goes on after an error
+        assert list(again.ratios) == ["other.onnx", "dense.onnx"]
+        bench.start().kill()
+        with pytest.raises(InputError, match="the process that measures ended"):
+            bench.compare(path, other, inputs, threads=1, seconds=0.5)

@@ -13,13 +13,10 @@ differed by 5 %, each of them steadily; so sessions are started anew several tim
 
 import copy
 import gc
-import json
 import math
 import os
 import platform
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -234,33 +231,6 @@ def benchmark(
         machine=machine,
         notes=notes,
     )
-
-
-def benchmark_afresh(
-    baseline: Path,
-    candidate: Path,
-    inputs: Sequence[Tensor],
-    *,
-    device: str = "cpu",
-    threads: int | None = None,
-    seconds: float = 6.0,
-    compiled: bool = False,
-) -> Comparison:
-    """`benchmark` of two files in a Python process of its own, on noise of the inputs' shapes, and on single numbers as they are.
-
-    A process that has traced, trained or pruned runs a model up to a third slower than one that only serves it: its memory is in pieces,
-    and threads of other libraries wait in it. Raises InputError as `benchmark` does.
-    """
-    shapes = [f"{'x'.join(map(str, t.shape)) or f':={t.item()}'}:{str(t.dtype).removeprefix('torch.')}" for t in inputs]
-    threads = torch.get_num_threads() if threads is None else threads
-    options = {"--device": device, "--threads": threads, "--seconds": seconds}
-    command = [sys.executable, "-m", "structprune", "bench", str(baseline), str(candidate), "--json", "--no-resources"]
-    command += ["--compile"] * compiled
-    command += [str(part) for pair in [*options.items(), *(("--input", s) for s in shapes)] for part in pair]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise InputError(f"benchmark: {(done.stderr.strip().splitlines() or ['no answer'])[-1]}")
-    return Comparison.from_dict(json.loads(done.stdout))
 
 
 def environment() -> dict[str, Any]:

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ _CHANGED = {
     "recovery": "not comparable: the weights were trained after pruning",
     "compensation": "not comparable: the weights were fitted to samples after pruning",
 }
+
+
+def stamp(plan: Plan) -> dict[str, str]:
+    """What the files of a small model say of themselves: who made them, by which plan, for which target."""
+    return {"structprune.version": version("structprune"), "structprune.plan": plan.digest, "structprune.target": plan.target}
 
 
 def check_writable(directory: Path) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import io
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -144,6 +145,13 @@ def size(path: Path) -> int:
     """Bytes of a file and of the weights that lie beside it."""
     beside = path.with_name(f"{path.name}.data")
     return path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A file, and the weights that lie beside it, under the name by which the file knows them: `target` has the name of `source`."""
+    for path in (source, source.with_name(f"{source.name}.data")):
+        if path.exists():
+            shutil.copyfile(path, target.with_name(path.name))
 
 
 def metadata(path: Path) -> dict[str, str]:

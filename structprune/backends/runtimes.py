@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,8 @@ from torch.export import ExportedProgram
 
 from structprune.analysis.groups import Groups
 from structprune.backends import eager, kernels, onnx
-from structprune.backends.benchmark import Comparison, benchmark_afresh, check_provider, environment, place_of
+from structprune.backends.bench_process import BenchProcess
+from structprune.backends.benchmark import Comparison, check_provider, environment, place_of
 from structprune.backends.latency import Attributed, attributed
 from structprune.backends.tables import Tables
 from structprune.errors import InputError, did_you_mean
@@ -50,11 +51,12 @@ def runtime(name: str, device: str, threads: int | None) -> Runtime:
     return Runtime(name, device, torch.get_num_threads() if threads is None else threads)
 
 
-def save(where: Runtime, program: ExportedProgram, graph: Graph, path: Path) -> dict[str, str]:
+def save(where: Runtime, program: ExportedProgram, graph: Graph, path: Path, metadata: Mapping[str, str] | None = None) -> dict[str, str]:
     """Write a model as the runtime reads it. Returns what `kernels_of` needs: which node each part of the file comes from."""
     if where.name == "onnxruntime":
-        return onnx.export(program, path, graph.input_names, graph.output_names)
-    save_program(program, path)
+        sizes = graph.signature.sizes if graph.signature is not None else ()
+        return onnx.export(program, path, graph.input_names, graph.output_names, metadata, sizes)
+    save_program(program, path, metadata)
     return {}
 
 
@@ -84,10 +86,10 @@ def tables_of(where: Runtime, say: Callable[[str], None] | None = None, path: Pa
     return Tables(f"{processor}, {library}, {where.threads} thread(s)", timer, path, say)
 
 
-def compare(where: Runtime, dense: Path, small: Path, inputs: Sequence[Tensor], seconds: float = 6.0) -> Comparison:
-    """Both files side by side, in a process of its own."""
+def compare(where: Runtime, dense: Path, small: Path, inputs: Sequence[Tensor], bench: BenchProcess, seconds: float = 6.0) -> Comparison:
+    """Both files side by side, within that time."""
     compiled = where.name == "torch.compile"
-    return benchmark_afresh(dense, small, inputs, device=where.device, threads=where.threads, seconds=seconds, compiled=compiled)
+    return bench.compare(dense, small, inputs, device=where.device, threads=where.threads, seconds=seconds, compiled=compiled)
 
 
 def _is_profiled(where: Runtime) -> bool:

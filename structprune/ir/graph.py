@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -114,6 +115,15 @@ def repeated(value: Tensor, axis: int, size: int) -> Tensor:
 def held_by(module: torch.nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of a module under all their names, whatever its class makes of its state_dict."""
     return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+
+
+def digest(module: torch.nn.Module) -> str:
+    """Of the names, types, shapes and values of all that a module holds."""
+    found = hashlib.blake2b()
+    for name, tensor in held_by(module).items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def results_in(module: torch.nn.Module) -> dict[int, Tensor]:
