@@ -6,6 +6,8 @@ usage, 3 the target cannot be reached, 1 an error of our own.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import itertools
 import json
 import shlex
@@ -465,6 +467,7 @@ def main() -> None:
     """Run the command line; every error that we raise on purpose is one line and an exit status."""
     from structprune.limits import TimeIsUp, is_out_of_memory
 
+    atexit.register(gc.freeze)  # or Python looks through all that torch has made once more before it ends, for a second or two
     try:
         app()
     except StructpruneError as error:

@@ -30,7 +30,7 @@ from structprune.transform.surgery import operate
 
 _ROUNDS = 4
 _MOST_ROUNDS = 7  # where none of the first was near
-_GLANCE, _FULL = 2.0, 6.0  # seconds of a measurement; the second where the first says that it is worth its time
+_GLANCE, _FULL = 2.0, 6.0  # seconds of a measurement; the second where the first is close
 _CLOSE = 0.015  # of the target: what is left of a measurement's noise
 _NEAR = 0.04  # of the target
 _MISSED = 0.08  # of the target: more than this above it is no success
@@ -66,8 +66,8 @@ class Built:
 
     file: Path
     weights: str  # digest of those in the file
-    compared: Comparison | None  # None where only a glance was taken
     keeper: Any
+    compared: Comparison
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ def plan_for_latency(
 
     Raises TargetError, with the closest that was reached, where that cannot be.
     """
+    inputs = tuple(v for v in graph.given_inputs() if isinstance(v, Tensor))
     targets = decide.parse_target(target)
     asked = next(t for t in targets if t.key == "latency")
     costs = decide.costs_of(graph, groups, targets) | {"latency": [dense.latency.cost]}
@@ -148,20 +149,21 @@ def plan_for_latency(
             if known is not None:  # the correction was smaller than a step
                 limit = _beyond(limit, rounds, known, share)
                 continue
-            tried = _build(graph, groups, plan, dense)
+            file, weights, keeper = _build(graph, groups, plan, dense)
             say(f"round {len(rounds) + 1}: measure")
-            compared = _compare(graph, dense, tried, bench, _GLANCE)
-            if asked.absolute:
-                share = asked.value / (compared.latencies[0].median_ms * 1e-3)
-            if abs(compared.ratios[tried.file.name].median / share - 1) <= 2 * _CLOSE:
-                compared = _compare(graph, dense, tried, bench, _FULL)
-                tried = replace(tried, compared=compared)
-            ratio = compared.ratios[tried.file.name]
+            for seconds in (_GLANCE, _FULL):
+                compared = runtimes.compare(dense.runtime, dense.original, file, inputs, bench, seconds)
+                ratio = compared.ratios[file.name]
+                if asked.absolute:
+                    share = asked.value / (compared.latencies[0].median_ms * 1e-3)
+                close = _is_close(ratio.median / share, len(rounds))
+                if not close:
+                    break
             plans.append(plan)
             rounds.append(Round(dense.latency.cost(found.widths) / whole, ratio.median, ratio.low, ratio.high, found.gap))
             if min(rounds, key=lambda r: _miss(r.measured, share)) is rounds[-1]:
-                best, built = len(rounds) - 1, tried  # the file of the one before goes
-            if _enough(rounds, share):
+                best, built = len(rounds) - 1, Built(file, weights, keeper, compared)  # the file of the one before goes
+            if close or _is_near(rounds, share) or len(rounds) == _MOST_ROUNDS:
                 break
             limit = _corrected(rounds, share)
     if built is None or rounds[best].measured > share * (1 + _MISSED):
@@ -169,25 +171,22 @@ def plan_for_latency(
     return Found(plans[best], share, tuple(rounds), best, dense, built)
 
 
-def _build(graph: Graph, groups: Groups, plan: Plan, dense: Dense) -> Built:
-    """What a plan makes of the model, written as it will be deployed."""
+def _build(graph: Graph, groups: Groups, plan: Plan, dense: Dense) -> tuple[Path, str, Any]:
+    """What a plan makes of the model, written as it will be deployed: the file, a digest of its weights, and what keeps it."""
     keeper = tempfile.TemporaryDirectory(prefix="structprune-")
     file = dense.runtime.file(Path(keeper.name), "model")
     surgery = operate(graph, groups.types, decide.atoms_of(plan, groups), plan.tensors)
     runtimes.save(dense.runtime, retrace(surgery.module, graph).exported, graph, file, stamp(plan))
-    return Built(file, digest(surgery.module), None, keeper)
+    return file, digest(surgery.module), keeper
 
 
-def _compare(graph: Graph, dense: Dense, built: Built, bench: BenchProcess, seconds: float) -> Comparison:
-    inputs = tuple(v for v in graph.given_inputs() if isinstance(v, Tensor))
-    return runtimes.compare(dense.runtime, dense.original, built.file, inputs, bench, seconds)
+def _is_close(reached: float, before: int) -> bool:
+    """Whether a round is what was asked for, by its time as a share of that; after the first, a bit too fast will do."""
+    return -_CLOSE * min(before + 1, 2) <= reached - 1 <= _CLOSE
 
 
-def _enough(rounds: Sequence[Round], share: float) -> bool:
-    """Whether the last round is close, and a bit too fast will do after the first; or all that many rounds can be expected to give was had."""
-    off = rounds[-1].measured / share - 1
-    if -_CLOSE * min(len(rounds), 2) <= off <= _CLOSE or len(rounds) == _MOST_ROUNDS:
-        return True
+def _is_near(rounds: Sequence[Round], share: float) -> bool:
+    """Whether one round is as near as that many can be expected to come."""
     return len(rounds) >= _ROUNDS and min(abs(r.measured / share - 1) for r in rounds) <= _NEAR
 
 

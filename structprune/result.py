@@ -87,7 +87,7 @@ class Result:
         data = self.report.to_dict() | {"model": model_name, **(typed or {}), "notes": [*notes, *self.report.data["notes"]]}
         built = self._built(half, opset)
         with out.all_or_none(Path(directory)) as work, BenchProcess() as bench:
-            if latency and (built is None or built.compared is None):
+            if latency and built is None:
                 bench.start()
             data["verification"]["onnx_error"] = self.write_model(work, half=half, opset=opset)
             data["precision"] = "float16" if half else str(type_of(self.small)).removeprefix("torch.")
@@ -170,7 +170,7 @@ class Result:
         found = {}
         with tempfile.TemporaryDirectory() as folder:
             for where in dict.fromkeys([self.runtime, on_cpu, *([replace(on_cpu, device="cuda")] if has_gpu else [])]):
-                if built is not None and built.compared is not None and where == self.runtime:
+                if built is not None and where == self.runtime:
                     found[built.compared.latencies[0].runtime] = _latency(built.compared)
                     continue
                 original = where.file(work, "original")

@@ -343,7 +343,7 @@ def test_the_loop_corrects_until_it_is_close(machine: Any, runtime: str) -> None
 def test_the_file_that_hit_the_target_is_the_one_that_is_deployed(machine: Any, tmp_path: Path) -> None:
     machine(lambda share: share)
     result = sp.compress(*chain(), target="latency=0.7", align=1)
-    assert result.found is not None and result.found.built.compared is not None
+    assert result.found is not None
     built = result.found.built.file
     report = result.save(tmp_path / "first")
     assert (tmp_path / "first" / "model.onnx").read_bytes() == built.read_bytes()
@@ -360,14 +360,14 @@ def test_the_file_that_hit_the_target_is_the_one_that_is_deployed(machine: Any, 
     assert onnx.metadata(tmp_path / "second" / "model.onnx") == onnx.metadata(built)
 
 
-def test_a_round_is_enough_where_it_is_close_or_a_bit_too_fast_after_the_first() -> None:
-    def enough(*measured: float) -> bool:
-        return closed_loop._enough([closed_loop.Round(m, m, m, m, None) for m in measured], 1.0)
+def test_a_round_is_close_enough_where_it_is_a_bit_too_fast_after_the_first() -> None:
+    def rounds(*measured: float) -> list[closed_loop.Round]:
+        return [closed_loop.Round(m, m, m, m, None) for m in measured]
 
-    assert enough(1.01) and enough(0.99) and not enough(0.975) and not enough(1.02)
-    assert enough(1.1, 0.975) and not enough(1.1, 0.96) and not enough(1.1, 1.02)
-    assert enough(1.1, 1.03, 1.2, 1.2) and not enough(1.1, 1.05, 1.2, 1.2)
-    assert enough(*[1.1] * 7) and not enough(*[1.1] * 6)
+    assert [closed_loop._is_close(m, 0) for m in (1.02, 1.01, 0.99, 0.975)] == [False, True, True, False]
+    assert [closed_loop._is_close(m, 1) for m in (1.02, 1.01, 0.975, 0.96)] == [False, True, True, False]
+    assert closed_loop._is_near(rounds(1.1, 1.03, 1.2, 1.2), 1.0)
+    assert not closed_loop._is_near(rounds(1.1, 1.03, 1.2), 1.0) and not closed_loop._is_near(rounds(1.1, 1.05, 1.2, 1.2), 1.0)
 
 
 def test_between_a_round_that_is_too_fast_and_one_that_is_too_slow_lies_the_next() -> None:
