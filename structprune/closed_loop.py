@@ -20,6 +20,7 @@ from structprune.backends.benchmark import Comparison
 from structprune.backends.directory import stamp
 from structprune.backends.latency import LatencyModel, latency_model
 from structprune.backends.runtimes import Runtime
+from structprune.decide.uniform import Widths
 from structprune.errors import InputError, TargetError
 from structprune.frontends.onnx_in.reading import read_again
 from structprune.frontends.trace import retrace
@@ -31,7 +32,7 @@ from structprune.transform.surgery import operate
 _ROUNDS = 4
 _MOST_ROUNDS = 7  # where none of the first was near
 _GLANCE, _FULL = 2.0, 6.0  # seconds of a measurement; the second where the first is close
-_CLOSE = 0.015  # of the target: what is left of a measurement's noise
+_CLOSE = 0.02  # of the target: what two measurements of one file may differ by
 _NEAR = 0.04  # of the target
 _MISSED = 0.08  # of the target: more than this above it is no success
 
@@ -126,6 +127,7 @@ def plan_for_latency(
     share = limit = asked.value / whole if asked.absolute else asked.value
     rounds: list[Round] = []
     plans: list[Plan] = []
+    tried: list[Widths] = []
     best, built = -1, None
     with BenchProcess() as bench:
         bench.start()  # its imports take as long as the first solution
@@ -134,7 +136,14 @@ def plan_for_latency(
             corrected = [replace(t, value=limit * whole, absolute=True) if t.key == "latency" else t for t in targets]
             try:
                 found = decide.allocate(
-                    groups, corrected, saliency.scores, costs=costs, steps=dense.latency.steps, losses=saliency.losses, method=allocation
+                    groups,
+                    corrected,
+                    saliency.scores,
+                    costs=costs,
+                    steps=dense.latency.steps,
+                    losses=saliency.losses,
+                    method=allocation,
+                    between=_between(rounds, tried, share),
                 )
             except TargetError as unreachable:
                 if rounds:
@@ -160,6 +169,7 @@ def plan_for_latency(
                 if not close:
                     break
             plans.append(plan)
+            tried.append(found.widths)
             rounds.append(Round(dense.latency.cost(found.widths) / whole, ratio.median, ratio.low, ratio.high, found.gap))
             if min(rounds, key=lambda r: _miss(r.measured, share)) is rounds[-1]:
                 best, built = len(rounds) - 1, Built(file, weights, keeper, compared)  # the file of the one before goes
@@ -188,6 +198,17 @@ def _is_close(reached: float, before: int) -> bool:
 def _is_near(rounds: Sequence[Round], share: float) -> bool:
     """Whether one round is as near as that many can be expected to come."""
     return len(rounds) >= _ROUNDS and min(abs(r.measured / share - 1) for r in rounds) <= _NEAR
+
+
+def _between(rounds: Sequence[Round], tried: Sequence[Widths], share: float) -> tuple[Widths, Widths]:
+    """The widths that the last round that was too fast had, and the last that was too slow; none where there was none.
+
+    The tables are a little wrong about every kernel, and two plans of one predicted time may have little in common, and differ by 3 % when measured.
+    Between two that were measured they can be wrong only about the difference.
+    """
+    faster = [widths for widths, r in zip(tried, rounds, strict=True) if r.measured <= share]
+    slower = [widths for widths, r in zip(tried, rounds, strict=True) if r.measured > share]
+    return faster[-1] if faster else {}, slower[-1] if slower else {}
 
 
 def _corrected(rounds: Sequence[Round], share: float) -> float:

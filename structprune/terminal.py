@@ -5,14 +5,16 @@ On a terminal there is colour, unless NO_COLOR is set, and nothing is told by co
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import re
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -30,6 +32,7 @@ if TYPE_CHECKING:  # torch is imported when a command runs, not for --help
 _COUNTED = re.compile(r"(\d+) of (\d+)")
 _PACE = 10.0  # seconds between two lines of one count in a pipe
 _STAYS = "stays"  # in the place of a group's name
+_STDOUT, _STDERR = 1, 2  # as the system knows them
 _WIDEST = 10_000  # columns of a pipe: who reads it wants whole lines
 
 
@@ -55,8 +58,8 @@ class progress:
             self._stage: tuple[str, int | None] = ("", None)
             self._task = self._shown.add_task("start", total=None)
             self._shown.start()
-        self._stdout = redirect_stdout(sys.stderr)  # whatever the user's code prints is no part of the answer
-        self._stdout.__enter__()
+        self._chatter = _chatter_on_stderr()
+        self._chatter.__enter__()
         return self._say
 
     def _say(self, text: str) -> None:
@@ -83,9 +86,25 @@ class progress:
         self._shown.update(self._task, description=text, completed=done)
 
     def __exit__(self, *_: Any) -> None:
-        self._stdout.__exit__(None, None, None)
+        self._chatter.__exit__(None, None, None)
         if self._live:
             self._shown.stop()
+
+
+@contextmanager
+def _chatter_on_stderr() -> Iterator[None]:
+    """Whatever the user's code prints is no part of the answer, nor what C code does: a remark of the solver's would break the JSON of --json."""
+    sys.stdout.flush()
+    kept = os.dup(_STDOUT)
+    os.dup2(_STDERR, _STDOUT)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if os.name == "posix":
+            ctypes.CDLL(None).fflush(None)  # C has a buffer of its own
+        os.dup2(kept, _STDOUT)
+        os.close(kept)
 
 
 def _stage(text: str) -> tuple[str, re.Match[str] | None]:

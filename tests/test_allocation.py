@@ -128,6 +128,24 @@ def test_the_program_loses_no_more_than_the_simpler_methods() -> None:
     assert loss["milp"] <= loss["uniform"] + 1e-9
 
 
+@pytest.mark.parametrize("method", ["milp", "greedy"])
+def test_widths_stay_between_two_that_are_known(method: str) -> None:
+    model, inputs = models.build("residual")
+    graph = sp.trace(model, inputs)
+    groups = sp.find_groups(graph)
+    scores = decide.scored(graph, groups, "l2")[1]
+    few, many = (decide.allocate(groups, parse_target(f"macs={share}"), scores, method="uniform").widths for share in (0.4, 0.7))
+    found = decide.allocate(groups, parse_target("macs=0.5"), scores, method=method, between=(few, many)).widths
+    assert all(few[a] <= found[a] <= many[a] for a in found) and found != many
+    assert groups.macs(found) <= 0.5 * groups.macs()
+    first = next(g.atom for g in groups)
+    odd = first.size - 3  # no multiple of anything: whoever gives it knows why
+    exact = decide.allocate(groups, parse_target("macs=0.9"), scores, method=method, between=({first: odd}, {first: odd})).widths
+    assert exact[first] == odd
+    with pytest.raises(TargetError, match="cannot be reached"):
+        decide.allocate(groups, parse_target("macs=0.3"), scores, method=method, between=(few, {}))
+
+
 @pytest.mark.parametrize("method", ["milp", "greedy", "uniform"])
 def test_a_budget_out_of_reach_says_how_close_one_comes(method: str) -> None:
     model, inputs = models.build("residual")

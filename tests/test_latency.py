@@ -364,10 +364,19 @@ def test_a_round_is_close_enough_where_it_is_a_bit_too_fast_after_the_first() ->
     def rounds(*measured: float) -> list[closed_loop.Round]:
         return [closed_loop.Round(m, m, m, m, None) for m in measured]
 
-    assert [closed_loop._is_close(m, 0) for m in (1.02, 1.01, 0.99, 0.975)] == [False, True, True, False]
-    assert [closed_loop._is_close(m, 1) for m in (1.02, 1.01, 0.975, 0.96)] == [False, True, True, False]
+    assert [closed_loop._is_close(m, 0) for m in (1.03, 1.01, 0.99, 0.97)] == [False, True, True, False]
+    assert [closed_loop._is_close(m, 1) for m in (1.03, 1.01, 0.97, 0.95)] == [False, True, True, False]
     assert closed_loop._is_near(rounds(1.1, 1.03, 1.2, 1.2), 1.0)
     assert not closed_loop._is_near(rounds(1.1, 1.03, 1.2), 1.0) and not closed_loop._is_near(rounds(1.1, 1.05, 1.2, 1.2), 1.0)
+
+
+def test_the_next_plan_lies_between_the_last_that_was_too_fast_and_the_last_that_was_too_slow() -> None:
+    rounds = [closed_loop.Round(m, m, m, m, None) for m in (0.6, 0.4, 0.55, 0.45)]
+    tried: list[Any] = [{"a": 60}, {"a": 40}, {"a": 55}, {"a": 45}]
+    assert closed_loop._between([], [], 0.5) == ({}, {})
+    assert closed_loop._between(rounds[:1], tried[:1], 0.5) == ({}, {"a": 60})
+    assert closed_loop._between(rounds[:3], tried[:3], 0.5) == ({"a": 40}, {"a": 55})
+    assert closed_loop._between(rounds, tried, 0.5) == ({"a": 45}, {"a": 55})
 
 
 def test_between_a_round_that_is_too_fast_and_one_that_is_too_slow_lies_the_next() -> None:

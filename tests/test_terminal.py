@@ -190,6 +190,22 @@ def test_a_suggestion(run, arguments: list[str], words: str) -> None:
     assert words in err.strip().splitlines()[-1]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="speaks to the C library by its POSIX name")
+def test_what_c_code_prints_is_no_part_of_the_answer() -> None:
+    code = """
+import ctypes, os
+from structprune import terminal
+with terminal.progress(quiet=True):
+    print("Python")
+    os.write(1, b"the system\\n")
+    ctypes.CDLL(None).puts(b"C")
+print("answer")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "answer\n"
+    assert sorted(done.stderr.split("\n")) == ["", "C", "Python", "the system"]
+
+
 def test_shell_completion() -> None:
     words = {"_STRUCTPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": "structprune comp", "COMP_CWORD": "1"}
     code = "import sys; sys.argv[0] = 'structprune'; from structprune.cli import main; main()"

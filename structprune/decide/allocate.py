@@ -59,6 +59,7 @@ def allocate(
     steps: Mapping[Atom, int] | None = None,
     losses: Mapping[str, np.ndarray] | None = None,
     method: str = "auto",
+    between: tuple[Widths, Widths] = ({}, {}),
 ) -> Allocation:
     """The widths of the least loss that meet every target.
 
@@ -68,6 +69,7 @@ def allocate(
     they were measured; else multiples of 8 or 4, by which runtimes work.
     losses: [channels + 1] of every group by its name, what is lost when so many of its best channels stay; without them, the loss that is told above.
     method: 'auto' is 'milp' where steps or losses were measured, and else 'uniform'.
+    between: the least and the most, beside all else, of the groups that they name; milp and greedy keep to them.
 
     Raises TargetError, with the closest that can be reached, where the least of every group is too much.
     """
@@ -88,10 +90,14 @@ def allocate(
         return Allocation(widths, lost.mean(widths))
     most = most or dict(Uniform(groups).widths(share))
     for least in (_LEAST, 0.0):
-        choices = _choices(groups, lost.curves, {g.atom: block(g.size) for g in groups} if steps is None else steps, most, least)
+        offered = {g.atom: _widths(g.size, block(g.size) if steps is None else steps.get(g.atom, 1), most[g.atom], least) for g in groups}
+        offered = {atom: _inside(widths, between[0].get(atom), between[1].get(atom)) for atom, widths in offered.items()}
+        choices = _choices(groups, lost.curves, offered)
         found = _greedy(choices, budgets) if method == "greedy" else _milp(choices, budgets, lost.worth)
         if found is not None:
-            widths, gap = found if method == "greedy" or floors else _no_worse_than_uniform(groups, lost, found, share, budgets, steps)
+            widths, gap = (
+                found if method == "greedy" or floors or any(between) else _no_worse_than_uniform(groups, lost, found, share, budgets, steps)
+            )
             return Allocation(widths, lost.mean(widths), gap)
     smallest: dict[Atom, int] = {}
     for choice in choices:
@@ -199,23 +205,30 @@ def _scaled(term: Term, unit: float, sizes: np.ndarray) -> np.ndarray:
 # --- choices ------------------------------------------------------------------------------------------------------------
 
 
-def _choices(groups: Groups, losses: Mapping[Atom, np.ndarray], steps: Mapping[Atom, int], most: Widths, least: float) -> list[Choice]:
-    """For each set of atoms that share a product, all combinations of widths: multiples of the step, from the least to the most."""
+def _choices(groups: Groups, losses: Mapping[Atom, np.ndarray], offered: Mapping[Atom, Sequence[int]]) -> list[Choice]:
+    """For each set of atoms that share a product, all combinations of some of the widths that they are offered."""
     clusters = Uniform(groups).clusters
     found = []
     for cluster in clusters:
         room = min(_MANY_OPTIONS, _ALL_OPTIONS // len(clusters)) ** (1 / len(cluster))
         number = max(_OPTIONS.get(len(cluster), _FEW_OPTIONS), int(room))
-        widths = [thinned(_widths(atom.size, steps.get(atom, 1), most[atom], least), number) for atom in cluster]
+        widths = [thinned(offered[atom], number) for atom in cluster]
         options = tuple(dict(zip(cluster, chosen, strict=True)) for chosen in itertools.product(*widths))
         found.append(Choice(options, np.array([sum(losses[a][w] for a, w in option.items()) for option in options])))
     return found
 
 
 def _widths(size: int, step: int, most: int, least: float) -> list[int]:
+    """Multiples of the step, from a share of the size to the most, and the size itself."""
     first = max(1, math.ceil(size * least / step)) * step
     multiples = [w for w in range(first, size, step) if w <= most]
     return [*multiples, size] if most >= size else multiples or [most]
+
+
+def _inside(widths: Sequence[int], least: int | None, most: int | None) -> list[int]:
+    """Those from the least to the most, where there are such, and these two."""
+    inside = (w for w in widths if (least is None or w >= least) and (most is None or w <= most))
+    return sorted({*inside, *(bound for bound in (least, most) if bound is not None)})
 
 
 def _milp(choices: Sequence[Choice], budgets: Sequence[tuple[Cost, float]], worth: Cost | None) -> tuple[Widths, float | None] | None:
