@@ -129,7 +129,7 @@ class Result:
             if built is None or built.file.suffix != ".onnx":
                 return self._export(module, graph, folder / "model.onnx", opset)
             onnx.copy_file(built.file, folder / "model.onnx")
-            return _checked(folder / "model.onnx", module, graph, None)
+            return _checked(folder / "model.onnx", module, module, graph)
 
     def _built(self, half: bool, opset: int | None) -> Built | None:
         """What was built to hit a latency, where its file is the one that would be written now: the user may have trained the model since."""
@@ -204,11 +204,12 @@ class Result:
             reference = module
         sizes = graph.signature.sizes if graph.signature is not None else ()
         onnx.export(retrace(module, graph).exported, path, graph.input_names, graph.output_names, out.stamp(self.plan), sizes, opset)
-        return _checked(path, reference, graph, onnx.TOLERANCE_HALF if type_of(module) == torch.float16 else None)
+        return _checked(path, module, reference, graph)
 
 
-def _checked(path: Path, reference: nn.Module, graph: Graph, tolerance: float | None) -> float:
-    """`_difference`, or an error that says what the user can do about it."""
+def _checked(path: Path, module: TracedModule, reference: nn.Module, graph: Graph) -> float:
+    """`_difference` of the file of `module` from `reference`, or an error that says what the user can do about it."""
+    tolerance = onnx.TOLERANCE_HALF if type_of(module) == torch.float16 else None
     try:
         return _difference(path, reference, graph, tolerance)
     except VerificationError as differs:
