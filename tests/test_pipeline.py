@@ -61,6 +61,40 @@ def test_the_input_model_is_left_untouched() -> None:
     assert [m.training for m in model.modules()] == modes
 
 
+class Remembers(nn.Module):
+    """Keeps what depends on the size of its input until another size comes, as detectors do with anchors and transformers with positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 16, 3, padding=1)
+        self.head = nn.Conv2d(16, 4, 1)
+        self.shape: tuple[int, ...] | None = None
+        self.mask = torch.empty(0)
+        self.tables: dict[int, torch.Tensor] = {}
+        self.seen: list[list[int]] = [[]]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.shape != tuple(x.shape[2:]):
+            self.shape, self.mask = tuple(x.shape[2:]), torch.arange(x.shape[3]) % 2 + torch.ones(x.shape[2], 1)
+        if x.shape[3] not in self.tables:
+            self.tables[x.shape[3]] = torch.linspace(-1, 1, x.shape[3])
+            self.seen[0].append(x.shape[3])
+        return self.head(self.body(x * self.mask).relu() + self.tables[x.shape[3]])
+
+
+def test_what_a_model_remembers_of_a_size_is_its_own_and_not_the_traces() -> None:
+    torch.manual_seed(0)
+    model, x = Remembers().eval(), torch.randn(2, 3, 8, 8)
+    sp.trace(model, (x,))
+    assert (model.shape, model.mask.numel(), model.tables, model.seen) == (None, 0, {}, [[]])
+    result = sp.compress(model, (x,), target="channels=0.5")
+    assert type(result.model) is Remembers
+    for size in (8, 12):
+        other = torch.randn(1, 3, size, size)
+        assert model(other).shape == result.model(other).shape == (1, 4, size, size)
+    assert type(model.mask) is type(model.tables[8]) is torch.Tensor
+
+
 def test_the_users_class_comes_back_where_it_follows() -> None:
     model, inputs = models.build("residual")
     result = sp.compress(model, inputs, target="channels=0.5")

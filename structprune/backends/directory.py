@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from structprune.backends import onnx
@@ -167,27 +168,25 @@ def verify_directory(directory: str | Path) -> dict[str, Any]:
         reference, (args, kwargs) = in_float32(module), call_in_float32(args, kwargs)
     else:
         reference = module
-    half = type_of(module) == torch.float16
-    error = onnx.check(directory / "model.onnx", reference, args, kwargs, onnx.TOLERANCE_HALF if half else None)
+    error = onnx.check(directory / "model.onnx", reference, args, kwargs, onnx.TOLERANCE_HALF if type_of(module) == torch.float16 else None)
     report = _json(directory / "report.json")
     changed = next((words for key, words in _CHANGED.items() if report.get(key)), None)
     dead = report.get("dead") or {}
     if changed is None and plan.target == "dead":
         moved = "not comparable: constants or twins were added to other weights" if dead.get("constants") or dead.get("twins") else None
-        flat = pytree.tree_leaves((args, kwargs))
         return {
             **report.get("verification", {}),
             "onnx_error": error,
             "tensors": len(plan.tensors),
             "tensors_matched_in_original_onnx": moved or _same_slices(directory, plan),
-            "original_onnx": _apart(directory, directory / "original.onnx", flat, "original.onnx", half),
+            "original_onnx": _apart(directory, directory / "original.onnx", "original.onnx", reference, args, kwargs),
         }
     return {
         **report.get("verification", {}),
         "onnx_error": error,
         "tensors": len(plan.tensors),
         "tensors_matched_in_original_onnx": changed or _same_slices(directory, plan),
-        "original_onnx_masked": changed or _masked(directory, plan, pytree.tree_leaves((args, kwargs)), half),
+        "original_onnx_masked": changed or _masked(directory, plan, reference, args, kwargs),
     }
 
 
@@ -239,7 +238,7 @@ def _same(wanted: np.ndarray, got: np.ndarray) -> bool:
     return np.allclose(got.astype(wanted.dtype), wanted, rtol=4 * _HALF, atol=_HALF * largest, equal_nan=True)
 
 
-def _masked(directory: Path, plan: Plan, flat: list[Any], half: bool) -> float | str:
+def _masked(directory: Path, plan: Plan, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | str:
     """Largest relative difference between the masked original.onnx and model.onnx; or in words why zeros cannot tell."""
     inexact = [g for g in plan.groups if not g.exact and len(g.keep) < g.channels]
     if inexact:
@@ -252,20 +251,23 @@ def _masked(directory: Path, plan: Plan, flat: list[Any], half: bool) -> float |
     model = onnx.masked(directory / "original.onnx", removed)
     if isinstance(model, str):
         return model
-    return _apart(directory, model, flat, "original.onnx without the removed channels", half)
+    return _apart(directory, model, "original.onnx without the removed channels", module, args, kwargs)
 
 
-def _apart(directory: Path, original: Path | bytes, flat: list[Any], what: str, half: bool) -> float:
-    """Largest relative difference between the answers of model.onnx and of `original`, which messages call `what`."""
-    worst = 0.0
-    for want, got in zip(onnx.run(original, flat), onnx.run(directory / "model.onnx", flat), strict=True):
+def _apart(directory: Path, original: Path | bytes, what: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+    """Largest relative difference between the answers of model.onnx, which is `module`, and of `original`, which messages call `what`."""
+    flat = pytree.tree_leaves((args, kwargs))
+    pairs = list(zip(onnx.run(directory / "model.onnx", flat), onnx.run(original, flat), strict=True))
+    for got, want in pairs:
         if want.shape != got.shape:
             raise VerificationError(f"model.onnx answers with shape {got.shape}, original.onnx with {want.shape}")
         if not np.array_equal(np.isfinite(want), np.isfinite(got)):
             raise VerificationError(f"model.onnx answers with NaN or infinities where {what} does not, or the other way round")
-        finite = np.isfinite(want)
-        worst = max(worst, float(np.abs(want - got)[finite].max(initial=0) / max(np.abs(want[finite]).max(initial=0), onnx.LEAST)))
-    if not worst <= (onnx.TOLERANCE_HALF if half else onnx.TOLERANCE):
+    tolerance = onnx.TOLERANCE_HALF if type_of(module) == torch.float16 else onnx.TOLERANCE
+    worst = max((onnx.difference(got, want) for got, want in pairs), default=0.0)
+    if worst > tolerance and onnx.order_is_open(module, args, kwargs, tolerance):
+        worst = max(onnx.difference_in_any_order(got, want) for got, want in pairs)
+    if not worst <= tolerance:
         raise VerificationError(f"model.onnx differs from {what} by {worst:.2g} of the largest answer")
     return worst
 

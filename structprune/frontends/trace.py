@@ -266,7 +266,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
                 collection[leaf] = dict.fromkeys(sorted(dims), Dim.AUTO)
         shapes = collection.dynamic_shapes(model, args, kwargs)
     origins = preserve_node_meta() if signature_of(model) is not None else nullcontext()
-    with _quiet(), _masks_as_they_are(), origins:
+    with _quiet(), _masks_as_they_are(), _attributes_kept(model), origins:
         return torch.export.export(model, args, dict(kwargs) or None, dynamic_shapes=shapes, strict=False)
 
 
@@ -288,6 +288,30 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """What a model keeps for its next call (sizes that it has seen, tables by their sizes) is afterwards what it was.
+
+    torch.export puts back tensors, and leaves the note that there are some; in lists and dicts it leaves its own, which hold nothing.
+    """
+    kept: dict[int, tuple[Any, Any]] = {}
+    waiting: list[Any] = [vars(module) for module in model.modules()]
+    for container in waiting:  # grows while it is walked
+        if id(container) not in kept:
+            kept[id(container)] = container, copy.copy(container)
+            inside = container.values() if isinstance(container, dict) else container
+            waiting.extend(value for value in inside if type(value) in (dict, list, set, tuple))
+    try:
+        yield
+    finally:
+        for container, before in kept.values():
+            if isinstance(container, list):
+                container[:] = before
+            elif not isinstance(container, tuple):
+                container.clear()
+                container.update(before)
 
 
 @contextmanager
