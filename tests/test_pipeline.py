@@ -64,12 +64,13 @@ def test_the_input_model_is_left_untouched() -> None:
 class Remembers(nn.Module):
     """Keeps what depends on the size of its input until another size comes, as detectors do with anchors and transformers with positions."""
 
+    shape: tuple[int, ...] | None = None
+    mask = torch.empty(0)
+
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Conv2d(3, 16, 3, padding=1)
         self.head = nn.Conv2d(16, 4, 1)
-        self.shape: tuple[int, ...] | None = None
-        self.mask = torch.empty(0)
         self.tables: dict[int, torch.Tensor] = {}
         self.seen: list[list[int]] = [[]]
 
