@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError, TraceError
+from structprune.frontends.definitions import spell_out
 from structprune.ir.graph import Graph, attribute, has_effect, held_by, is_dynamic, operator_name, repeated, results_in
 from structprune.ir.signature import Signature, signature_of
 
@@ -184,6 +185,7 @@ def from_exported(
     _free_views(exported.graph_module)
     module = _unlifted(exported)
     _inline_regions(module)
+    spell_out(module)
     _drop_checks(module)
     _sink_tensors(module)
     names: dict[int, list[str]] = {}

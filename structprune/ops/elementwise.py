@@ -12,7 +12,7 @@ _WHY_ORDER = "the answer depends on the order of its entries"
 
 @rule(
     "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "bitwise_not", "ceil", "celu", "cos", "cosh", "deg2rad",
-    "elu", "erf", "erfc", "exp", "exp2", "expm1", "floor", "frac", "gelu", "hardsigmoid", "hardswish", "hardtanh",
+    "elu", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "floor", "frac", "gelu", "hardsigmoid", "hardswish", "hardtanh",
     "isfinite", "isinf", "isnan", "leaky_relu", "lgamma", "log", "log10", "log1p", "log2", "log_sigmoid", "logical_not", "mish",
     "nan_to_num", "neg", "negative", "positive", "reciprocal", "relu", "relu6", "round", "rrelu", "rsqrt", "selu",
     "sigmoid", "sign", "silu", "sin", "sinh", "softplus", "softshrink", "hardshrink", "tanhshrink", "sqrt", "square",
@@ -71,6 +71,12 @@ def along_one_axis(eq: Equations, x: Shape, dim: Any, *_: Any, **__: Any) -> Sha
         if x:
             eq.freeze(f"{eq.node.target._opname} runs along this axis", x[axis_index(d, len(x))])  # type: ignore[union-attr]
     return x
+
+
+@rule("cummax", "cummin")
+def extremum_so_far(eq: Equations, x: Shape, dim: Any) -> list[Shape]:
+    out = along_one_axis(eq, x, dim)
+    return [out, out]
 
 
 @rule("tril", "triu")

@@ -1,0 +1,71 @@
+"""Operators that no rule knows, spelled out by torch's own definition of them in operators that one does."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import fx
+from torch._decomp import core_aten_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from structprune.ir.graph import operator_name
+from structprune.ops.rules import RULES
+
+_log = logging.getLogger(__name__)
+
+
+def spell_out(module: fx.GraphModule) -> None:
+    """Replace such operators in place: `hstack` by a concatenation, `tensordot` by a product of matrices.
+
+    What torch does not define so, or by operators that have no rule either, stays as it is.
+    """
+    for node in list(module.graph.nodes):
+        if not _has_rule(node) and not node.target._schema.is_mutable:  # type: ignore[union-attr]
+            body = _definition(node)
+            if body is not None:
+                _put_in_place(node, body)
+
+
+def _has_rule(node: fx.Node) -> bool:
+    """Whether a node is understood: its operator has a rule, or it tells a size."""
+    return not isinstance(node.target, torch._ops.OpOverload) or operator_name(node) in RULES or operator_name(node) == "sym_size"
+
+
+def _definition(node: fx.Node) -> fx.Graph | None:
+    """What computes a node's answer from the values of `node.all_input_nodes`; None where there is no such definition."""
+    values = [source.meta.get("val") for source in node.all_input_nodes]
+    if any(value is None for value in values):
+        return None
+
+    def call(*values: Any) -> Any:
+        known = dict(zip(node.all_input_nodes, values, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    try:
+        body = make_fx(call, decomposition_table=core_aten_decompositions())(*values).graph
+    except Exception:  # torch's definitions look at values, which tracing does not have
+        _log.debug("%s is not spelled out", node.target, exc_info=True)
+        return None
+    return body if all(n.op != "get_attr" and _has_rule(n) for n in body.nodes) else None
+
+
+def _put_in_place(node: fx.Node, body: fx.Graph) -> None:
+    graph = node.graph
+    copies: dict[fx.Node, fx.Node] = dict(zip([n for n in body.nodes if n.op == "placeholder"], node.all_input_nodes, strict=True))
+    told = {key: value for key, value in node.meta.items() if key not in ("val", "tensor_meta")}
+    with graph.inserting_before(node):
+        answers: Any = graph.graph_copy(body, copies)  # a node, or several in a list
+    for old, new in copies.items():
+        if old.op != "placeholder":
+            new.meta = {**told, **{key: value for key, value in old.meta.items() if key == "val"}}
+    if isinstance(answers, (tuple, list)):
+        for user in list(node.users):
+            number: Any = user.args[1]
+            user.replace_all_uses_with(answers[number])
+            graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(answers)
+    graph.erase_node(node)

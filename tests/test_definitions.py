@@ -1,0 +1,72 @@
+"""Operators that no rule knows and torch defines: channels pass through them as through their definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import structprune as sp
+from structprune.ir.graph import operator_name
+from structprune.ops.rules import RULES
+
+DEFINED: dict[str, Callable[[Tensor], Tensor]] = {
+    "broadcast_to": lambda x: x.unsqueeze(1).broadcast_to(x.shape[0], 3, 16),
+    "hstack": lambda x: torch.hstack([x, x.sin()]),
+    "vstack": lambda x: torch.vstack([x, x.sin()]),
+    "dstack": lambda x: torch.dstack([x, x.sin()]).flatten(1),
+    "column_stack": lambda x: torch.column_stack([x, x.sin()]),
+    "hsplit": lambda x: torch.hsplit(x, 2)[0] * torch.hsplit(x, 2)[1],
+    "atleast_3d": lambda x: torch.atleast_3d(x).flatten(1),
+    "broadcast_tensors": lambda x: torch.broadcast_tensors(x, torch.ones(3, 1, 16))[0] * x,
+    "tensordot": lambda x: torch.tensordot(x, torch.arange(80.0).view(16, 5).sin(), dims=([1], [0])),
+    "inner": lambda x: torch.inner(x, torch.arange(80.0).view(5, 16).sin()),
+    "chain_matmul": lambda x: torch.chain_matmul(x, torch.arange(80.0).view(16, 5).sin(), torch.ones(5, 8)),
+    "pairwise_distance": lambda x: x * F.pairwise_distance(x, 2 * x, eps=0.0).unsqueeze(-1),
+    "absolute": torch.absolute,
+    "arctan2": lambda x: torch.arctan2(x, x + 1),
+    "float_power": lambda x: torch.float_power(x + 1, 2).to(x.dtype),
+    "greater_equal": lambda x: torch.greater_equal(x, 0.5) * x,
+    "logaddexp2": lambda x: torch.logaddexp2(x, x.sin()),
+    "sinc": torch.sinc,
+    "cross": lambda x: torch.cross(torch.stack([x, x.sin(), x.cos()], 1), torch.ones(1, 3, 1), dim=1),
+    "trapezoid": lambda x: torch.trapezoid(torch.stack([x, x.sin()], 1), dim=1),
+    "nanmean": lambda x: torch.nanmean(torch.stack([x, x.sin()], 1), 1),
+    "unsafe_chunk": lambda x: torch.unsafe_chunk(x, 2, 1)[0],
+    "kron": lambda x: torch.kron(x, torch.tensor([[1.0, 2.0]])),
+}
+
+
+def between(middle: Callable[[Tensor], Any]) -> tuple[nn.Module, tuple[Tensor]]:
+    torch.manual_seed(0)
+    x, first = torch.randn(4, 8), nn.Linear(8, 16)
+    last = nn.Linear(middle(first(x).relu()).shape[-1], 4)
+    return models.Of(lambda m, x: m.last(middle(m.first(x).relu())), first=first, last=last).eval(), (x,)
+
+
+@pytest.mark.parametrize("name", DEFINED)
+def test_channels_pass_through_what_torch_defines(name: str) -> None:
+    assert name not in RULES, "has a rule of its own: another operator has to show this"
+    model, inputs = between(DEFINED[name])
+    result = sp.compress(model, inputs, target="channels=0.5")
+    assert any(len(group.keep) < group.channels and "first" in group.name for group in result.plan.groups)
+
+
+def test_an_operator_whose_definition_has_no_rules_stays_as_it_is() -> None:
+    model, inputs = between(lambda x: x * torch.quantile(torch.stack([x, x.sin(), x.cos()], 1), 0.5, dim=1))
+    graph = sp.trace(model, inputs)
+    assert "quantile" in {operator_name(n) for n in graph.nodes if n.op == "call_function"}
+    frozen = next(f for f in sp.find_groups(graph).frozen if f.channels == 16)
+    assert "the operator quantile is not known" in frozen.reason
+
+
+def test_what_is_frozen_in_a_definition_is_told_with_the_users_line() -> None:
+    model, inputs = between(torch.fliplr)
+    frozen = {f.channels: f for f in sp.inspect(model, inputs).frozen}
+    assert "flip runs along this axis" in frozen[16].reason
+    assert frozen[16].at == frozen[8].at == frozen[4].at  # one line computes all
