@@ -45,7 +45,7 @@ def _definition(node: fx.Node) -> fx.Graph | None:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     try:
-        body = make_fx(call, decomposition_table=core_aten_decompositions())(*values).graph
+        body = make_fx(call, decomposition_table=dict(core_aten_decompositions().items()))(*values).graph
     except Exception:  # torch's definitions look at values, which tracing does not have
         _log.debug("%s is not spelled out", node.target, exc_info=True)
         return None
