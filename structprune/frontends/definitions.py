@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +30,11 @@ def spell_out(module: fx.GraphModule) -> None:
                 _put_in_place(node, body)
 
 
+@cache
+def _definitions() -> dict[Any, Callable[..., Any]]:
+    return dict(core_aten_decompositions().items())
+
+
 def _has_rule(node: fx.Node) -> bool:
     """Whether a node is understood: its operator has a rule, or it tells a size."""
     return not isinstance(node.target, torch._ops.OpOverload) or operator_name(node) in RULES or operator_name(node) == "sym_size"
@@ -45,7 +52,7 @@ def _definition(node: fx.Node) -> fx.Graph | None:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     try:
-        body = make_fx(call, decomposition_table=dict(core_aten_decompositions().items()))(*values).graph
+        body = make_fx(call, decomposition_table=_definitions())(*values).graph
     except Exception:  # torch's definitions look at values, which tracing does not have
         _log.debug("%s is not spelled out", node.target, exc_info=True)
         return None
