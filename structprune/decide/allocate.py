@@ -95,9 +95,9 @@ def allocate(
         choices = _choices(groups, lost.curves, offered)
         found = _greedy(choices, budgets) if method == "greedy" else _milp(choices, budgets, lost.worth)
         if found is not None:
-            widths, gap = (
-                found if method == "greedy" or floors or any(between) else _no_worse_than_uniform(groups, lost, found, share, budgets, steps)
-            )
+            if method != "greedy" and not floors and not any(between):
+                found = _no_worse_than_uniform(groups, lost, found, share, budgets, steps)
+            widths, gap = found
             return Allocation(widths, lost.mean(widths), gap)
     smallest: dict[Atom, int] = {}
     for choice in choices:

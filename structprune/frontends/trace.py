@@ -296,7 +296,8 @@ def _quiet() -> Iterator[None]:
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
     """What a model keeps for its next call (sizes that it has seen, tables by their sizes) is afterwards what it was.
 
-    torch.export puts back tensors, and leaves the note that there are some; in lists and dicts it leaves its own, which hold nothing.
+    torch.export puts back the attributes that a module had before, and takes away the tensors among those that came new, where the class has the
+    default, but not the note that they are there.
     """
     kept: dict[int, tuple[Any, Any]] = {}
     waiting: list[Any] = [vars(module) for module in model.modules()]
