@@ -73,7 +73,7 @@ def own_class(
     @cache
     def wanted(double: bool) -> Sequence[Tensor]:
         """The small graph's answers, in the model's own precision or in float64; the same for all guesses."""
-        with same_noise():
+        with torch.no_grad(), same_noise():
             if double:
                 return floats(Exact(surgery.module).run(*map(in_double, graph.flat_inputs()), enable_io_processing=False))
             return answers or floats(fx.Interpreter(surgery.module).run(*graph.flat_inputs(), enable_io_processing=False))

@@ -96,13 +96,15 @@ class Masked(Exact):
         channels = x.dim() - weight.dim() + 1
         read = self._mask(self._types.shape(source)[channels], x.shape[channels])
         made = self._mask(self._types.shape(n)[channels], weight.shape[0])
+        bias = self._read(bias) if bias is not None else None
+        if made is not None:
+            stays = made.nonzero()[:, 0]
+            weight, bias = (v if v is None else v.index_select(0, stays) for v in (weight, bias))
         if read is not None:
             x, weight = (v.index_select(d, read.nonzero()[:, 0]) for v, d in ((x, channels), (weight, 1)))
-        bias = self._read(bias) if bias is not None else None
+        answer = self.call_function(n.target, (x, weight, bias), given)
         if made is None:
-            return self.call_function(n.target, (x, weight, bias), given)  # type: ignore[no-any-return]
-        stays = made.nonzero()[:, 0]
-        answer = self.call_function(n.target, (x, *(v if v is None else v.index_select(0, stays) for v in (weight, bias))), given)
+            return answer  # type: ignore[no-any-return]
         whole = answer.new_full([*answer.shape[:channels], len(made), *answer.shape[channels + 1 :]], torch.nan)
         return whole.index_copy_(channels, stays, answer)
 
