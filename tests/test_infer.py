@@ -12,6 +12,7 @@ from models import Of
 from torch import Tensor, nn
 
 import structprune as sp
+from structprune.ir.graph import operator_name
 
 
 def pruned(model: nn.Module, inputs: Sequence[Tensor], **options: object) -> dict[str, tuple[int, ...]]:
@@ -170,3 +171,55 @@ def test_a_failing_export_prints_nothing(capfd: pytest.CaptureFixture[str]) -> N
     with pytest.raises(sp.StructpruneError, match="branches on values of tensors"):
         sp.trace(Branches(), torch.randn(2, 3))
     assert capfd.readouterr() == ("", "")
+
+
+class Checked(nn.Module):
+    """Code that looks at values, and only to see that they are as they should be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert (x.abs() < 100).all(), "out of range"
+        if torch.isnan(x).any() or torch.isinf(x).any():
+            raise ValueError("not finite")
+        if not torch.all(
+            x.std(0) >= 0,
+        ):
+            raise ValueError("no spread")
+        return self.last(self.first(x).relu())  # type: ignore[no-any-return]
+
+
+def test_checks_of_values_do_not_keep_a_model_from_being_traced() -> None:
+    model, x = Checked(), torch.randn(3, 6)
+    result = sp.compress(model, (x,))
+    assert type(result.model) is Checked and result.model.first.out_features == 8
+    assert not {"all", "any", "isnan"} & {operator_name(n) for n in result.graph.nodes}
+    with pytest.raises(AssertionError, match="out of range"):
+        result.model(1e3 * x)
+
+
+def test_what_a_check_among_other_code_decides_is_not_guessed() -> None:
+    class Chooses(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.sum() > 0:
+                x = x + 1
+                if not x.sum() > 0 and not x.sum() < 1:
+                    raise ValueError
+            return x
+
+    class Nested(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.sum() > 0 and not x.sum() > 1:
+                raise ValueError
+            return x
+
+    for model in (Chooses(), Nested()):
+        with pytest.raises(sp.StructpruneError, match="branches on values of tensors"):
+            sp.trace(model, torch.randn(2, 3))
+
+
+def test_a_check_that_the_example_fails_is_not_passed_over() -> None:
+    with pytest.raises((sp.StructpruneError, AssertionError), match="out of range"):
+        sp.compress(Checked(), (torch.full((3, 6), 1e3),))

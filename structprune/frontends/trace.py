@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError, TraceError
+from structprune.frontends.assertions import PassingChecks
 from structprune.frontends.definitions import spell_out
 from structprune.ir.graph import Graph, attribute, has_effect, held_by, is_dynamic, operator_name, repeated, results_in
 from structprune.ir.signature import Signature, signature_of
@@ -268,7 +269,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
                 collection[leaf] = dict.fromkeys(sorted(dims), Dim.AUTO)
         shapes = collection.dynamic_shapes(model, args, kwargs)
     origins = preserve_node_meta() if signature_of(model) is not None else nullcontext()
-    with _quiet(), _masks_as_they_are(), _attributes_kept(model), origins:
+    with _quiet(), _masks_as_they_are(), _attributes_kept(model), PassingChecks(), origins:
         return torch.export.export(model, args, dict(kwargs) or None, dynamic_shapes=shapes, strict=False)
 
 
