@@ -80,7 +80,8 @@ def recover(
         take_values(model, state)
         with users_code("evaluate="):
             assert evaluate is not None
-            return float(evaluate(model.eval()))
+            model.eval()
+            return float(evaluate(model))
 
     path = Path(checkpoint) if checkpoint is not None else None
     with clock("recover"), processes.joined(place):
@@ -98,9 +99,10 @@ def recover(
         record = _record(trained, recipe, teacher, place)
     for module in {small, model}:  # they share tensors, except for buffers of the user's class that the graph copied
         take_values(module, trained.state)
+        module.eval()
     report = result.report.to_dict() | {"recovery": record, "seconds": dict(clock.seconds)}
     report["accuracy"] = _accuracy(report, record)
-    return Result(model.eval(), result.plan, Report(report), result.graph, small.eval(), clock, result.runtime, result.found)  # type: ignore[arg-type]
+    return Result(model, result.plan, Report(report), result.graph, small, clock, result.runtime, result.found)  # type: ignore[arg-type]
 
 
 def recover_directory(

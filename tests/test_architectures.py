@@ -197,6 +197,19 @@ def test_attributes_that_follow_are_told_from_those_that_stay(model: nn.Module, 
     assert oracle.error_of(model, result.model, keep, (x,))[0] <= oracle.TOLERANCE
 
 
+class Freezing(Paths):
+    """As the backbones of OpenMMLab do: `train` keeps a part in evaluation mode, and returns nothing."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+        self.better.eval()
+
+
+def test_a_class_comes_back_whatever_its_train_returns() -> None:
+    result = sp.compress(Freezing(), (torch.randn(2, 32, 4, 4),), "channels=0.5")
+    assert type(result.model) is Freezing and not result.model.training
+
+
 def test_a_class_that_float64_decides_on_keeps_its_hooks() -> None:
     """Its sums run in another order while it is not traced: float32 cannot tell."""
 

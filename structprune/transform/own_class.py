@@ -36,7 +36,7 @@ def came_as_graph(model: nn.Module, graph: Graph) -> bool:
 
 
 def rebuild(model: nn.Module, tensors: Mapping[int, Tensor], attributes: Attributes) -> nn.Module:
-    """A copy of `model` that holds `tensors` (by the identity of the original ones) and the given attributes.
+    """A copy of `model`, in evaluation mode, that holds `tensors` (by the identity of the original ones) and the given attributes.
 
     What is replaced is never copied: the copy costs the memory of the small model.
     """
@@ -45,6 +45,7 @@ def rebuild(model: nn.Module, tensors: Mapping[int, Tensor], attributes: Attribu
         module = small.get_submodule(name)
         for attribute, value in values.items():
             setattr(module, attribute, value)
+    small.eval()  # for itself: a class that freezes some of its layers has a train() that need not return the module
     return small
 
 
@@ -88,7 +89,7 @@ def own_class(
     for double in (False, True):
         for attributes in candidates(double):
             try:
-                candidate = rebuild(model, surgery.tensors, attributes).eval()
+                candidate = rebuild(model, surgery.tensors, attributes)
                 judged = copy.deepcopy(candidate).double() if double else candidate
                 hooks = hold_scales(judged, scales)
                 error = _error(judged, graph, wanted(double), double)
@@ -132,7 +133,9 @@ def _runs_in_training(candidate: nn.Module, graph: Graph) -> None:
     """Layers that evaluation never reaches (auxiliary heads) may not fit the small ones: then training would fail."""
     with torch.no_grad():
         args, kwargs = graph.example()
-        copy.deepcopy(candidate).train()(*args, **kwargs)
+        training = copy.deepcopy(candidate)
+        training.train()
+        training(*args, **kwargs)
 
 
 def _has_unseen_parameters(model: nn.Module, tensors: Mapping[int, Tensor]) -> bool:
