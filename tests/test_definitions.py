@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import models
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,3 +72,33 @@ def test_what_is_frozen_in_a_definition_is_told_with_the_users_line() -> None:
     frozen = {f.channels: f for f in sp.inspect(model, inputs).frozen}
     assert "flip runs along this axis" in frozen[16].reason
     assert frozen[16].at == frozen[8].at == frozen[4].at  # one line computes all
+
+
+def spectrum(z: Tensor) -> Tensor:
+    """[batch, 34, time] → [batch, 17, time], complex."""
+    return torch.polar(z[:, :17].exp(), z[:, 17:])
+
+
+COMPLEX: dict[str, Callable[[Tensor], Tensor]] = {
+    "a complex number": lambda z: torch.fft.irfft(z[:, :17] * (z[:, 17:].cos() + 1j * z[:, 17:].sin()), 32, dim=1),
+    "its exponential": lambda z: torch.istft(z[:, :17] * torch.exp(z[:, 17:] * 1j), 32, 8, window=torch.hann_window(32)),
+    "a window inside": lambda z: torch.istft(spectrum(z), 32, 4, 24, torch.hann_window(24), length=60),
+    "no window": lambda z: torch.istft(spectrum(z), 32, normalized=True),
+    "longer than its frames": lambda z: torch.istft(spectrum(z), 32, 8, center=False, length=200),
+    "angles": lambda z: torch.stft(z.flatten(1), 32, 8, window=torch.hann_window(32), return_complex=True).angle().cos(),
+}
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_a_vocoder_can_be_written_as_onnx(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = models.Of(lambda m, x: COMPLEX[name](m.last(m.first(x).relu())), first=nn.Conv1d(8, 24, 1), last=nn.Conv1d(24, 34, 1)).eval()
+    x, other = torch.randn(2, 2, 8, 20).unbind()
+    traced = sp.trace(model, (x,)).module(x)
+    torch.testing.assert_close(traced[0] if isinstance(traced, tuple) else traced, model(x))
+    result = sp.compress(model, (x,), target="channels=0.5")
+    assert result.model.first.out_channels == 12
+    result.export_onnx(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    (answer,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+    torch.testing.assert_close(torch.from_numpy(answer), result.model(other), atol=1e-5, rtol=1e-4)

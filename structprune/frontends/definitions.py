@@ -1,4 +1,4 @@
-"""Operators that no rule knows, spelled out by torch's own definition of them in operators that one does."""
+"""Operators that no rule knows, spelled out by torch's own definition of them in operators that one does; and those on complex numbers, by ours."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import fx
 from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from structprune.frontends import complex_numbers
 from structprune.ir.graph import operator_name
 from structprune.ops.rules import RULES
 
@@ -24,10 +25,11 @@ def spell_out(module: fx.GraphModule) -> None:
     What torch does not define so, or by operators that have no rule either, stays as it is.
     """
     for node in list(module.graph.nodes):
-        if not _has_rule(node) and not node.target._schema.is_mutable:  # type: ignore[union-attr]
-            body = _definition(node)
-            if body is not None:
-                _put_in_place(node, body)
+        body = _of_complex(node)
+        if body is None and not _has_rule(node) and not node.target._schema.is_mutable:  # type: ignore[union-attr]
+            body = _of_torch(node)
+        if body is not None:
+            _put_in_place(node, body)
 
 
 @cache
@@ -40,8 +42,26 @@ def _has_rule(node: fx.Node) -> bool:
     return not isinstance(node.target, torch._ops.OpOverload) or operator_name(node) in RULES or operator_name(node) == "sym_size"
 
 
-def _definition(node: fx.Node) -> fx.Graph | None:
-    """What computes a node's answer from the values of `node.all_input_nodes`; None where there is no such definition."""
+def _of_torch(node: fx.Node) -> fx.Graph | None:
+    """What computes a node's answer from the values of `node.all_input_nodes`; None where torch does not say it in operators with rules."""
+    try:
+        body = _traced(node, node.target, decomposition_table=_definitions())  # type: ignore[arg-type]
+    except Exception:  # torch's definitions look at values, which tracing does not have
+        _log.debug("%s is not spelled out", node.target, exc_info=True)
+        return None
+    return body if body is not None and all(n.op != "get_attr" and _has_rule(n) for n in body.nodes) else None
+
+
+def _of_complex(node: fx.Node) -> fx.Graph | None:
+    if node.op != "call_function":
+        return None
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    definition = complex_numbers.definition_of(node.target, args, kwargs)
+    return None if definition is None else _traced(node, definition, pre_dispatch=True)
+
+
+def _traced(node: fx.Node, function: Callable[..., Any], **how: Any) -> fx.Graph | None:
+    """`function`, called as the node's operator is, as a graph; None where values of the node's inputs are not known."""
     values = [source.meta.get("val") for source in node.all_input_nodes]
     if any(value is None for value in values):
         return None
@@ -49,14 +69,9 @@ def _definition(node: fx.Node) -> fx.Graph | None:
     def call(*values: Any) -> Any:
         known = dict(zip(node.all_input_nodes, values, strict=True))
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return function(*args, **kwargs)
 
-    try:
-        body = make_fx(call, decomposition_table=_definitions())(*values).graph
-    except Exception:  # torch's definitions look at values, which tracing does not have
-        _log.debug("%s is not spelled out", node.target, exc_info=True)
-        return None
-    return body if all(n.op != "get_attr" and _has_rule(n) for n in body.nodes) else None
+    return make_fx(call, **how)(*values).graph  # type: ignore[no-any-return]
 
 
 def _put_in_place(node: fx.Node, body: fx.Graph) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -74,7 +75,7 @@ def own_class(
     @cache
     def wanted(double: bool) -> Sequence[Tensor]:
         """The small graph's answers, in the model's own precision or in float64; the same for all guesses."""
-        with torch.no_grad(), same_noise():
+        with torch.no_grad(), same_noise(), _numbers_made(double):
             if double:
                 return floats(Exact(surgery.module).run(*map(in_double, graph.flat_inputs()), enable_io_processing=False))
             return answers or floats(fx.Interpreter(surgery.module).run(*graph.flat_inputs(), enable_io_processing=False))
@@ -123,10 +124,21 @@ def _error(candidate: nn.Module, graph: Graph, wanted: Sequence[Tensor], double:
         args, kwargs = graph.example()
         if double:
             args, kwargs = pytree.tree_map(in_double, (args, kwargs))
-        with same_noise():
+        with same_noise(), _numbers_made(double):
             got = floats(candidate(*args, **kwargs))
     nothing = [torch.zeros((), dtype=torch.float64)] * len(wanted)
     return difference(got, wanted, lambda: nothing, graph.output_names)
+
+
+@contextmanager
+def _numbers_made(double: bool) -> Iterator[None]:
+    """Tensors that code makes (a window, a table of positions) without saying of what type are in float64 if the others are."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if double else default)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _runs_in_training(candidate: nn.Module, graph: Graph) -> None:

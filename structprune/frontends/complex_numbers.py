@@ -1,0 +1,76 @@
+"""Operators on complex numbers, as vocoders and separators of speech have them, by operators that ONNX has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def definition_of(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Tensor] | None:
+    """What computes the same as this call; None where it is no such operator, or none with complex numbers."""
+    first = args[0] if args else None
+    if not isinstance(first, Tensor):
+        return None
+    if target in (aten.mul.Tensor, aten.mul.Scalar):
+        return _times if not first.is_complex() and isinstance(args[1], complex) else None
+    if target is aten.istft.default:
+        return _istft if first.is_complex() and not kwargs.get("return_complex") else None
+    return _OF_COMPLEX.get(target) if first.is_complex() else None
+
+
+def _times(x: Tensor, number: complex) -> Tensor:
+    return torch.complex(x * number.real, x * number.imag)
+
+
+def _exp(z: Tensor) -> Tensor:
+    parts = torch.view_as_real(z)
+    return torch.polar(parts[..., 0].exp(), parts[..., 1])
+
+
+def _angle(z: Tensor) -> Tensor:
+    parts = torch.view_as_real(z)
+    return torch.atan2(parts[..., 1], parts[..., 0])
+
+
+def _istft(
+    z: Tensor,
+    n_fft: int,
+    hop_length: int | None = None,
+    win_length: int | None = None,
+    window: Tensor | None = None,
+    center: bool = True,
+    normalized: bool = False,
+    onesided: bool | None = None,
+    length: int | None = None,
+    return_complex: bool = False,
+) -> Tensor:
+    """Griffin and Lim, Signal estimation from modified short-time Fourier transform, 1984: Σ w·frame / Σ w², each at its place.
+
+    z: [..., frequencies, frames]. As torch.istft, which checks besides that the windows leave no gap.
+    """
+    hop, width = hop_length or n_fft // 4, win_length or n_fft
+    taper = torch.ones(width, device=z.device) if window is None else window
+    taper = F.pad(taper, ((n_fft - width) // 2, n_fft - width - (n_fft - width) // 2))
+    frames = torch.fft.irfft(z, n_fft, dim=-2, norm="ortho" if normalized else "backward") * taper[:, None]
+    count = z.shape[-1]
+    size = n_fft + hop * (count - 1)
+
+    def overlapped(columns: Tensor) -> Tensor:
+        return F.fold(columns, (1, size), (1, n_fft), stride=(1, hop)).flatten(1)
+
+    first = n_fft // 2 if center else 0
+    last = size - first if length is None else min(first + length, size)
+    weights = overlapped(taper.square()[None, :, None].expand(1, -1, count))[:, first:last]
+    signal = overlapped(frames.reshape(-1, n_fft, count))[:, first:last] / weights
+    if length is not None:
+        signal = F.pad(signal, (0, length - (last - first)))
+    return signal.reshape(*z.shape[:-2], -1)
+
+
+_OF_COMPLEX: dict[Any, Callable[..., Tensor]] = {aten.exp.default: _exp, aten.angle.default: _angle}
