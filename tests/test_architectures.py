@@ -197,6 +197,33 @@ def test_attributes_that_follow_are_told_from_those_that_stay(model: nn.Module, 
     assert oracle.error_of(model, result.model, keep, (x,))[0] <= oracle.TOLERANCE
 
 
+class InPatches(nn.Module):
+    """`channels` must follow; where it does not, two samples of 16 channels pass as one of 32, and come out as they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels, self.size = 32, 8
+        self.first, self.last = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 5, 1)
+
+    def split(self, y: Tensor) -> Tensor:
+        parts = y.shape[2] // self.size
+        return y.reshape(-1, self.channels, parts, self.size, parts, self.size).permute(0, 2, 4, 1, 3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        patches = self.split(y).relu()
+        return self.last(patches.permute(0, 3, 1, 4, 2, 5).reshape(y.shape))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_a_class_is_right_at_every_batch(batch: int) -> None:
+    model = InPatches().eval()
+    result = sp.compress(model, (torch.randn(batch, 3, 8, 8),), "channels=0.5")
+    for samples in (1, 2, 3):
+        x = torch.randn(samples, 3, 8, 8)
+        torch.testing.assert_close(result.model(x), result.small(x))
+
+
 class Freezing(Paths):
     """As the backbones of OpenMMLab do: `train` keeps a part in evaluation mode, and returns nothing."""
 

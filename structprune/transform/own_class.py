@@ -12,13 +12,15 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from structprune.errors import VerificationError
-from structprune.ir.graph import Graph, held_by, results_in
+from structprune.ir.graph import Graph, held_by, repeated, results_in
+from structprune.ir.samples import samples_in
 from structprune.transform.attributes import Attributes, guesses
 from structprune.transform.reference import Exact, in_double
 from structprune.transform.scale import Scale, hold_scales
@@ -72,13 +74,16 @@ def own_class(
     if came_as_graph(model, graph):
         return None, "the model came as a graph"
 
+    batches = _batches(graph)
+
     @cache
-    def wanted(double: bool) -> Sequence[Tensor]:
-        """The small graph's answers, in the model's own precision or in float64; the same for all guesses."""
+    def wanted(number: int, double: bool) -> Sequence[Tensor]:
+        """The small graph's answers to a batch, in the model's own precision or in float64; the same for all guesses."""
+        if answers and not number and not double and not graph.doubled:
+            return answers
+        run = Exact(surgery.module) if double else fx.Interpreter(surgery.module)
         with torch.no_grad(), same_noise(), _numbers_made(double):
-            if double:
-                return floats(Exact(surgery.module).run(*map(in_double, graph.flat_inputs()), enable_io_processing=False))
-            return answers or floats(fx.Interpreter(surgery.module).run(*graph.flat_inputs(), enable_io_processing=False))
+            return floats(run.run(*_typed(batches[number], double), enable_io_processing=False))
 
     note = ""
     doubtful: list[tuple[float, Attributes]] = []  # guesses with their errors, of which rounding may explain what is left: float64 decides
@@ -93,7 +98,7 @@ def own_class(
                 candidate = rebuild(model, surgery.tensors, attributes)
                 judged = copy.deepcopy(candidate).double() if double else candidate
                 hooks = hold_scales(judged, scales)
-                error = _error(judged, graph, wanted(double), double)
+                error = max(_error(judged, graph, batch, wanted(i, double), double) for i, batch in enumerate(batches))
                 if _TOLERANCE < error < _SINGLE and not double:
                     doubtful.append((error, attributes))
                 if not error <= _TOLERANCE:
@@ -115,17 +120,33 @@ def own_class(
     return None, note
 
 
-def _error(candidate: nn.Module, graph: Graph, wanted: Sequence[Tensor], double: bool) -> float:
+def _batches(graph: Graph) -> list[list[Any]]:
+    """Inputs on which class and graph must agree: the user's example, and where that has several samples another number of them.
+
+    What should have followed the new sizes may hide in one batch: two samples of 48 channels are also one of 96.
+    """
+    given = graph.given_inputs()
+    if graph.doubled or not graph.dynamic_batch:
+        return [given]
+    number = samples_in(given)
+    other = number - 1 if number > 2 else number + 1
+    return [given, [repeated(v, 0, other) if 0 in axes else v for v, axes in zip(given, graph.dynamic, strict=True)]]
+
+
+def _typed(inputs: Sequence[Any], double: bool) -> list[Any]:
+    """Copies, for a model may write to its inputs."""
+    copies = [v.clone() if isinstance(v, Tensor) else v for v in inputs]
+    return list(map(in_double, copies)) if double else copies
+
+
+def _error(candidate: nn.Module, graph: Graph, inputs: Sequence[Any], wanted: Sequence[Tensor], double: bool) -> float:
     """Largest difference between a candidate's answers and the small graph's as a share of the answer. double: both are in float64.
 
     Both hold the same tensors and call the same kernels, mostly in the same order.
     """
-    with torch.no_grad():
-        args, kwargs = graph.example()
-        if double:
-            args, kwargs = pytree.tree_map(in_double, (args, kwargs))
-        with same_noise(), _numbers_made(double):
-            got = floats(candidate(*args, **kwargs))
+    args, kwargs = pytree.tree_unflatten(_typed(inputs, double), pytree.tree_structure((graph.args, dict(graph.kwargs))))
+    with torch.no_grad(), same_noise(), _numbers_made(double):
+        got = floats(candidate(*args, **kwargs))
     nothing = [torch.zeros((), dtype=torch.float64)] * len(wanted)
     return difference(got, wanted, lambda: nothing, graph.output_names)
 
