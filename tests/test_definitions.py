@@ -102,3 +102,31 @@ def test_a_vocoder_can_be_written_as_onnx(name: str, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     (answer,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
     torch.testing.assert_close(torch.from_numpy(answer), result.model(other), atol=1e-5, rtol=1e-4)
+
+
+ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "one head": F.scaled_dot_product_attention,
+    "causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3),
+    "masked": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, q[..., :1].transpose(1, 2) > q[..., :1].amin()),
+    "in windows": lambda q, k, v: windows(F.scaled_dot_product_attention(*map(windows, (q, k, v)), torch.ones(3, 1, 4, 4).tril().log())),
+}
+
+
+def windows(x: Tensor) -> Tensor:
+    """[batch, 12, width] → [batch, 3, 2, 4, width / 2] and back."""
+    return x.view(x.shape[0], 3, 4, 2, -1).transpose(2, 3) if x.dim() == 3 else x.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_of_any_rank_can_be_written_as_onnx(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = models.Of(lambda m, x: m.last(ATTENTION[name](*m.first(x).chunk(3, -1))), first=nn.Linear(16, 96), last=nn.Linear(32, 16)).eval()
+    result = sp.compress(model, (torch.randn(2, 12, 16),), target="channels=0.5")
+    assert result.report.data["macs"]["after"] <= 0.55 * result.report.data["macs"]["before"]
+    result.export_onnx(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    x = torch.randn(3, 12, 16)
+    (answer,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(
+        torch.from_numpy(answer), result.small(x)[0] if isinstance(result.small(x), tuple) else result.small(x), atol=1e-5, rtol=1e-4
+    )

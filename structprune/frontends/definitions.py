@@ -1,4 +1,4 @@
-"""Operators that no rule knows, spelled out by torch's own definition of them in operators that one does; and those on complex numbers, by ours."""
+"""Operators that no rule knows, spelled out by torch's own definition of them in operators that one does; calls that ONNX cannot say, by ours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import fx
 from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from structprune.frontends import complex_numbers
+from structprune.frontends.equivalents import equivalent
 from structprune.ir.graph import operator_name
 from structprune.ops.rules import RULES
 
@@ -25,7 +25,7 @@ def spell_out(module: fx.GraphModule) -> None:
     What torch does not define so, or by operators that have no rule either, stays as it is.
     """
     for node in list(module.graph.nodes):
-        body = _of_complex(node)
+        body = _for_onnx(node)
         if body is None and not _has_rule(node) and not node.target._schema.is_mutable:  # type: ignore[union-attr]
             body = _of_torch(node)
         if body is not None:
@@ -52,12 +52,12 @@ def _of_torch(node: fx.Node) -> fx.Graph | None:
     return body if body is not None and all(n.op != "get_attr" and _has_rule(n) for n in body.nodes) else None
 
 
-def _of_complex(node: fx.Node) -> fx.Graph | None:
+def _for_onnx(node: fx.Node) -> fx.Graph | None:
     if node.op != "call_function":
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-    definition = complex_numbers.definition_of(node.target, args, kwargs)
-    return None if definition is None else _traced(node, definition, pre_dispatch=True)
+    call = equivalent(node.target, args, kwargs)
+    return None if call is None else _traced(node, call, pre_dispatch=True)
 
 
 def _traced(node: fx.Node, function: Callable[..., Any], **how: Any) -> fx.Graph | None:

@@ -1,4 +1,8 @@
-"""Operators on complex numbers, as vocoders and separators of speech have them, by operators that ONNX has."""
+"""Calls that torch's ONNX exporter cannot translate, by others that it can.
+
+On complex numbers, as vocoders and separators of speech have them; attention of other ranks than batch, heads, positions, width; largest and
+smallest entries of a whole tensor.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
-def definition_of(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Tensor] | None:
-    """What computes the same as this call; None where it is no such operator, or none with complex numbers."""
+def equivalent(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Tensor] | None:
+    """What computes the same as this call; None for a call that can be translated, or that nothing here knows."""
     first = args[0] if args else None
     if not isinstance(first, Tensor):
         return None
@@ -21,6 +25,10 @@ def definition_of(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         return _times if not first.is_complex() and isinstance(args[1], complex) else None
     if target is aten.istft.default:
         return _istft if first.is_complex() and not kwargs.get("return_complex") else None
+    if target is aten.scaled_dot_product_attention.default:
+        return _attention if first.dim() != 4 and not kwargs.get("enable_gqa") else None
+    if target in (aten.amax.default, aten.amin.default):
+        return None if args[1:] or kwargs.get("dim") else lambda x, **keepdim: target(x, list(range(x.dim())), **keepdim)
     return _OF_COMPLEX.get(target) if first.is_complex() else None
 
 
@@ -71,6 +79,18 @@ def _istft(
     if length is not None:
         signal = F.pad(signal, (0, length - (last - first)))
     return signal.reshape(*z.shape[:-2], -1)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """All axes but the last two as heads of one sample."""
+    before = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+
+    def heads(x: Tensor) -> Tensor:
+        return x.expand(*before, *x.shape[-2:]).reshape(1, -1, *x.shape[-2:])
+
+    mask = heads(attn_mask) if attn_mask is not None and attn_mask.dim() > 2 else attn_mask
+    answer = F.scaled_dot_product_attention(heads(query), heads(key), heads(value), mask, *args, **kwargs)
+    return answer.reshape(*before, *answer.shape[-2:])
 
 
 _OF_COMPLEX: dict[Any, Callable[..., Tensor]] = {aten.exp.default: _exp, aten.angle.default: _angle}
