@@ -98,10 +98,7 @@ def test_a_vocoder_can_be_written_as_onnx(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(traced[0] if isinstance(traced, tuple) else traced, model(x))
     result = sp.compress(model, (x,), target="channels=0.5")
     assert result.model.first.out_channels == 12
-    result.export_onnx(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
-    (answer,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
-    torch.testing.assert_close(torch.from_numpy(answer), result.model(other), atol=1e-5, rtol=1e-4)
+    assert_onnx_agrees(result, other, tmp_path)
 
 
 ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -123,10 +120,22 @@ def test_attention_of_any_rank_can_be_written_as_onnx(name: str, tmp_path: Path)
     model = models.Of(lambda m, x: m.last(ATTENTION[name](*m.first(x).chunk(3, -1))), first=nn.Linear(16, 96), last=nn.Linear(32, 16)).eval()
     result = sp.compress(model, (torch.randn(2, 12, 16),), target="channels=0.5")
     assert result.report.data["macs"]["after"] <= 0.55 * result.report.data["macs"]["before"]
-    result.export_onnx(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
-    x = torch.randn(3, 12, 16)
+    assert_onnx_agrees(result, torch.randn(3, 12, 16), tmp_path)
+
+
+@pytest.mark.parametrize("how", [{"align_corners": True}, {"mode": "nearest", "padding_mode": "border", "align_corners": False}])
+def test_a_volume_that_is_sampled_can_be_written_as_onnx(how: dict[str, Any], tmp_path: Path) -> None:
+    def warped(m: nn.Module, x: Tensor) -> Tensor:
+        return F.grid_sample(x, m.last(m.first(x).relu()).permute(0, 2, 3, 4, 1), **how)
+
+    torch.manual_seed(0)
+    model = models.Of(warped, first=nn.Conv3d(2, 16, 3, padding=1), last=nn.Conv3d(16, 3, 3, padding=1)).eval()
+    result = sp.compress(model, (torch.randn(2, 2, 4, 5, 6),), target="channels=0.5")
+    assert_onnx_agrees(result, torch.randn(3, 2, 4, 5, 6), tmp_path)
+
+
+def assert_onnx_agrees(result: sp.Result, x: Tensor, folder: Path) -> None:
+    result.export_onnx(folder / "model.onnx")
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
     (answer,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(
-        torch.from_numpy(answer), result.small(x)[0] if isinstance(result.small(x), tuple) else result.small(x), atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(torch.from_numpy(answer), result.model(x), atol=1e-5, rtol=1e-4)

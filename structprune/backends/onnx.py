@@ -21,6 +21,7 @@ import onnxscript.rewriter
 import onnxslim
 import torch
 from onnxscript import opset18 as op
+from onnxscript import opset20
 from onnxscript.rewriter.rules.common import _no_op
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -134,11 +135,18 @@ def _same(x: Any) -> Any:
     return op.Identity(x)
 
 
+def _grid_sample_3d(x: Any, grid: Any, interpolation: int, padding: int, align_corners: bool) -> Any:
+    """Numbers as torch counts them: bilinear, nearest; zeros, border, reflection."""
+    modes, paddings = ("linear", "nearest"), ("zeros", "border", "reflection")
+    return opset20.GridSample(x, grid, align_corners=int(align_corners), mode=modes[interpolation], padding_mode=paddings[padding])
+
+
 # where torch's exporter is wrong, or has nothing
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.squeeze.dim: _squeeze,
     torch.ops.aten.squeeze.dims: _squeeze,
     torch.ops.prims.view_of.default: _same,
+    torch.ops.aten.grid_sampler_3d.default: _grid_sample_3d,
 }
 
 
