@@ -43,25 +43,20 @@ def _has_rule(node: fx.Node) -> bool:
 
 
 def _of_torch(node: fx.Node) -> fx.Graph | None:
-    """What computes a node's answer from the values of `node.all_input_nodes`; None where torch does not say it in operators with rules."""
-    try:
-        body = _traced(node, node.target, decomposition_table=_definitions())  # type: ignore[arg-type]
-    except Exception:  # torch's definitions look at values, which tracing does not have
-        _log.debug("%s is not spelled out", node.target, exc_info=True)
-        return None
+    """What torch says that a node does, in operators that have rules; None where it does not."""
+    body = _traced(node, node.target, decomposition_table=_definitions())  # type: ignore[arg-type]
     return body if body is not None and all(n.op != "get_attr" and _has_rule(n) for n in body.nodes) else None
 
 
 def _for_onnx(node: fx.Node) -> fx.Graph | None:
-    if node.op != "call_function":
-        return None
+    """What does the same as a node that torch's exporter cannot translate; None for any other."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
     call = equivalent(node.target, args, kwargs)
     return None if call is None else _traced(node, call, pre_dispatch=True)
 
 
 def _traced(node: fx.Node, function: Callable[..., Any], **how: Any) -> fx.Graph | None:
-    """`function`, called as the node's operator is, as a graph; None where values of the node's inputs are not known."""
+    """`function`, called as the node's operator is, from the values of `node.all_input_nodes`; None where these are not known, or do not do."""
     values = [source.meta.get("val") for source in node.all_input_nodes]
     if any(value is None for value in values):
         return None
@@ -71,7 +66,11 @@ def _traced(node: fx.Node, function: Callable[..., Any], **how: Any) -> fx.Graph
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
         return function(*args, **kwargs)
 
-    return make_fx(call, **how)(*values).graph  # type: ignore[no-any-return]
+    try:
+        return make_fx(call, **how)(*values).graph  # type: ignore[no-any-return]
+    except Exception:  # torch's definitions look at values, which tracing does not have
+        _log.debug("%s is not spelled out", node.target, exc_info=True)
+        return None
 
 
 def _put_in_place(node: fx.Node, body: fx.Graph) -> None:
