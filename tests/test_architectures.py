@@ -224,6 +224,20 @@ def test_a_class_is_right_at_every_batch(batch: int) -> None:
         torch.testing.assert_close(result.model(x), result.small(x))
 
 
+def test_a_class_that_squeezes_a_single_sample_comes_back() -> None:
+    class Squeezes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x).relu()
+            return self.last(y if len(y) > 1 else y.squeeze(0))
+
+    result = sp.compress(Squeezes().eval(), (torch.randn(2, 6),), "channels=0.5")
+    assert type(result.model).__name__ == "Squeezes", result.report.data["verification"]["module_note"]
+
+
 class Freezing(Paths):
     """As the backbones of OpenMMLab do: `train` keeps a part in evaluation mode, and returns nothing."""
 
