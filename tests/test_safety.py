@@ -302,6 +302,7 @@ cli.main()
 def test_a_full_disk(size: int) -> None:
     given = ("compress", "demo", "--target", "channels=0.5", "--no-latency", "--no-compensate", "--out", "out")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # Python would not notice that a module's was cut short, and others would read it
     done = subprocess.run([sys.executable, "-c", FULL, str(size), *given], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "out cannot be written" in done.stderr.splitlines()[-1]
