@@ -1,6 +1,6 @@
 """Checks of values in a model's own code: `assert (mask >= 0).all()`, or `if x.isnan().any(): raise ValueError(...)`.
 
-A trace has no values to look at. It takes a check to pass, which the example shows: the model is run on it, and would raise otherwise.
+A trace has no values to look at: it takes a check to pass, and whoever traces has to run the model on the example, which raises where it does not.
 """
 
 from __future__ import annotations
@@ -19,13 +19,21 @@ from torch.overrides import TorchFunctionMode
 
 
 class PassingChecks(TorchFunctionMode):
-    """While it is on, the truth of a tensor without values is the one with which a check that asks for it passes. Other code goes on as it would."""
+    """While it is on, the truth of a tensor without values is the one with which a check that asks for it passes. Other code goes on as it would.
+
+    `met`: whether there was such a check.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met = False
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if function is Tensor.__bool__ and isinstance(args[0], FakeTensor):
             asking = _asking(sys._getframe())
             passes = _passes(asking.f_code.co_filename).get(asking.f_lineno)
             if passes is not None:
+                self.met = True
                 return passes
         return function(*args, **(kwargs or {}))
 
@@ -39,13 +47,19 @@ def _asking(frame: FrameType) -> FrameType:
 
 @cache
 def _passes(file: str) -> dict[int, bool]:
-    """By line of a source file: with which truth of the tensors in its condition the check on it passes."""
+    """By line of a source file: with which truth of the tensors in its condition the check on it passes.
+
+    Of a check within `try` nothing is said: what it raises may be caught, and the code go another way.
+    """
     try:
         module = ast.parse("".join(linecache.getlines(file)))
     except SyntaxError:  # no Python: a cell with a magic command, a template
         return {}
+    caught = {inside for block in ast.walk(module) if isinstance(block, ast.Try) for s in block.body for inside in ast.walk(s)}
     found: dict[int, bool] = {}
     for statement in ast.walk(module):
+        if statement in caught:
+            continue
         if isinstance(statement, ast.Assert):
             condition, passes = statement.test, True
         elif isinstance(statement, ast.If) and not statement.orelse and all(isinstance(s, ast.Raise) for s in statement.body):

@@ -53,9 +53,10 @@ def trace(
     wanted = _wanted_axes(model, args, kwargs, dynamic)
     if promised is not None:
         wanted = [tuple(sorted(free.union(asked))) for free, asked in zip(promised.free(), wanted, strict=True)]
-    with evaluation(model):
+    users = args, kwargs
+    with evaluation(model), PassingChecks() as checks:
         for free, axes in _attempts(wanted, batch, promised):
-            example = (args, kwargs)
+            example = users
             if free:
                 example = (promised.doubled(args), kwargs) if promised else pytree.tree_map_only(Tensor, _two_samples, (args, kwargs))
             try:
@@ -73,6 +74,8 @@ def trace(
                 if not any(axes):
                     raise error if isinstance(error, InputError) else _explained(error) from error
                 notes.append(f"{'static sizes' if any(axes - {0} for axes in axes) else 'static batch'}: {_first_line(error)}")
+        if checks.met:
+            _must_pass_its_checks(model, *users)
     two = any(a is not b for a, b in zip(pytree.tree_leaves((args, kwargs)), given, strict=True))
     graph = from_exported(exported, args, kwargs, model=model, notes=tuple(notes), doubled=two)
     fixed = [
@@ -269,8 +272,22 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
                 collection[leaf] = dict.fromkeys(sorted(dims), Dim.AUTO)
         shapes = collection.dynamic_shapes(model, args, kwargs)
     origins = preserve_node_meta() if signature_of(model) is not None else nullcontext()
-    with _quiet(), _masks_as_they_are(), _attributes_kept(model), PassingChecks(), origins:
+    with _quiet(), _masks_as_they_are(), _attributes_kept(model), origins:
         return torch.export.export(model, args, dict(kwargs) or None, dynamic_shapes=shapes, strict=False)
+
+
+@torch.no_grad()
+def _must_pass_its_checks(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise TraceError where the model raises on the user's example. It is run as it is, on copies of what it may write to."""
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with _attributes_kept(model), torch.random.fork_rng(devices=[]):
+        try:
+            torch.func.functional_call(model, buffers, args, kwargs)
+        except Exception as error:  # a check may raise anything
+            raise TraceError(
+                f"the model raises on the example inputs{_users_line(error)}: {_first_line(error)}; give inputs that pass its own checks"
+            ) from error
 
 
 def _first_axes(exported: ExportedProgram) -> list[bool]:
@@ -428,10 +445,6 @@ def _first_line(error: BaseException) -> str:
 def _explained(error: BaseException) -> TraceError:
     """One line: what failed, in which line of the user's code, and what to change."""
     text = str(error)
-    own = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
-    trail = [(frame.filename, frame.lineno) for frame in _frames(error)] + [(f, int(n)) for f, n, _ in own]
-    user = [(f, n) for f, n in trail if "/torch/" not in f and "/structprune/" not in f and not f.startswith("<")]
-    where = f" at {user[-1][0]}:{user[-1][1]}" if user else ""
     kind = type(error).__name__
     if "DataDependent" in kind or "data-dependent" in text or "GuardOnDataDependent" in kind:
         advice = "the code branches on values of tensors: use torch.where or torch.cond, or compress the part before it"
@@ -439,7 +452,15 @@ def _explained(error: BaseException) -> TraceError:
         advice = "check the shapes and number of the example inputs (--input on the command line)"
     else:
         advice = "make that line traceable by torch.export, or pass the submodule that can be traced"
-    return TraceError(f"the model cannot be traced{where}: {_first_line(error)}; {advice}")
+    return TraceError(f"the model cannot be traced{_users_line(error)}: {_first_line(error)}; {advice}")
+
+
+def _users_line(error: BaseException) -> str:
+    """' at file:line' of the user's code that an error comes from; nothing where there is none."""
+    own = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', str(error))
+    trail = [(frame.filename, frame.lineno) for frame in _frames(error)] + [(f, int(n)) for f, n, _ in own]
+    user = [(f, n) for f, n in trail if "/torch/" not in f and "/structprune/" not in f and not f.startswith("<")]
+    return f" at {user[-1][0]}:{user[-1][1]}" if user else ""
 
 
 def _frames(error: BaseException) -> list[Any]:
