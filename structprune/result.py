@@ -255,10 +255,9 @@ def _other_sizes(graph: Graph, module: nn.Module) -> list[tuple[tuple[Any, ...],
 
     Raises VerificationError where it runs at neither. Sizes at which the file that the model was read from does not run say nothing.
     """
-    spec = pytree.tree_structure((graph.args, dict(graph.kwargs)))
     found, refused = [], ""
     for factor in (0.5, 2):
-        args, kwargs = pytree.tree_unflatten(resized(graph.given_inputs(), graph.lengths, factor), spec)
+        args, kwargs = graph.called_with(resized(graph.given_inputs(), graph.lengths, factor))
         if graph.signature is not None and not runs_in_onnxruntime(graph.signature.file, args):
             continue
         try:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from structprune.ir.graph import written_to
+from structprune.ir.samples import copies
 
 
 class Stepping:
@@ -26,7 +27,7 @@ class Stepping:
         """Batches go on with the others. They catch up one after the other, through the module as it is now, every node that was run forgotten."""
         for batch in batches:
             run = fx.Interpreter(self._module, garbage_collect_values=False)
-            run.args_iter = iter([v.clone() if isinstance(v, Tensor) else v for v in batch])
+            run.args_iter = iter(copies(batch))
             for node in self.nodes[: self._next]:
                 self._run(run, node)
                 self._forget(run, node)

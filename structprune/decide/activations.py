@@ -21,7 +21,7 @@ from structprune.decide.weights import Scores, add_along, entries_of, magnitude
 from structprune.ir.axes import Axis, leaves
 from structprune.ir.graph import Graph, operator_name
 from structprune.ir.group import Group
-from structprune.ir.samples import Samples
+from structprune.ir.samples import Samples, copies
 from structprune.ops import RULES, contraction
 
 _BLOCK = 2**20  # entries of an activation that are turned into float64 at one time
@@ -274,4 +274,4 @@ def _watch(graph: Graph, samples: Samples, where: Mapping[str, Sequence[_Place]]
     places = list(dict.fromkeys(place for some in where.values() for place in some))
     for batch in samples.batches:
         run = _Watch(graph.module, places, see)
-        run.run(*(v.clone() if isinstance(v, Tensor) else v for v in batch), enable_io_processing=False)
+        run.run(*copies(batch), enable_io_processing=False)

@@ -24,7 +24,7 @@ from structprune.calibrate.divergence import answers_of, are_logits
 from structprune.decide.weights import Scores, summed
 from structprune.errors import InputError
 from structprune.ir.graph import Graph, operator_name
-from structprune.ir.samples import Samples, samples_in
+from structprune.ir.samples import Samples, copies, samples_in
 from structprune.ops import RULES
 
 _ONE_BY_ONE = 64  # samples that are differentiated one by one, where the square or the size of a gradient is asked for
@@ -252,7 +252,7 @@ class _Run(fx.Interpreter):
 
 
 def _run(graph: Graph, leaves: Mapping[int, Tensor], batch: Sequence[Any]) -> Any:
-    return _Run(graph.module, leaves).run(*(v.clone() if isinstance(v, Tensor) else v for v in batch), enable_io_processing=False)
+    return _Run(graph.module, leaves).run(*copies(batch), enable_io_processing=False)
 
 
 @contextmanager

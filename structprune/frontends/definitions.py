@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 def spell_out(module: fx.GraphModule) -> None:
-    """Replace such operators in place: `hstack` by a concatenation, `tensordot` by a product of matrices.
+    """Replace both in place: `hstack` by a concatenation, `tensordot` by a product of matrices, `istft` by the sum of its frames.
 
     What torch does not define so, or by operators that have no rule either, stays as it is.
     """

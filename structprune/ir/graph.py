@@ -87,6 +87,10 @@ class Graph:
         """The leaves of the example's arguments, in the order of the placeholders."""
         return pytree.tree_leaves(self.example())
 
+    def called_with(self, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call, positional and by keyword, whose leaves are these."""
+        return pytree.tree_unflatten(list(inputs), pytree.tree_structure((self.args, dict(self.kwargs))))  # type: ignore[no-any-return]
+
     def given_inputs(self) -> list[Any]:
         """`flat_inputs` in the batch of the user's example."""
         return [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,11 @@ from torch import Tensor
 def samples_in(batch: Sequence[Any]) -> int:
     """How many samples a batch of inputs holds: the first axis of the first tensor that has one."""
     return next((v.shape[0] for v in batch if isinstance(v, Tensor) and v.dim()), 1)
+
+
+def copies(batch: Iterable[Any]) -> list[Any]:
+    """For a model that writes to its inputs."""
+    return [v.clone() if isinstance(v, Tensor) else v for v in batch]
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from structprune.errors import InputError
 from structprune.frontends.load import users_code
 from structprune.frontends.samples import batch_of, batch_size
 from structprune.ir.graph import Graph, operator_name, owners_of
+from structprune.ir.samples import copies
 from structprune.ir.traced import TracedModule
 from structprune.recovery import distributed
 from structprune.recovery.checkpoint import Checkpoint
@@ -176,9 +177,9 @@ def flat(module: fx.GraphModule, features: Sequence[fx.Node] = ()) -> TracedModu
     features: nodes of the module's graph.
     """
     graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    answers = graph.graph_copy(module.graph, copies)
-    graph.output((tuple(pytree.tree_leaves(answers)), tuple(copies[node] for node in features)))
+    copied: dict[fx.Node, fx.Node] = {}
+    answers = graph.graph_copy(module.graph, copied)
+    graph.output((tuple(pytree.tree_leaves(answers)), tuple(copied[node] for node in features)))
     return TracedModule(module, graph)
 
 
@@ -196,14 +197,13 @@ def answers_of(module: fx.GraphModule, names: Sequence[str]) -> list[fx.Node]:
 
 def teacher_of(model: Callable[..., Any], graph: Graph, features: Sequence[str] = ()) -> Flat:
     """A teacher of the user's own, called as `graph` is. Raises InputError for features of what is no module, or has no module of such a name."""
-    spec = pytree.tree_structure((graph.args, dict(graph.kwargs)))
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
     missing = next((name for name in features if name not in modules), None)
     if missing is not None:
         raise InputError(f"teacher= has no module {missing!r} to take features of; leave out features=, or the teacher")
 
     def answer(*inputs: Any) -> tuple[Sequence[Any], Sequence[Tensor]]:
-        args, kwargs = pytree.tree_unflatten(list(inputs), spec)
+        args, kwargs = graph.called_with(inputs)
         seen: dict[str, Tensor] = {}
         hooks = [modules[name].register_forward_hook(lambda _module, _inputs, output, name=name: seen.update({name: output})) for name in features]
         try:
@@ -245,7 +245,7 @@ def _step(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(_seed_of(recipe.seed, run.step, processes.rank() + 1))  # what is dropped does not depend on how often it was drawn before
         with torch.no_grad():
-            targets, wanted = teacher(*(v.clone() if isinstance(v, Tensor) else v for v in mine))
+            targets, wanted = teacher(*copies(mine))
         answers, features = run.student(*mine)
         terms = losses(
             *_paired(answers, targets, graph, sizes),

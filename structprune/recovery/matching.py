@@ -11,7 +11,7 @@ part, and decides: where the loss on it has not fallen in the end, the weights s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -29,7 +29,7 @@ from structprune.calibrate.readers import readers
 from structprune.errors import InputError
 from structprune.ir.axes import Keep
 from structprune.ir.graph import Graph
-from structprune.ir.samples import Samples, samples_in
+from structprune.ir.samples import Samples, copies, samples_in
 from structprune.recovery.distil import losses
 from structprune.recovery.finetune import flat, schedule
 from structprune.transform.surgery import Surgery, kept_part
@@ -100,15 +100,15 @@ def match(
 def _loss(graph: Graph, types: Types, keep: Keep, surgery: Surgery, turned: Mapping[fx.Node, Turn]) -> Callable[[Sequence[Any]], Tensor]:
     """How far the small model is from the dense one on a batch, as a scalar to derive by; NaN where there is nothing to compare."""
     small = set(surgery.module.graph.nodes)  # some copies of dense nodes are gone
-    copies = {old: new for new, old in surgery.originals.items() if new in small}
+    counterparts = {old: new for new, old in surgery.originals.items() if new in small}
     mine = readers(graph)
-    points = [node for node in mine if node in copies]
-    teacher, student = flat(graph.module, points), flat(surgery.module, [copies[node] for node in points])
+    points = [node for node in mine if node in counterparts]
+    teacher, student = flat(graph.module, points), flat(surgery.module, [counterparts[node] for node in points])
 
     def loss(batch: Sequence[Any]) -> Tensor:
         with torch.no_grad():
-            wanted, inside = teacher(*_copied(batch))
-        answers, found = student(*_copied(batch))
+            wanted, inside = teacher(*copies(batch))
+        answers, found = student(*copies(batch))
         aims = [turned[n](theirs, mine[n].answer_axis) if n in turned else theirs for n, theirs in zip(points, inside, strict=True)]
         pairs = [(own, kept_part(aim, types.shape(node), keep)) for node, own, aim in zip(points, found, aims, strict=True)]
         compared = [(a, w) for a, w in zip(answers, wanted, strict=True) if isinstance(a, Tensor) and a.is_floating_point()]
@@ -152,11 +152,6 @@ def _joined(batches: Sequence[list[Any]]) -> list[Any]:
     rows = samples_in(batches[0])
     parts = zip(*batches, strict=True)
     return [torch.cat(list(p)) if isinstance(p[0], Tensor) and p[0].dim() and p[0].shape[0] == rows else p[0] for p in parts]
-
-
-def _copied(batch: Iterable[Any]) -> list[Any]:
-    """A model may write to its inputs."""
-    return [v.clone() if isinstance(v, Tensor) else v for v in batch]
 
 
 @contextmanager

@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from structprune.errors import VerificationError
 from structprune.ir.graph import Graph, held_by, repeated, results_in
-from structprune.ir.samples import samples_in
+from structprune.ir.samples import copies, samples_in
 from structprune.transform.attributes import Attributes, guesses
 from structprune.transform.reference import Exact, in_double
 from structprune.transform.scale import Scale, hold_scales
@@ -151,9 +150,7 @@ def _batches(graph: Graph) -> list[list[Any]]:
 
 
 def _typed(inputs: Sequence[Any], double: bool) -> list[Any]:
-    """Copies, for a model may write to its inputs."""
-    copies = [v.clone() if isinstance(v, Tensor) else v for v in inputs]
-    return list(map(in_double, copies)) if double else copies
+    return [in_double(v) if double else v for v in copies(inputs)]
 
 
 def _error(candidate: nn.Module, graph: Graph, inputs: Sequence[Any], wanted: Sequence[Tensor], double: bool) -> float:
@@ -161,7 +158,7 @@ def _error(candidate: nn.Module, graph: Graph, inputs: Sequence[Any], wanted: Se
 
     Both hold the same tensors and call the same kernels, mostly in the same order.
     """
-    args, kwargs = pytree.tree_unflatten(_typed(inputs, double), pytree.tree_structure((graph.args, dict(graph.kwargs))))
+    args, kwargs = graph.called_with(_typed(inputs, double))
     with torch.no_grad(), same_noise(), _numbers_made(double):
         got = floats(candidate(*args, **kwargs))
     nothing = [torch.zeros((), dtype=torch.float64)] * len(wanted)

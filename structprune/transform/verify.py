@@ -20,6 +20,7 @@ from structprune.errors import TraceError, VerificationError
 from structprune.frontends.trace import evaluation
 from structprune.ir.axes import Keep
 from structprune.ir.graph import Graph, operator_name, results_in, shape_of
+from structprune.ir.samples import copies
 from structprune.ops import RULES, contraction
 from structprune.transform.reference import Exact, Masked, in_double
 
@@ -78,7 +79,7 @@ def verify_unchanged(graph: Graph, types: Types, original: fx.GraphModule, small
         answers = []
         for module in (small, original):
             with same_noise():
-                answers.append(floats(Exact(module).run(*_copies(chosen), enable_io_processing=False)))
+                answers.append(floats(Exact(module).run(*copies(chosen), enable_io_processing=False)))
         got, wanted = answers
         error = difference(got, wanted, lambda: [torch.zeros((), dtype=torch.float64)] * len(wanted), graph.output_names)
         if not error <= tolerance:
@@ -97,11 +98,11 @@ def verify_trace(model: nn.Module, graph: Graph) -> None:
 
     def error(module: nn.Module, run: fx.Interpreter, prepared: Callable[[Any], Any]) -> float:
         def on(inputs: Sequence[Any]) -> float:
-            args, kwargs = pytree.tree_unflatten(list(map(prepared, _copies(inputs))), spec)
+            args, kwargs = graph.called_with(list(map(prepared, copies(inputs))))
             with same_noise():
                 wanted = floats(module(*args, **kwargs))
             with same_noise():
-                got = floats(run.run(*map(prepared, _copies(inputs)), enable_io_processing=False))
+                got = floats(run.run(*map(prepared, copies(inputs)), enable_io_processing=False))
             return difference(got, wanted, lambda: [torch.zeros((), dtype=torch.float64)] * len(wanted), graph.output_names)
 
         with torch.no_grad(), evaluation(module):
@@ -112,7 +113,6 @@ def verify_trace(model: nn.Module, graph: Graph) -> None:
                     _log.debug("a batch of one does not run", exc_info=True)
             return on(graph.flat_inputs())
 
-    spec = pytree.tree_structure((graph.args, dict(graph.kwargs)))
     off = error(model, fx.Interpreter(graph.module), lambda value: value)
     if off > _ROUNDED and (
         off > _SINGLE or not _as_in_double(lambda: error(copy.deepcopy(model, results_in(model)).double(), Exact(graph.module), in_double))
@@ -139,7 +139,7 @@ def _on_inputs(
 
     def own_precision() -> list[Tensor]:
         with same_noise():
-            return floats(fx.Interpreter(small).run(*_copies(flat), enable_io_processing=False))
+            return floats(fx.Interpreter(small).run(*copies(flat), enable_io_processing=False))
 
     with torch.no_grad():
         batch = next((v.shape[0] for v in wide if isinstance(v, Tensor) and v.dim()), 1)
@@ -173,7 +173,7 @@ def _compared(graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inp
 
     def answers(interpreter: fx.Interpreter) -> list[Tensor]:
         with same_noise():
-            return floats(interpreter.run(*_copies(inputs), enable_io_processing=False))
+            return floats(interpreter.run(*copies(inputs), enable_io_processing=False))
 
     got, wanted = answers(Exact(small)), answers(Masked(graph, types, keep))
 
@@ -195,11 +195,6 @@ def same_noise() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         yield
-
-
-def _copies(inputs: Sequence[Any]) -> list[Any]:
-    """For a model that writes to its inputs."""
-    return [v.clone() if isinstance(v, Tensor) else v for v in inputs]
 
 
 def _close(batch: Sequence[Tensor], alone: Sequence[Tensor]) -> bool:
