@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from structprune.backends import ties
+from structprune.backends.lowering import Lowered
 from structprune.errors import StructpruneError, VerificationError
 from structprune.transform.reference import in_double
 
@@ -68,7 +69,7 @@ def export(
     with _quiet(), _epsilons_kept():
         try:
             exported = torch.onnx.export(
-                program,
+                Lowered(program),
                 (),
                 dynamo=True,
                 verbose=False,
@@ -141,8 +142,13 @@ def _grid_sample_3d(x: Any, grid: Any, interpolation: int, padding: int, align_c
     return opset20.GridSample(x, grid, align_corners=int(align_corners), mode=modes[interpolation], padding_mode=paddings[padding])
 
 
+def _batch_norm(x: Any, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, momentum: float, eps: float, cudnn: bool) -> Any:
+    return op.BatchNormalization(x, weight, bias, mean, variance, epsilon=eps)
+
+
 # where torch's exporter is wrong, or has nothing
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.batch_norm.default: _batch_norm,  # of evaluation, see lowering.py
     torch.ops.aten.squeeze.dim: _squeeze,
     torch.ops.aten.squeeze.dims: _squeeze,
     torch.ops.prims.view_of.default: _same,
@@ -193,6 +199,8 @@ def _origins(model: onnx.ModelProto, program: torch.export.ExportedProgram | Non
     first_names: dict[str, str] = {}
     for node in program.graph.nodes if program is not None else ():
         source = node.meta.get("from_node")
+        if isinstance(program, Lowered):  # the exporter left it as it was
+            first_names[node.name], source = node.name, None
         while source:
             first_names[node.name] = source[-1].name
             source = source[-1].from_node
