@@ -23,14 +23,14 @@ _aten = torch.ops.aten
 # answers in memory of their own, whatever the operands
 _FRESH = frozenset({
     "conv1d", "conv2d", "conv3d", "linear", "matmul", "batch_norm", "layer_norm", "group_norm", "add", "sub", "mul", "div", "relu", "hardtanh",
-    "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "cat", "mean", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d",
+    "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "cat", "mean", "max_pool2d", "avg_pool2d",
+    "adaptive_avg_pool2d",
 })  # fmt: skip
 
 # of the operators that torch would spell out, those that its exporter translates as they are
 _WHOLE = frozenset({
     "conv1d", "conv2d", "conv3d", "linear", "matmul", "batch_norm", "layer_norm", "group_norm", "softmax", "log_softmax", "max_pool2d", "pad",
-    "scaled_dot_product_attention", "flatten", "unflatten", "reshape", "sym_size",
-    "upsample_nearest2d", "upsample_bilinear2d",
+    "scaled_dot_product_attention", "flatten", "unflatten", "reshape", "sym_size", "upsample_nearest2d", "upsample_bilinear2d",
 })  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def _is_whole(node: fx.Node, table: Mapping[Any, Any]) -> bool:
     if node.op != "call_function":
         return node.op in ("placeholder", "output")
     if not isinstance(target, torch._ops.OpOverload):
-        return getattr(target, "__module__", "") == operator.__name__.join(("_", ""))
+        return getattr(target, "__module__", "") == operator.add.__module__  # of sizes
     if target in table or has_effect(node):
         return False
     if target == _aten.batch_norm.default:

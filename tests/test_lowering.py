@@ -1,0 +1,154 @@
+"""The ONNX file says what torch says; the exporter's pass over all operators is left out, and only where that is safe."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from structprune.backends.lowering import Lowered
+from structprune.backends.onnx import export, run
+from structprune.frontends.trace import trace
+
+
+class _Net(nn.Module):
+    """A convolution, a norm, and what a test does with the two."""
+
+    def __init__(self, channels: int = 8, affine: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels, affine=affine)
+        self.head = nn.Linear(channels, 4)
+        self.norm.running_mean.uniform_(-1, 1)  # type: ignore[union-attr]
+        self.norm.running_var.uniform_(1, 2)  # type: ignore[union-attr]
+
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.norm(self.conv(image))
+
+
+class ActivationsInPlace(_Net):
+    def forward(self, image: Tensor) -> Tensor:
+        x = F.relu_(self.norm(self.conv(image)))
+        x = F.hardtanh_(x + 0.1, 0.0, 6.0)
+        x += self.conv(image)
+        return self.head(F.dropout(F.adaptive_avg_pool2d(x, 1).flatten(1), 0.5, self.training, inplace=True))
+
+
+class ReadBeforeAndAfter(_Net):
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.conv(image)
+        before = x.mean((2, 3), keepdim=True)
+        x.mul_(2.0)
+        return x.relu_() + before + x
+
+
+class UnevenChunks(_Net):
+    def forward(self, image: Tensor) -> Tensor:
+        parts = self.conv(image).chunk(3, dim=1)  # 3, 3 and 2 channels
+        return torch.cat([parts[2], parts[0], parts[1]], 1)
+
+
+class Shuffled(_Net):
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.conv(image)
+        return x.view(len(x), 2, 4, *x.shape[2:]).transpose(1, 2).contiguous().view(len(x), 8, *x.shape[2:])
+
+
+class ViewOfTheWritten(_Net):
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.conv(image)
+        view = x.flatten(2)
+        F.relu_(x)
+        return view + 1
+
+
+class WrittenThroughAView(_Net):
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.conv(image)
+        x[:, :2].mul_(3.0)
+        return F.relu_(x)
+
+
+class WrittenBehindADropout(_Net):
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.conv(image)
+        F.relu_(F.dropout(x, 0.5, self.training))  # in evaluation the dropout is x itself
+        return x + 1
+
+
+class WrittenBehindContiguous(_Net):
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.conv(image)
+        F.relu_(x.transpose(2, 3).contiguous())  # a copy
+        return x + 1
+
+
+class WrittenToTheInput(_Net):
+    def forward(self, image: Tensor) -> Tensor:
+        return self.conv(image.clamp_(-1, 1)) + image.mean()
+
+
+class ReturnsTheWritten(_Net):
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        x = self.conv(image)
+        return x, F.relu_(x) + 1
+
+
+class OfAnotherType(_Net):
+    def forward(self, image: Tensor) -> Tensor:
+        return self.conv(image).mul_(self.head.weight.double().mean())  # stays float32
+
+
+class PooledToMore(_Net):
+    def forward(self, image: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(self.conv(image), 2)
+
+
+_LEFT_OUT = [ActivationsInPlace, ReadBeforeAndAfter, UnevenChunks, Shuffled, ReturnsTheWritten]
+_NEEDED = [ViewOfTheWritten, WrittenThroughAView, WrittenBehindADropout, WrittenBehindContiguous, WrittenToTheInput, OfAnotherType, PooledToMore]
+
+
+@pytest.mark.parametrize("net", [*(c() for c in _LEFT_OUT), *(c() for c in _NEEDED), _Net(), _Net(affine=False)], ids=lambda n: type(n).__name__)
+def test_the_file_answers_as_the_model(net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[ExportedProgram] = []
+    monkeypatch.setattr(Lowered, "run_decompositions", _recorded(Lowered.run_decompositions, ran))
+    torch.manual_seed(0)
+    image = torch.randn(2, 3, 8, 8)
+    graph = trace(net.eval(), (image,))
+    names = [f"y{i}" for i in range(len(graph.output_names))]
+    origins = export(graph.exported, tmp_path / "net.onnx", ["image"], names)
+    wanted = net(image.clone())
+    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+    for got, want in zip(run(tmp_path / "net.onnx", [image]), wanted, strict=True):
+        assert got.dtype == want.detach().numpy().dtype
+        np.testing.assert_allclose(got, want.detach().numpy(), atol=1e-5)
+    whole = isinstance(ran[0], Lowered)
+    assert whole == (type(net) in _LEFT_OUT or (type(net) is _Net and net.norm.affine))
+    assert set(origins.values()) <= {n.name for n in graph.nodes}
+
+
+def test_the_program_stays_as_it_is() -> None:
+    program = trace(ActivationsInPlace().eval(), (torch.randn(2, 3, 8, 8),)).exported
+    before = str(program.graph)
+    lowered = Lowered(program)
+    assert "relu_" in before and "relu_." not in str(lowered.graph)
+    assert str(program.graph) == before
+
+
+def test_an_in_place_activation_is_the_same_operator_in_the_file(tmp_path: Path) -> None:
+    graph = trace(ActivationsInPlace().eval(), (torch.randn(2, 3, 8, 8),))
+    export(graph.exported, tmp_path / "net.onnx", ["image"], ["y"])
+    kinds = [n.op_type for n in onnx.load(tmp_path / "net.onnx").graph.node]
+    assert kinds.count("Relu") == 1 and kinds.count("Clip") == 1 and "Dropout" not in kinds
+
+
+def _recorded(method, answers):  # type: ignore[no-untyped-def]
+    def recorded(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        answers.append(method(self, *args, **kwargs))
+        return answers[-1]
+
+    return recorded
