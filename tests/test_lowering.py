@@ -103,12 +103,17 @@ class OfAnotherType(_Net):
         return self.conv(image).mul_(self.head.weight.double().mean())  # stays float32
 
 
+class NamesOfPython(_Net):
+    def forward(self, input: Tensor) -> Tensor:
+        return self.conv(input).clamp(max=0.5)
+
+
 class PooledToMore(_Net):
     def forward(self, image: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(self.conv(image), 2)
 
 
-_LEFT_OUT = [ActivationsInPlace, ReadBeforeAndAfter, UnevenChunks, Shuffled, ReturnsTheWritten]
+_LEFT_OUT = [ActivationsInPlace, ReadBeforeAndAfter, UnevenChunks, Shuffled, ReturnsTheWritten, NamesOfPython]
 _NEEDED = [ViewOfTheWritten, WrittenThroughAView, WrittenBehindADropout, WrittenBehindContiguous, WrittenToTheInput, OfAnotherType, PooledToMore]
 
 

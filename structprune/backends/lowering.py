@@ -63,6 +63,8 @@ class Lowered(ExportedProgram):
 def _simplified(original: fx.Graph) -> fx.Graph:
     """A copy with fewer operators that the exporter would have to spell out."""
     graph = copy.deepcopy(original)
+    for node, named in zip(graph.nodes, original.nodes, strict=True):
+        node.name = named.name  # the copy calls `input` and `max` otherwise; the signature knows the names
     for node in graph.nodes:
         if node.target == _aten.dropout_.default and not node.args[2]:  # writes nothing
             node.target = _aten.dropout.default
