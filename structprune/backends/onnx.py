@@ -118,7 +118,7 @@ def _rules_left_out() -> Iterator[None]:
 
     It takes what is within 1e-8 of 0 for 0, and what is within 1e-5 of 1 for 1, and drops it: of x / (sum + 1e-12) the file would answer NaN for a
     silent input. Adding a plain 0 costs nothing; runtimes drop it. And it compares every slice with every other, to make one split of two: 26 of the
-    43 s that CoaT takes, for what runs as fast as it did.
+    43 s that CoaT takes, whose file is the same without.
     """
     rules = onnxscript.rewriter._DEFAULT_REWRITE_RULES
     harmful = [*_no_op.rules, *(rule for rule in rules if rule.name == "SlicesSplit")]
