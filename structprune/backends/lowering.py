@@ -77,7 +77,7 @@ def _simplified(original: fx.Graph) -> fx.Graph:
 
 
 def _simplify(node: fx.Node) -> None:
-    """Not for a graph in which something is still written to in place: whoever may share memory with that would have to stay."""
+    """Wrong where something is still written to in place, as views would become copies; such a graph is not whole: torch's pass gets the original."""
     given = named_arguments(node, node.args, node.kwargs) if isinstance(node.target, torch._ops.OpOverload) else {}
     if node.target == _aten.dropout.default and not given["train"]:
         node.target, node.args = _aten.clone.default, (given["input"],)
@@ -92,8 +92,8 @@ def _simplify(node: fx.Node) -> None:
 def _without_effect(node: fx.Node) -> torch._ops.OpOverload | None:
     """The operator that computes what `node` writes over its first operand, where nobody else holds the memory of that."""
     written, target = node.args[0] if node.args else None, node.target
-    if not (isinstance(target, torch._ops.OpOverload) and isinstance(written, fx.Node) and _is_fresh(written)):
-        return None
+    if not (isinstance(target, torch._ops.OpOverload) and target.namespace == "aten" and isinstance(written, fx.Node) and _is_fresh(written)):
+        return None  # an operator of somebody else's may answer nothing at all
     if any(user.op == "output" or (user < node and not _is_fresh(user)) for user in written.users):
         return None
     held = [operand.meta.get("val") for operand in node.all_input_nodes]
@@ -101,7 +101,7 @@ def _without_effect(node: fx.Node) -> torch._ops.OpOverload | None:
     if not (of_one_type and node.meta["val"].is_floating_point() and written.meta["val"].shape == node.meta["val"].shape):
         return None
     packet = getattr(_aten, target._opname.removesuffix("_"), None)
-    return getattr(packet, target._overloadname, None) if target.namespace == "aten" else None
+    return getattr(packet, target._overloadname, None)
 
 
 def _is_fresh(node: fx.Node) -> bool:
