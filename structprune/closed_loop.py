@@ -144,6 +144,7 @@ def plan_for_latency(
                     losses=saliency.losses,
                     method=allocation,
                     between=_between(rounds, tried, share),
+                    branches=saliency.branches,
                 )
             except TargetError as unreachable:
                 if rounds:

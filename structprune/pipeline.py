@@ -39,7 +39,7 @@ from structprune.result import Clock, Evaluate, Progress, Result
 from structprune.transform.memory import freed_at_once
 from structprune.transform.own_class import came_as_graph, own_class, take_values
 from structprune.transform.scale import changed_scales
-from structprune.transform.surgery import operate
+from structprune.transform.surgery import Surgery, operate
 from structprune.transform.verify import Verification, verify_trace, verify_unchanged
 from structprune.transform.verify import verify as compare
 
@@ -343,7 +343,7 @@ def realise(
             surgery = operate(graph, groups.types, keep, plan.tensors)
         with _buffers_kept(surgery.module):
             with clock("verify"):
-                verification = compare(graph, groups.types, keep, surgery.module)
+                verification = compare(graph, groups.types, keep, surgery.module, exact={s.name: s.exact for s in surgery.stand_ins})
             with clock("rebuild"):
                 own, note = own_class(model, graph, surgery, changed_scales(graph, groups.types, keep), verification.answers)
             if own is None and not came_as_graph(model, graph):  # a class that agrees with the graph needs no other proof
@@ -363,7 +363,7 @@ def realise(
                     matched = match(graph, groups.types, keep, surgery, ready.samples, options.matching, options.seed, clock.say, turned)
             _follow(own, surgery.module)
             accuracy |= _scores_of(ready, "after", small, clock)
-    report = _report(graph, groups, plan, verification, own is not None, note, clock, ready, found, fitted, matched, accuracy)
+    report = _report(graph, groups, plan, surgery, verification, own is not None, note, clock, ready, found, fitted, matched, accuracy)
     given = (ready.samples, ready.evaluate) if ready is not None else ()
     return Result(small, plan, report, graph, surgery.module, clock, options.deployed(), found, *given)
 
@@ -409,6 +409,7 @@ def _report(
     graph: Graph,
     groups: Groups,
     plan: Plan,
+    surgery: Surgery,
     verification: Verification,
     own: bool,
     note: str,
@@ -428,7 +429,7 @@ def _report(
             "target": plan.target,
             "criterion": plan.criterion,
             "seed": ready.options.seed if ready is not None else 0,
-            "params": {"before": groups.params(), "after": groups.params(widths)},
+            "params": {"before": groups.params(), "after": sum(p.numel() for p in surgery.module.parameters())},
             "macs": {"before": groups.macs(), "after": groups.macs(widths)},
             "activation_bytes": _peak(memory(graph, groups), widths),
             "onnx_bytes": None,

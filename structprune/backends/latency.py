@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy.interpolate import RegularGridInterpolator
@@ -167,8 +168,13 @@ def _tabled(groups: Groups, timed: Sequence[_Timed], tables: Tables, steps: Mapp
             tables.again([mine[d] for d in disturbed])
             times = np.array(tables.seconds(mine)).reshape(shape)
         table = RegularGridInterpolator([grid[p] for p in free], times * (one.kernel.seconds / times.flat[-1]), bounds_error=False, fill_value=None)
-        terms.append(Term(tuple(one.contraction.axes[p] for p in free), table))
+        terms.append(Term(tuple(one.contraction.axes[p] for p in free), partial(_unless_gone, table)))
     return terms
+
+
+def _unless_gone(table: RegularGridInterpolator, sizes: np.ndarray) -> np.ndarray:
+    """What has an axis without entries does not run."""
+    return np.where((sizes > 0).all(axis=-1), table(sizes), 0.0)
 
 
 def _least_of_the_wider(times: np.ndarray) -> np.ndarray:

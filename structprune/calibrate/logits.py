@@ -102,7 +102,7 @@ def turns(found: Iterable[Logits], keep: Keep) -> dict[fx.Node, Turn]:
     """What becomes of the answers of readers, by their nodes in the dense graph, where the widths of queries and keys are cut."""
     parts: dict[fx.Node, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for logits in found:
-        if logits.atom not in keep:
+        if logits.atom not in keep or not len(keep[logits.atom]):
             continue
         staying = torch.as_tensor(keep[logits.atom])
         for head in logits.heads:

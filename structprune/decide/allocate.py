@@ -17,13 +17,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 
 from structprune.analysis.groups import Groups
 from structprune.decide.cost import Cost, Term, macs, params
 from structprune.decide.criteria import Scores, above
-from structprune.decide.milp import Choice, solve
+from structprune.decide.milp import Choice, Implication, solve
 from structprune.decide.targets import Target
 from structprune.decide.uniform import Uniform, Widths, block
 from structprune.errors import InputError, TargetError, did_you_mean
@@ -60,6 +61,7 @@ def allocate(
     losses: Mapping[str, np.ndarray] | None = None,
     method: str = "auto",
     between: tuple[Widths, Widths] = ({}, {}),
+    branches: Mapping[Atom, frozenset[Atom]] = MappingProxyType({}),
 ) -> Allocation:
     """The widths of the least loss that meet every target.
 
@@ -70,6 +72,7 @@ def allocate(
     losses: [channels + 1] of every group by its name, what is lost when so many of its best channels stay; without them, the loss that is told above.
     method: 'auto' is 'milp' where steps or losses were measured, and else 'uniform'.
     between: the least and the most, beside all else, of the groups that they name; milp and greedy keep to them.
+    branches: the groups that may keep nothing, by their atoms, and which go with each (see transform/branches.py); milp lets them go where that pays.
 
     Raises TargetError, with the closest that can be reached, where the least of every group is too much.
     """
@@ -93,7 +96,11 @@ def allocate(
         offered = {g.atom: _widths(g.size, block(g.size) if steps is None else steps.get(g.atom, 1), most[g.atom], least) for g in groups}
         offered = {atom: _inside(widths, between[0].get(atom), between[1].get(atom)) for atom, widths in offered.items()}
         choices = _choices(groups, lost.curves, offered)
-        found = _greedy(choices, budgets) if method == "greedy" else _milp(choices, budgets, lost.worth)
+        if method == "greedy":
+            found = _greedy(choices, budgets)
+        else:
+            going = {atom: gone for atom, gone in branches.items() if not any(between[0].get(a) for a in gone)}
+            found = _milp(*_with_nothing(choices, lost.curves, going), budgets, lost.worth)
         if found is not None:
             if method != "greedy" and not floors and not any(between):
                 found = _no_worse_than_uniform(groups, lost, found, share, budgets, steps)
@@ -218,6 +225,31 @@ def _choices(groups: Groups, losses: Mapping[Atom, np.ndarray], offered: Mapping
     return found
 
 
+def _with_nothing(
+    choices: Sequence[Choice], losses: Mapping[Atom, np.ndarray], branches: Mapping[Atom, frozenset[Atom]]
+) -> tuple[list[Choice], list[Implication]]:
+    """The choices, with one more option, to keep nothing, where they may; and that what goes with a branch is to go with it.
+
+    Nothing can keep nothing but in a branch that goes whole.
+    """
+    owner = {atom: number for number, choice in enumerate(choices) for atom in choice.atoms}
+    whole = {atom: {owner[a] for a in gone} for atom, gone in branches.items()}
+    whole = {atom: several for atom, several in whole.items() if set().union(*(choices[c].atoms for c in several)) == branches[atom]}
+    extended: list[Choice] = list(choices)
+    implied: list[Implication] = []
+    for number in sorted(set().union(*whole.values())):
+        loss = sum(losses[a][0] for a in choices[number].atoms if a in branches)
+        extended[number] = Choice((*choices[number].options, dict.fromkeys(choices[number].options[0], 0)), np.append(choices[number].losses, loss))
+    nothing = {number: (number, len(choices[number].options)) for number in range(len(choices))}
+    for number in sorted(set().union(*whole.values())):
+        makers = [atom for atom, several in whole.items() if number in several]
+        if not any(owner[atom] == number for atom in makers):
+            implied.append((nothing[number], [nothing[owner[atom]] for atom in makers]))
+    for atom, several in whole.items():
+        implied += [(nothing[owner[atom]], [nothing[other]]) for other in sorted(several) if other != owner[atom]]
+    return extended, implied
+
+
 def _widths(size: int, step: int, most: int, least: float) -> list[int]:
     """Multiples of the step, from a share of the size to the most, and the size itself."""
     first = max(1, math.ceil(size * least / step)) * step
@@ -226,16 +258,18 @@ def _widths(size: int, step: int, most: int, least: float) -> list[int]:
 
 
 def _inside(widths: Sequence[int], least: int | None, most: int | None) -> list[int]:
-    """Those from the least to the most, where there are such, and these two."""
-    inside = (w for w in widths if (least is None or w >= least) and (most is None or w <= most))
-    return sorted({*inside, *(bound for bound in (least, most) if bound is not None)})
+    """Those from the least to the most, where there are such, and these two, but for nothing."""
+    inside = [w for w in widths if (least is None or w >= least) and (most is None or w <= most)]
+    return sorted({*inside, *(bound for bound in (least, most) if bound)}) or list(widths[:1])
 
 
-def _milp(choices: Sequence[Choice], budgets: Sequence[tuple[Cost, float]], worth: Cost | None) -> tuple[Widths, float | None] | None:
+def _milp(
+    choices: Sequence[Choice], implied: Sequence[Implication], budgets: Sequence[tuple[Cost, float]], worth: Cost | None
+) -> tuple[Widths, float | None] | None:
     """The program's answer; with smaller limits where it exceeds the true ones."""
     limits = [limit for _, limit in budgets]
     for _ in range(_TRUE_LIMIT):
-        solution = solve(choices, [(cost, limit) for (cost, _), limit in zip(budgets, limits, strict=True)], worth)
+        solution = solve(choices, [(cost, limit) for (cost, _), limit in zip(budgets, limits, strict=True)], worth, implied=implied)
         if solution is None:
             return None
         true = [cost(solution.widths) for cost, _ in budgets]

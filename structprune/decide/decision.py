@@ -46,7 +46,7 @@ def plan_for(graph: Graph, groups: Groups, target: str, known: Saliency, *, allo
     """The plan for any target that is counted."""
     targets = parse_target(target)
     costs = costs_of(graph, groups, targets)
-    widths = allocate(groups, targets, known.scores, costs=costs, losses=known.losses, method=allocation).widths
+    widths = allocate(groups, targets, known.scores, costs=costs, losses=known.losses, method=allocation, branches=known.branches).widths
     return plan_of(graph, groups, widths, known.scores, target=target, criterion=known.criterion, ignore=tuple(ignore))
 
 

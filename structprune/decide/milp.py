@@ -27,6 +27,8 @@ from structprune.ir.axes import Atom, Axis, kept_size, leaves
 
 Spend = Callable[[Sequence[int], Sequence[float]], None]  # (columns, an amount for each)
 Options = tuple[Mapping[Atom, int], ...]
+Option = tuple[int, int]  # (number of a choice, number of one of its options)
+Implication = tuple[Option, Sequence[Option]]
 
 _SAMPLES = 6  # sizes of a concatenation at which a term is taken
 _MIDDLE = 0.6  # of the channels: where a term is expanded to the first order
@@ -53,10 +55,16 @@ class Solution:
 
 
 def solve(
-    choices: Sequence[Choice], budgets: Sequence[tuple[Cost, float]], worth: Cost | None = None, seconds: float = 20, gap: float = 0.01
+    choices: Sequence[Choice],
+    budgets: Sequence[tuple[Cost, float]],
+    worth: Cost | None = None,
+    seconds: float = 20,
+    gap: float = 0.01,
+    implied: Sequence[Implication] = (),
 ) -> Solution | None:
     """The options that keep every (cost, limit), with the least total loss less what is `worth` keeping; None where there are none.
 
+    implied: (a choice, one of its options) that may be taken only where one of some others is.
     seconds and gap: when to stop; the solution says how far from the best it may be.
     """
     program = _Program(choices)
@@ -64,6 +72,8 @@ def solve(
         program.add_budget(cost, limit)
     if worth is not None:
         program.add_worth(worth)
+    for taken, others in implied:
+        program.add_implication(taken, others)
     return program.solve(seconds, gap)
 
 
@@ -101,6 +111,10 @@ class _Program:
             self.loss[column] -= amount
         for column in self._of(0):  # one of which is taken: all of the worth, so that a gap is a share of something above zero
             self.loss[column] += cost()
+
+    def add_implication(self, taken: Option, others: Sequence[Option]) -> None:
+        columns = [self.first[choice] + option for choice, option in (taken, *others)]
+        self.rows.append((columns, [1.0] + [-1.0] * len(others), -np.inf, 0))
 
     def _linearised(self, cost: Cost) -> tuple[dict[int, float], float]:
         """A cost as Σ amount · column, and a constant."""

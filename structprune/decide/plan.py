@@ -92,7 +92,7 @@ def atoms_of(plan: Plan, groups: Groups) -> Keep:
         if known is None or known.size != group.channels:
             raise PlanError(f"the plan's group {group.name!r} of {group.channels} channels is not in this model")
         entries = np.asarray(group.keep, dtype=np.int64)
-        if not len(entries) or (np.diff(entries) <= 0).any() or entries[0] < 0 or entries[-1] >= group.channels:
+        if (np.diff(entries) <= 0).any() or (len(entries) and (entries[0] < 0 or entries[-1] >= group.channels)):
             raise PlanError(f"the plan's group {group.name!r} keeps no ascending indices below {group.channels}")
         if len(entries) < group.channels:
             keep[known.atom] = entries

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,10 @@ from structprune.decide.plan import scored
 from structprune.decide.reconstruction import reconstruction
 from structprune.decide.sensitivity import measured_losses
 from structprune.errors import InputError
+from structprune.ir.axes import Atom
 from structprune.ir.graph import Graph
 from structprune.ir.samples import Samples
+from structprune.transform.branches import branches
 
 RECONSTRUCTION = "reconstruction"
 _SEEN = 0.75  # of the samples tell which channels go; the others what that loses, for what is fitted to samples answers them too well
@@ -28,12 +30,13 @@ _SEEN = 0.75  # of the samples tell which channels go; the others what that lose
 @dataclass(frozen=True)
 class Saliency:
     """`scores`: of every channel of every group, the higher ones stay. `losses`: [channels + 1] of every group, how far the model's answer moves
-    when so many of its best channels stay, where samples tell.
+    when so many of its best channels stay, where samples tell. `branches`: what may go whole, where they tell what that loses.
     """
 
     criterion: str
     scores: Scores
     losses: Mapping[str, np.ndarray] | None = None
+    branches: Mapping[Atom, frozenset[Atom]] = field(default_factory=dict)
 
 
 def saliency(
@@ -67,5 +70,6 @@ def saliency(
     missed = {of_width.atom: of_width.losses() for of_width in logits}
     scores = {g.name: curves[g.name].scores if g.name in curves else scores[g.name] for g in groups}
     shapes = {g.name: curves[g.name].losses if g.name in curves else missed.get(g.atom, importance_losses(scores[g.name])) for g in groups}
-    losses = measured_losses(graph, groups, scores, shapes, found, logits, held_out, say)
-    return Saliency(RECONSTRUCTION if reconstructed else name, scores, losses)
+    whole = branches(graph, groups)
+    losses = measured_losses(graph, groups, scores, shapes, found, logits, held_out, whole, say)
+    return Saliency(RECONSTRUCTION if reconstructed else name, scores, losses, whole)

@@ -8,7 +8,7 @@ several groups are taken to add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from structprune.ir.axes import Atom, Keep, kept_entries
 from structprune.ir.graph import Graph, attribute
 from structprune.ir.group import Group
 from structprune.ir.samples import Samples, samples_in
+from structprune.transform.branches import is_void
 from structprune.transform.surgery import kept_part, operate
 
 _SHARES = (0.5, 0.75, 0.25)  # of a group's channels
@@ -47,14 +48,21 @@ def measured_losses(
     found: Mapping[fx.Node, Moments],
     logits: Sequence[Logits],
     samples: Samples,
+    branches: Mapping[Atom, frozenset[Atom]],
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, np.ndarray]:
     """[channels + 1] of every group: the divergence of the answers when that many of its best channels stay. shapes: curves that it
-    follows.
+    follows. branches: what may go whole; where none stay, the divergence is that without the branch, in equal parts to the groups that go with
+    each other.
     """
     shares = _SHARES[: max(1, _RUNS // len(groups))]
-    batches = _some(samples, graph, groups, len(shares) * len(groups))
+    several = list(dict.fromkeys(branches.values()))
+    batches = _some(samples, graph, groups, len(shares) * len(groups) + len(several))
     wanted = _run(graph.module, batches)
+    lost = {}
+    for number, gone in processes.share_of(enumerate(several)):
+        say(f"measure what branch {number + 1} of {len(several)} is worth")
+        lost[str(number)] = max(_NOISE, divergence(_run(_without(graph, groups, found, gone), batches), wanted))
     measured = {}
     for number, group in processes.share_of(enumerate(groups)):
         say(f"measure what group {number + 1} of {len(groups)} is worth")
@@ -63,7 +71,15 @@ def measured_losses(
             keep = best_channels([group], {group.atom: width}, scores)
             points[width] = max(_NOISE, divergence(_run(_narrowed(graph, groups, found, logits, group, keep), batches), wanted))
         measured[group.name] = points
-    return {name: _curve(points, shapes[name]) for name, points in processes.all_of(measured).items()}
+    curves = {name: _curve(points, shapes[name]) for name, points in processes.all_of(measured).items()}
+    lost = processes.all_of(lost)
+    for group in groups:
+        if group.atom in branches:
+            whole = branches[group.atom]
+            curves[group.name][0] = lost[str(several.index(whole))] / sum(branches.get(atom) == whole for atom in whole)
+        elif any(group.atom in gone for gone in several):
+            curves[group.name][0] = 0.0  # it goes with another
+    return curves
 
 
 def _some(samples: Samples, graph: Graph, groups: Groups, runs: int) -> Sequence[list[Any]]:
@@ -86,6 +102,18 @@ def _narrowed(graph: Graph, groups: Groups, found: Mapping[fx.Node, Moments], lo
         if node in found:
             _refit(graph, groups, found[node], group.atom, keep, surgery.module, small)
     return surgery.module
+
+
+def _without(graph: Graph, groups: Groups, found: Mapping[fx.Node, Moments], gone: Iterable[Atom]) -> fx.GraphModule:
+    """The model without a branch: what read it answers the mean of what it did."""
+    keep = {atom: np.zeros(0, dtype=np.int64) for atom in gone}
+    answers = {}
+    for node, moments in found.items():
+        if is_void(moments.reader.input, groups.types, keep):
+            weight, bias = graph.tensor(moments.reader.weight).detach(), moments.reader.bias
+            mean = (matrix(moments.reader, weight).double() @ moments.mean[..., None]).flatten()
+            answers[node] = mean if bias is None else mean + graph.tensor(bias)
+    return operate(graph, groups.types, keep, cuts(groups.axes, keep), answers).module
 
 
 def _refit(graph: Graph, groups: Groups, moments: Moments, atom: Atom, keep: Keep, module: fx.GraphModule, small: fx.Node) -> None:

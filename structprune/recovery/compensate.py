@@ -13,7 +13,8 @@ that of He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2
 
 Where the answer is added to another branch (a residual stream), what that branch is off by is part of r: the last layer of each block makes up for
 what the stream has lost so far. A convolution without a bias leaves Δb to the running mean of its batch norm. Norms over channels have their scales
-and shifts fitted in the same way, channel by channel. Queries and keys are fitted to their product; see calibrate/logits.py.
+and shifts fitted in the same way, channel by channel. Queries and keys are fitted to their product; see calibrate/logits.py. What stands in for a
+branch without channels becomes the mean of what is missing where it is added, and the regression where it is a factor.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from structprune.calibrate.stepping import Stepping
 from structprune.ir.axes import Keep
 from structprune.ir.graph import Graph, attribute, operator_name
 from structprune.ir.samples import Samples, samples_in
-from structprune.transform.surgery import Surgery, kept_part
+from structprune.transform.surgery import StandIn, Surgery, kept_part
 
 _ROWS = 60_000  # that a reader is fitted to, of all samples together
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # shares of the mean diagonal
@@ -77,6 +78,7 @@ def compensate(
         progress(f"{joined} of {len(samples)} samples are used: the values of more take over {MEMORY >> 30} GiB")
     firsts: list[float] = []  # of each batch, the share that the ridge is not chosen by
     mine = readers(graph)
+    constants = {stand_in.reader: stand_in for stand_in in surgery.stand_ins}
     fitted = []
     while (node := small.upcoming) is not None:
         original = surgery.originals.get(node)
@@ -96,6 +98,8 @@ def compensate(
             if found is not None:
                 fitted.append(found)
                 progress(f"compensate {len(fitted)} of {len(mine)} layers: {found.name}")
+        elif node in constants and (found := _fit_constant(constants[node], graph, types, keep, surgery, dense, small)) is not None:
+            fitted.append(found)
         small.step()
         small.forget(node)
         if original is not None:
@@ -144,6 +148,32 @@ def _fit(
     if shift is not None:
         shift(bias.flatten())
     return Fitted(graph.aliases[str(dense_reader.weight.target)][0], moments.energy / moments.scale, after / moments.scale, ridge)
+
+
+def _fit_constant(stand_in: StandIn, graph: Graph, types: Types, keep: Keep, surgery: Surgery, dense: Stepping, small: Stepping) -> Fitted | None:
+    """Fit what stands in for a branch to the dense answer where it is added or multiplied; None where it is neither."""
+    node, original = stand_in.reader, surgery.originals[stand_in.reader]
+    name, operands = operator_name(node), node.all_input_nodes
+    if name not in ("add", "mul") or len(operands) != 2 or len(node.args) != 2 or node.kwargs:
+        return None
+    (constant,) = [n for n in operands if n.op == "get_attr" and n.target == stand_in.name]
+    (other,) = [n for n in operands if n is not constant]
+    held: Tensor = attribute(surgery.module, stand_in.name)
+    parts = []
+    for wide, narrow in zip(dense.values, small.values, strict=True):
+        wanted, x = kept_part(wide[original], types.shape(original), keep).double(), narrow[other].double()
+        aim, factor = (wanted - x, torch.ones_like(x)) if name == "add" else (wanted, x)
+        values = (factor * aim, factor.square(), aim.square(), wanted, wanted.square(), torch.ones_like(wanted))
+        parts.append(torch.stack([value.sum_to_size(held.shape) for value in values]))
+    (sums,) = processes.total(torch.stack(parts).sum(0))
+    along, own, energy, mean, square, number = sums
+    value = torch.where(own > 0, along / own.clamp_min(1e-30), held.double())
+    before, after = (float((energy - 2 * c * along + c.square() * own).sum()) for c in (held.double(), value))
+    scale = float((square - mean.square() / number).sum()) + 1e-30
+    if not math.isfinite(before + after):
+        return None
+    held.copy_(value)
+    return Fitted(stand_in.name, before / scale, after / scale, 0.0)
 
 
 def _branch_of(node: fx.Node, module: fx.GraphModule) -> tuple[fx.Node, Tensor] | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.errors import VerificationError
-from structprune.ir.graph import Graph, held_by, repeated, results_in
+from structprune.ir.graph import Graph, attribute, held_by, repeated, results_in
 from structprune.ir.samples import copies, samples_in
 from structprune.transform.attributes import Attributes, guesses
 from structprune.transform.reference import Exact, in_double
@@ -37,16 +37,34 @@ def came_as_graph(model: nn.Module, graph: Graph) -> bool:
     return isinstance(model, fx.GraphModule) or graph.signature is not None
 
 
-def rebuild(model: nn.Module, tensors: Mapping[int, Tensor], attributes: Attributes) -> nn.Module:
+class Constant(nn.Module):
+    """What stands for a module whose answer no longer depends on anything: `constant`, at every position of what the module is called with."""
+
+    def __init__(self, constant: nn.Parameter):
+        super().__init__()
+        self.constant = constant
+
+    def forward(self, x: Any = None, *_: Any, **__: Any) -> Tensor:
+        if not isinstance(x, Tensor) or x.dim() != self.constant.dim():
+            return self.constant
+        positions = [theirs if own == 1 else own for theirs, own in zip(x.shape, self.constant.shape, strict=True)]
+        return self.constant.expand(positions).clone()  # memory of its own, for code may add to it in place
+
+
+def rebuild(model: nn.Module, tensors: Mapping[int, Tensor], attributes: Attributes, instead: Mapping[str, nn.Module] | None = None) -> nn.Module:
     """A copy of `model`, in evaluation mode, that holds `tensors` (by the identity of the original ones) and the given attributes.
+
+    instead: what stands in the place of some of its modules.
 
     What is replaced is never copied: the copy costs the memory of the small model.
     """
     small = copy.deepcopy(model, results_in(model) | dict(tensors))
     for name, values in attributes.items():
         module = small.get_submodule(name)
-        for attribute, value in values.items():
-            setattr(module, attribute, value)
+        for key, value in values.items():
+            setattr(module, key, value)
+    for name, module in (instead or {}).items():
+        small.set_submodule(name, module)
     small.eval()  # for itself: a class that freezes some of its layers has a train() that need not return the module
     return small
 
@@ -72,7 +90,10 @@ def own_class(
     """
     if came_as_graph(model, graph):
         return None, "the model came as a graph"
-
+    instead = _instead(surgery)
+    if instead is None:
+        return None, "a branch without channels ends in the middle of a module's forward, which the user's class cannot leave out"
+    scales = {name: scale for name, scale in scales.items() if not any(name == other or name.startswith(f"{other}.") for other in instead)}
     batches = _batches(graph)
 
     @cache
@@ -108,7 +129,7 @@ def own_class(
     for double in (False, True):
         for attributes in candidates(double):
             try:
-                candidate = rebuild(model, surgery.tensors, attributes)
+                candidate = rebuild(model, surgery.tensors, attributes, instead)
                 judged = copy.deepcopy(candidate).double() if double else candidate
                 hooks = hold_scales(judged, scales)
                 error = error_of(judged, double)
@@ -131,6 +152,14 @@ def own_class(
                 reason = f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:160]}"
                 note = note or f"the user's class does not run at the new sizes: {reason}"
     return None, note
+
+
+def _instead(surgery: Surgery) -> dict[str, nn.Module] | None:
+    """What takes the place of modules that belonged to branches without channels; None where a stand-in belongs to no such module alone."""
+    constants = {s.module: Constant(attribute(surgery.module, s.name)) for s in surgery.stand_ins if s.module is not None}
+    if len(constants) < len(surgery.stand_ins):
+        return None
+    return {name: constants.get(name, nn.Identity()) for name in sorted(surgery.gone)}
 
 
 def _batches(graph: Graph) -> list[list[Any]]:

@@ -8,7 +8,8 @@ goes, leave the zeros out of their sums. Means, variances and norms over a prune
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,10 +35,17 @@ def _laid_out(value: Any) -> Any:
 
 
 class Exact(fx.Interpreter):
-    """Runs a graph in float64, whatever types it was traced with. Reads tensors without changing them."""
+    """Runs a graph in float64, whatever types it was traced with. Reads tensors without changing them.
+
+    values: those of tensors, by name, before they were rounded.
+    """
+
+    def __init__(self, module: fx.GraphModule, values: Mapping[str, Tensor] = MappingProxyType({})):
+        super().__init__(module)
+        self._values = values
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs)
+        value = self._values[target] if target in self._values else super().get_attr(target, args, kwargs)
         if isinstance(value, Tensor):  # a copy, for the graph may write to its buffers
             return value.double() if value.is_floating_point() and value.dtype != torch.float64 else value.clone()
         return value
@@ -96,6 +104,8 @@ class Masked(Exact):
         channels = x.dim() - weight.dim() + 1
         read = self._mask(self._types.shape(source)[channels], x.shape[channels])
         made = self._mask(self._types.shape(n)[channels], weight.shape[0])
+        if any(mask is not None and not mask.any() for mask in (read, made)):  # torch has no convolutions without channels
+            return None
         bias = self._read(bias) if bias is not None else None
         if made is not None:
             stays = made.nonzero()[:, 0]

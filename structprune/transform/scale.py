@@ -51,7 +51,7 @@ def changed_scales(graph: Graph, types: Types, keep: Keep) -> dict[str, Scale]:
             continue
         width, left = shape_of(query.meta["val"])[-1], kept_size(types.shape(query)[-1], widths)
         in_code = _same(_factor(node), 1 / math.sqrt(width))
-        if left < width and (in_code or operator_name(node) == "scaled_dot_product_attention"):
+        if 0 < left < width and (in_code or operator_name(node) == "scaled_dot_product_attention"):
             owner = owners_of(node)[0]
             found[owner] = Scale(width, left, in_code or (owner in found and found[owner].in_code))
     return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -12,26 +13,51 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.analysis.infer import Types
+from structprune.errors import PlanError
 from structprune.ir.axes import Atom, Axis, Keep, Product, Shape, kept_entries
-from structprune.ir.graph import Graph, has_effect, operator_name
+from structprune.ir.graph import Graph, has_effect, operator_name, owners_of
 from structprune.ir.plan import Cut
 from structprune.ir.traced import TracedModule
 from structprune.ops import RESIZERS
 from structprune.ops.rules import Resize
+from structprune.transform.branches import Folding, Needed, fold, functional, is_void, whole_modules
+
+CONSTANT = "constant"  # how a stand-in is called in its module
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What is left of a branch without channels: the parameter `name`, which the small node `reader` reads in the place of the branch's answer.
+
+    `module`: the name of the user's module that gave that answer; None where some part of that module is still needed. `exact`: the value before
+    it was rounded to the type of the model, in float64.
+    """
+
+    name: str
+    module: str | None
+    reader: fx.Node
+    exact: Tensor
 
 
 @dataclass(frozen=True)
 class Surgery:
-    """The small graph as a module; the small tensors by the identity of the old; which numbers changed where; and whose copy a small node is."""
+    """The small graph as a module; the small tensors by the identity of the old; which numbers changed where; whose copy a small node is; what
+    stands in for branches that are gone; and the user's modules of whose forward nothing is left.
+    """
 
     module: TracedModule
     tensors: Mapping[int, Tensor]
     literals: Mapping[fx.Node, list[tuple[int, int]]]
     originals: Mapping[fx.Node, fx.Node]
+    stand_ins: tuple[StandIn, ...] = ()
+    gone: frozenset[str] = frozenset()
 
 
-def operate(graph: Graph, types: Types, keep: Keep, cuts: Mapping[str, Cut]) -> Surgery:
-    """Build the small model. Tensors with a name follow `cuts`, constants of the graph their types; nothing of `graph` changes."""
+def operate(graph: Graph, types: Types, keep: Keep, cuts: Mapping[str, Cut], answers: Mapping[fx.Node, Tensor] | None = None) -> Surgery:
+    """Build the small model. Tensors with a name follow `cuts`, constants of the graph their types; nothing of `graph` changes.
+
+    answers: see `branches.fold`. Raises PlanError where a group keeps nothing and some operator cannot do without it.
+    """
     fresh, originals = _copied(graph)
     tensors = {str(n.target): graph.tensor(n) for n in graph.nodes if n.op == "get_attr"}
     sliced = _small_tensors(graph, types, keep, cuts)
@@ -54,15 +80,61 @@ def operate(graph: Graph, types: Types, keep: Keep, cuts: Mapping[str, Cut]) -> 
         resizer = RESIZERS.get(operator_name(node)) if node.op == "call_function" else None
         if (
             resizer is not None
+            and not is_void(originals[node], types, keep)
             and originals[node] not in types.constants
             and any(not types.atoms(originals[n]).isdisjoint(keep) for n in (node, *node.all_input_nodes) if n in originals)
         ):
             resizer(resize, node)
     for node in [n for n, old in originals.items() if old in types.constants]:
         _cut_for_readers(node, types.shape(originals[node]), keep, [u for u in node.users if originals.get(u) not in types.constants], add_constant)
+    try:
+        folding = fold(list(fresh.nodes), originals, types, keep, lambda n: held[str(n.target)], answers)
+    except Needed as needed:
+        raise PlanError(f"a group keeps no channels, but {needed}") from needed
+    gone = whole_modules(graph.nodes, {originals[n] for n in folding.gone if n in originals}) if folding.gone else set()
+    literals = {originals[n]: changes for n, changes in resize.literals.items()}
+    stand_ins = _fold(fresh, folding, gone, originals, held)
     fresh.eliminate_dead_code(has_effect)
     fresh.lint()
-    return Surgery(traced_module(held, fresh), sliced, {originals[n]: changes for n, changes in resize.literals.items()}, originals)
+    return Surgery(traced_module(held, fresh), sliced, literals, originals, stand_ins, frozenset(gone))
+
+
+def _fold(
+    graph: fx.Graph, folding: Folding, modules: Collection[str], originals: dict[fx.Node, fx.Node], held: dict[str, Any]
+) -> tuple[StandIn, ...]:
+    """Put stand-ins in the place of branches, and take out, of the graph and of `held`, what nothing needs any more.
+
+    modules: those that are gone, each of which is to hold the stand-in for its answer.
+    """
+    found = []
+    for node, values in folding.stand_ins.items():
+        if has_effect(node) and node.args[0] in values:  # there is no memory of a branch to write to
+            node.target = functional(node)
+        for operand, value in values.items():
+            if value is None:
+                node.args = ([n for n in node.args[0] if n is not operand], *node.args[1:])  # type: ignore[union-attr]
+                continue
+            owners = owners_of(originals[operand])
+            module = next((owner for owner in owners if owner in modules), None)
+            name, dtype = _free_name(module or next(iter(owners), ""), held), operand.meta["val"].dtype
+            held[name] = nn.Parameter(value.to(dtype), dtype.is_floating_point)
+            with graph.inserting_before(node):
+                node.replace_input_with(operand, graph.get_attr(name))
+            found.append(StandIn(name, module, node, value))
+    names = {str(n.target) for n in folding.gone if n.op == "get_attr"}
+    for node in reversed(list(graph.nodes)):
+        if node in folding.gone:
+            graph.erase_node(node)
+            originals.pop(node, None)
+    for name in names - {str(n.target) for n in graph.nodes if n.op == "get_attr"}:
+        del held[name]
+    return tuple(found)
+
+
+def _free_name(module: str, held: Mapping[str, Any]) -> str:
+    """Of a stand-in that the module is to hold."""
+    name = f"{module}.{CONSTANT}" if module else CONSTANT
+    return next(n for n in chain([name], (f"{name}_{i}" for i in count(1))) if n not in held)
 
 
 def _cut_for_readers(node: fx.Node, shape: Any, keep: Keep, readers: Sequence[fx.Node], add_constant: Callable[[fx.Node, Tensor], fx.Node]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -22,6 +22,7 @@ from structprune.ir.axes import Keep
 from structprune.ir.graph import Graph, operator_name, results_in, shape_of
 from structprune.ir.samples import copies
 from structprune.ops import RULES, contraction
+from structprune.transform.precision import type_of
 from structprune.transform.reference import Exact, Masked, in_double
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ _SAMPLES = 32
 _LARGE = 96  # pixels: a longer side may become shorter
 _STRIDE = 32  # pixels: networks halve a picture five times
 _DOES_NOT_RUN = (RuntimeError, IndexError, ValueError)  # what torch raises for sizes that do not fit
+_CONSTANTS = 4  # epsilons of the answer: what rounded constants make of it
 _SINGLE = 1e-3  # of the answer: what float32 may lose
 _ROUNDED = 1e-6  # of the answer: what other kernels for the same sums lose
 
@@ -52,8 +54,17 @@ class Verification:
     answers: Sequence[Tensor] | None = field(default=None, repr=False)
 
 
-def verify(graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inputs: Sequence[Any] | None = None) -> Verification:
+def verify(
+    graph: Graph,
+    types: Types,
+    keep: Keep,
+    small: fx.GraphModule,
+    inputs: Sequence[Any] | None = None,
+    exact: Mapping[str, Tensor] | None = None,
+) -> Verification:
     """Compare the small graph with the masked dense one, in float64, on the example inputs or others of their shapes.
+
+    exact: what stands in for branches that are gone, by the name of the tensor, before it was rounded; without it rounding explains as much more.
 
     Where the batch is dynamic, it is filled up with noise, so that units which the example leaves silent speak; of a heavy model, on which
     float64 costs most of the time, its last samples alone are compared, and that the small graph answers them alike within the whole
@@ -64,7 +75,7 @@ def verify(graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inputs
     """
 
     def compared(chosen: Sequence[Any]) -> tuple[list[Tensor], Verification]:
-        return _compared(graph, types, keep, small, chosen)
+        return _compared(graph, types, keep, small, chosen, exact)
 
     return _on_inputs(graph, types, small, graph.flat_inputs() if inputs is None else list(inputs), compared)
 
@@ -168,20 +179,24 @@ def _on_inputs(
             raise VerificationError(f"the small model does not run: {str(raised).splitlines()[0]}") from raised
 
 
-def _compared(graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[Tensor], Verification]:
+def _compared(
+    graph: Graph, types: Types, keep: Keep, small: fx.GraphModule, inputs: Sequence[Any], exact: Mapping[str, Tensor] | None
+) -> tuple[list[Tensor], Verification]:
     """The small graph's answers, and how far they are from the reference's."""
+    constants = exact is None and any(not len(entries) for entries in keep.values())  # of branches that are gone, rounded to the model's type
+    rounding = _CONSTANTS * torch.finfo(type_of(small)).eps if constants else _ROUNDING
 
     def answers(interpreter: fx.Interpreter) -> list[Tensor]:
         with same_noise():
             return floats(interpreter.run(*copies(inputs), enable_io_processing=False))
 
-    got, wanted = answers(Exact(small)), answers(Masked(graph, types, keep))
+    got, wanted = answers(Exact(small, exact or {})), answers(Masked(graph, types, keep))
 
     @cache
     def dense() -> list[Tensor]:
         return answers(Exact(graph.module))
 
-    error = difference(got, wanted, dense, graph.output_names)
+    error = difference(got, wanted, dense, graph.output_names, rounding)
     if not error <= TOLERANCE:
         raise VerificationError(
             f"the small model differs from the reference by {error:.2g} of what pruning changed (rounding explains {TOLERANCE:g})"
@@ -258,8 +273,10 @@ def _with_noise(values: Sequence[Any], times: int, unsafe: set[int]) -> list[Any
     return [filled(v, i in unsafe) if isinstance(v, Tensor) and v.dim() and times > 0 else v for i, v in enumerate(values)]
 
 
-def difference(got: Sequence[Tensor], wanted: Sequence[Tensor], dense: Callable[[], Sequence[Tensor]], names: Sequence[str] = ()) -> float:
-    """Largest |got − wanted|, as a share of max |wanted − dense|; 0 where nothing but rounding differs.
+def difference(
+    got: Sequence[Tensor], wanted: Sequence[Tensor], dense: Callable[[], Sequence[Tensor]], names: Sequence[str] = (), rounding: float = _ROUNDING
+) -> float:
+    """Largest |got − wanted|, as a share of max |wanted − dense|; 0 where nothing but rounding, that share of the answer, differs.
 
     `dense` gives the original's answers, and is asked only when there is a difference to put into proportion. Raises
     VerificationError for answers of another number or shape, or that are not finite.
@@ -280,7 +297,7 @@ def difference(got: Sequence[Tensor], wanted: Sequence[Tensor], dense: Callable[
         if not (mine.isfinite() & theirs.isfinite()).all():
             raise VerificationError(f"output {name} of the small model is not finite where the original is, or the other way round")
         scale, error = theirs.abs().amax().item(), (mine - theirs).abs().amax().item()
-        if error > _ROUNDING * max(scale, 1e-9):
+        if error > rounding * max(scale, 1e-9):
             effect = (theirs - dense()[i].expand_as(apart)[apart]).nan_to_num(0, 0, 0).abs().amax().item()
             worst = max(worst, error / max(effect, 1e-7 * scale, 1e-12))
     return worst
