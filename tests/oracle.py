@@ -51,8 +51,8 @@ def masked(model: nn.Module, tensors: Kept, *, means: bool = True, dtype: torch.
     for name, keep in tensors.items():
         values = held[name].detach()
         for dim, indices in keep.items():
-            kept = torch.as_tensor(list(indices))
-            assert len(kept) and len(kept.unique()) == len(kept) and 0 <= int(kept.min()) <= int(kept.max()) < values.shape[dim], (name, dim)
+            kept = torch.tensor(list(indices), dtype=torch.int64)
+            assert len(set(indices)) == len(indices) and all(0 <= index < values.shape[dim] for index in indices), (name, dim)
             widths.add((values.shape[dim], len(kept)))
             if values.dim() == 1:
                 kept_of[id(held[name])] = kept
@@ -103,7 +103,7 @@ class _OverKept(TorchFunctionMode):
             if weight is None and function is not F.group_norm:
                 kept = self._live(x, x.dim() - 1)
             if kept is not None:
-                return self._norm(function, call, x, kept)
+                return self._norm(function, call, x, kept) if len(kept) else torch.zeros_like(x)  # nobody reads it
         out = function(*args, **kwargs)
         if function in (torch.mean, Tensor.mean):
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)

@@ -25,9 +25,10 @@ from structprune.analysis.groups import Groups, find_groups
 from structprune.decide.plan import atoms_of, planned
 from structprune.frontends.trace import trace
 from structprune.ir.axes import Atom, Keep
-from structprune.ir.graph import operator_name
+from structprune.ir.graph import Graph, operator_name
 from structprune.ir.plan import Cut, Plan
-from structprune.transform.surgery import operate
+from structprune.transform.branches import branches
+from structprune.transform.surgery import Surgery, operate
 from structprune.transform.verify import verify
 
 torch.set_num_threads(1)
@@ -36,12 +37,15 @@ operators_met: Counter[str] = Counter()
 
 
 @st.composite
-def choices(draw: st.DrawFn, groups: Groups) -> Keep:
-    """For every group the channels that stay, at least one."""
+def choices(draw: st.DrawFn, graph: Graph, groups: Groups) -> Keep:
+    """For every group the channels that stay: at least one, or none of what may go whole."""
     keep: dict[Atom, np.ndarray] = {}
     for group in groups:
         kept = draw(st.sets(st.integers(0, group.size - 1), min_size=1, max_size=group.size), label=group.name)
         keep[group.atom] = np.array(sorted(kept))
+    whole = list(dict.fromkeys(branches(graph, groups).values()))
+    for number in draw(st.sets(st.sampled_from(range(len(whole)))), label="branches that go") if whole else ():
+        keep |= {atom: np.zeros(0, dtype=np.int64) for atom in whole[number]}
     return keep
 
 
@@ -61,16 +65,20 @@ def check(network: Network, data: st.DataObject) -> None:
     types = groups.types
     note(str(groups))
     event(f"{min(len(groups), 5)} groups or more" if len(groups) > 4 else f"{len(groups)} groups")
-    keep = data.draw(choices(groups))
+    keep = data.draw(choices(graph, groups))
     plan = planned(groups, keep)
+    without = [atom for atom, kept in keep.items() if not len(kept)]
+    event(f"{len(without)} groups keep nothing")
 
-    small = operate(graph, types, keep, plan.tensors).module
-    verify(graph, types, keep, small)
+    surgery = operate(graph, types, keep, plan.tensors)
+    small = surgery.module
+    verify(graph, types, keep, small, exact={s.name: s.exact for s in surgery.stand_ins})
 
     stored = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
     assert (stored.tensors, stored.groups) == (plan.tensors, plan.groups)
     assert {a: k.tolist() for a, k in atoms_of(stored, groups).items()} == {a: k.tolist() for a, k in keep.items() if len(k) < a.size}
-    assert sum(p.numel() for p in small.parameters()) == groups.params({atom: len(kept) for atom, kept in keep.items()})
+    left, counted = sum(p.numel() for p in small.parameters()), groups.params({atom: len(kept) for atom, kept in keep.items()})
+    assert left == counted or (without and left <= counted)
     assert_shapes_follow(plan, network, small)
     if not network.inexact:
         for batch in [network.example] + [network.example[[0, 1, 0]]] * graph.dynamic_batch:
@@ -88,6 +96,14 @@ def assert_shapes_follow(plan: Plan, network: Network, small: nn.Module) -> None
         if name in sizes:
             keep = plan.tensors[name].keep if name in plan.tensors else {}
             assert list(sizes[name]) == [len(keep.get(dim, range(n))) for dim, n in enumerate(tensor.shape)], name
+
+
+def unrounded(surgery: Surgery) -> nn.Module:
+    """The small model in float64, with what stands in for branches as it was before it was rounded."""
+    small = copy.deepcopy(surgery.module).double()
+    for stand_in in surgery.stand_ins:
+        small.get_parameter(stand_in.name).data.copy_(stand_in.exact)
+    return small
 
 
 # ------------------------------------------------------------------------------------------------------- the second oracle
