@@ -400,6 +400,13 @@ def _options(ready: _Ready | None) -> dict[str, Any] | None:
     return {name: value for name, value in chosen.items() if value not in (None, ())}
 
 
+def _gone(surgery: Surgery) -> list[str]:
+    """In words, what is left out as a whole."""
+    if not surgery.gone:
+        return []
+    return [f"{', '.join(sorted(surgery.gone))}: without channels, and gone from the model; a constant stands in for the answer where it is needed"]
+
+
 def _peak(alive: Sequence[Cost], widths: Mapping[Atom, int]) -> dict[str, float]:
     """The largest of what is alive at one time, before and after."""
     return {"before": max((c() for c in alive), default=0), "after": max((c(widths) for c in alive), default=0)}
@@ -468,7 +475,7 @@ def _report(
             "frozen": [{"name": f.name, "channels": f.channels, "reason": f.reason, "at": f.at} for f in plan.frozen],
             "outline": outline(graph, groups),
             "options": _options(ready),
-            "notes": list(graph.notes),
+            "notes": [*graph.notes, *_gone(surgery)],
             "seconds": dict(clock.seconds),
             "environment": environment(),
         }

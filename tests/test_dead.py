@@ -269,7 +269,9 @@ def test_a_residual_stream_dies_only_as_a_whole() -> None:
     assert kept(result)["stem"] == 7 and found(result, "constants") == {"stem": 1}
     model.outer.weight.zero_()
     model.outer.bias.zero_()
-    assert kept(dead_of(model, inputs)) == {"stem": 7, "inner": 1}
+    result = dead_of(model, inputs)
+    assert kept(result) == {"stem": 7, "inner": 0}  # the branch is gone
+    assert type(result.model) is Stream and not any(name.startswith(("inner", "outer.weight")) for name, _ in result.model.named_parameters())
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.GroupNorm(2, 8)])

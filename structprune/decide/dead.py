@@ -9,7 +9,7 @@ answer (`decide/influence.py` proves both from the weights), or can be moved els
 
 Both change weights, so this works on a copy. It is repeated until nothing is found any more: a layer without readers leaves its own inputs
 without readers. A channel that is dead in one layer of a residual stream and alive in another stays. Means and norms over channels count them,
-so their channels stay; and so do hidden units of recurrent layers.
+so their channels stay; and so do hidden units of recurrent layers. A branch all of whose channels are dead goes whole (transform/branches.py).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from structprune.ir.axes import Atom, Axis, Shape, positions
 from structprune.ir.graph import Graph, attribute, operator_name
 from structprune.ir.plan import Plan
 from structprune.ops import RULES, contraction, elementwise, joining, layout, normalization, recurrent, spatial
+from structprune.transform.branches import branches
 
 TARGET = "dead"
 _ROUNDS = 20
@@ -50,12 +51,14 @@ class Dead:
     """`channels`: of each group, true where a channel contributes nothing. How many were moved first, by the group's name: `constants`, `twins`.
 
     `stuck`: of each group how many channels are constants that cannot be moved, behind a convolution with padding say, and so stay.
+    `whole`: the groups that keep nothing, for what they stand in is a branch; of others the first channel stays.
     """
 
     channels: dict[str, np.ndarray]
     constants: dict[str, int] = field(default_factory=dict)
     twins: dict[str, int] = field(default_factory=dict)
     stuck: dict[str, int] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
     constant: bool = False  # the whole answer is: no weight on the way to it lets the inputs through
 
     @property
@@ -64,10 +67,10 @@ class Dead:
         return bool(self.constants or self.twins)
 
     def plan(self, graph: Graph, groups: Groups, ignore: Sequence[str] = ()) -> Plan:
-        """Every group keeps what is alive, and the first channel where nothing is."""
+        """Every group keeps what is alive; where nothing is, and it is no branch that can go whole, the first channel."""
         keep = {g.atom: np.flatnonzero(~self.channels[g.name]) for g in groups}
-        kept = {atom: entries if len(entries) else np.zeros(1, dtype=np.int64) for atom, entries in keep.items()}
-        return planned(groups, kept, inputs=described_inputs(graph.args, graph.kwargs), target=TARGET, criterion=TARGET, ignore=tuple(ignore))
+        keep |= {g.atom: np.zeros(1, dtype=np.int64) for g in groups if not len(keep[g.atom]) and g.name not in self.whole}
+        return planned(groups, keep, inputs=described_inputs(graph.args, graph.kwargs), target=TARGET, criterion=TARGET, ignore=tuple(ignore))
 
     def must_hold(self, plan: Plan) -> None:
         """Raise PlanError where a plan removes a channel that is alive."""
@@ -80,12 +83,14 @@ class Dead:
                 )
 
     def tolerance(self, eps: float) -> float:
-        """How far the answer may be from the original's, as a share of it. eps: of the type in which changed weights were rounded."""
-        return min(_ROUNDED * eps, _COARSE) if self.edited else _EXACT
+        """How far the answer may be from the original's, as a share of it. eps: of the type in which changed weights, or what stands in for branches,
+        were rounded.
+        """
+        return min(_ROUNDED * eps, _COARSE) if self.edited or self.whole else _EXACT
 
     def notes(self) -> list[str]:
         """What a user should know about channels that stay."""
-        empty = [name for name, channels in self.channels.items() if channels.all()]
+        empty = [name for name, channels in self.channels.items() if channels.all() and name not in self.whole]
         return [
             *(["the answer does not depend on the inputs: some layer lets nothing through; are these the trained weights?"] if self.constant else []),
             *(f"{name}: all channels are dead, and one stays" for name in empty),
@@ -97,7 +102,7 @@ class Dead:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON, for the report."""
-        removed = {name: int(channels.sum()) - bool(channels.all()) for name, channels in self.channels.items()}
+        removed = {name: int(channels.sum()) - bool(channels.all() and name not in self.whole) for name, channels in self.channels.items()}
         return {"channels": {n: k for n, k in removed.items() if k}, "constants": self.constants, "twins": self.twins, "stuck": self.stuck}
 
 
@@ -125,6 +130,8 @@ def silence(graph: Graph, groups: Groups) -> Dead:
             _count(dead.twins, group.name, twins)
         if not changed:
             break
+    going = branches(graph, groups)
+    dead.whole = frozenset(g.name for g in groups if g.atom in going and dead.channels[g.name].all())
     return dead
 
 

@@ -51,6 +51,13 @@ class Constant(nn.Module):
         return self.constant.expand(positions).clone()  # memory of its own, for code may add to it in place
 
 
+class Gone(nn.Module):
+    """What stands for a module whose answer nobody needs: it hands on what it is given, in memory of its own, for code may write to it in place."""
+
+    def forward(self, x: Any, *_: Any, **__: Any) -> Any:
+        return x.clone() if isinstance(x, Tensor) else x
+
+
 def rebuild(model: nn.Module, tensors: Mapping[int, Tensor], attributes: Attributes, instead: Mapping[str, nn.Module] | None = None) -> nn.Module:
     """A copy of `model`, in evaluation mode, that holds `tensors` (by the identity of the original ones) and the given attributes.
 
@@ -159,7 +166,7 @@ def _instead(surgery: Surgery) -> dict[str, nn.Module] | None:
     constants = {s.module: Constant(attribute(surgery.module, s.name)) for s in surgery.stand_ins if s.module is not None}
     if len(constants) < len(surgery.stand_ins):
         return None
-    return {name: constants.get(name, nn.Identity()) for name in sorted(surgery.gone)}
+    return {name: constants.get(name, Gone()) for name in sorted(surgery.gone)}
 
 
 def _batches(graph: Graph) -> list[list[Any]]:

@@ -119,7 +119,9 @@ def _fold(
             name, dtype = _free_name(module or next(iter(owners), ""), held), operand.meta["val"].dtype
             held[name] = nn.Parameter(value.to(dtype), dtype.is_floating_point)
             with graph.inserting_before(node):
-                node.replace_input_with(operand, graph.get_attr(name))
+                constant = graph.get_attr(name)
+            constant.meta["val"] = held[name].detach()
+            node.replace_input_with(operand, constant)
             found.append(StandIn(name, module, node, value))
     names = {str(n.target) for n in folding.gone if n.op == "get_attr"}
     for node in reversed(list(graph.nodes)):
