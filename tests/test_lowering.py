@@ -108,12 +108,25 @@ class NamesOfPython(_Net):
         return self.conv(input).clamp(max=0.5)
 
 
+class ClampedBySeveral(_Net):
+    """Each clamp has bounds of its own, which are tensors, as those of a model that was trained for a quantised one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.tensor([-0.9, -0.5, -0.1]))
+        self.register_buffer("high", torch.tensor([0.1, 0.5, 0.9]))
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        x = self.conv(image)
+        return tuple(x.clamp(low, high) for low, high in zip(self.low, self.high, strict=True))
+
+
 class PooledToMore(_Net):
     def forward(self, image: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(self.conv(image), 2)
 
 
-_LEFT_OUT = [ActivationsInPlace, ReadBeforeAndAfter, UnevenChunks, Shuffled, ReturnsTheWritten, NamesOfPython]
+_LEFT_OUT = [ActivationsInPlace, ReadBeforeAndAfter, UnevenChunks, Shuffled, ReturnsTheWritten, NamesOfPython, ClampedBySeveral]
 _NEEDED = [ViewOfTheWritten, WrittenThroughAView, WrittenBehindADropout, WrittenBehindContiguous, WrittenToTheInput, OfAnotherType, PooledToMore]
 
 

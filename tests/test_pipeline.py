@@ -554,3 +554,23 @@ def test_verification_of_a_directory_can_fail(tmp_path: Path, damage: str) -> No
         (out / "model.onnx").unlink()
     with pytest.raises(sp.StructpruneError, match="head|model.onnx"):
         verify_directory(out)
+
+
+class SizeOfWhatShrinks(nn.Module):
+    """Samples and heads on one axis, as in timm's Segment Anything: the mask is expanded to as many as the queries are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.near, self.out = nn.Linear(16, 48), nn.Linear(4, 5), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, length, _ = x.shape
+        q, k, v = self.qkv(x).view(n, length, 3, 4, -1).permute(2, 0, 3, 1, 4).reshape(3, n * 4, length, -1).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.near(q).reshape(-1, length, length))
+        return self.out(y.view(n, 4, length, -1).transpose(1, 2).reshape(n, length, -1))
+
+
+def test_a_size_that_is_read_from_what_shrinks_follows_by_itself():
+    result = sp.compress(SizeOfWhatShrinks().eval(), torch.randn(2, 5, 16), "channels=0.5")
+    assert any(g.channels == 4 and len(g.keep) == 2 for g in result.plan.groups)
+    assert result.model(torch.randn(3, 5, 16)).shape == (3, 5, 16)

@@ -22,7 +22,7 @@ import onnxslim
 import torch
 from onnxscript import opset18 as op
 from onnxscript import opset20
-from onnxscript.rewriter.rules.common import _no_op
+from onnxscript.rewriter.rules.common import _min_max_to_clip, _no_op
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -117,11 +117,11 @@ def _rules_left_out() -> Iterator[None]:
     """Rules of onnxscript's optimizer that do harm.
 
     It takes what is within 1e-8 of 0 for 0, and what is within 1e-5 of 1 for 1, and drops it: of x / (sum + 1e-12) the file would answer NaN for a
-    silent input. Adding a plain 0 costs nothing; runtimes drop it. And it compares every slice with every other, to make one split of two: 26 of the
-    43 s that CoaT takes, whose file is the same without.
+    silent input. Adding a plain 0 costs nothing; runtimes drop it. To the bounds of all clamps of one value it gives the same names. And it compares
+    every slice with every other, to make one split of two: 26 of the 43 s that CoaT takes, whose file is the same without.
     """
     rules = onnxscript.rewriter._DEFAULT_REWRITE_RULES
-    harmful = [*_no_op.rules, *(rule for rule in rules if rule.name == "SlicesSplit")]
+    harmful = [*_no_op.rules, *_min_max_to_clip.rules, *(rule for rule in rules if rule.name == "SlicesSplit")]
     onnxscript.rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if not any(rule is other for other in harmful))
     try:
         yield

@@ -5,13 +5,14 @@ A view is one equation: the row-major product of the axes before is the product 
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
 from torch import fx
 
 from structprune.ir.axes import UNIT, Shape, product
-from structprune.ir.graph import size_of
+from structprune.ir.graph import operator_name, size_of
 from structprune.ops.rules import Equations, Resize, Unsupported, axis_index, resizer, rule
 
 # --- permutations -----------------------------------------------------------------------------------------------------
@@ -176,7 +177,13 @@ def _sizes(new: Resize, node: fx.Node, name: str, first: int = 0) -> None:
 
 
 def scaled(new: Resize, before: fx.Node, size: fx.Node, kept: int, whole: int) -> fx.Node:
-    """A node for size · kept / whole; batch · 12 heads becomes batch · 6."""
+    """A node for size · kept / whole; batch · 12 heads becomes batch · 6. What is read from a tensor that shrinks is that much smaller already."""
+    if operator_name(size) in ("sym_size", "size") and len(size.args) == 2:
+        source, dim = size.args
+        kept, whole = kept * size_of(source.meta["val"].shape[dim]), whole * new.size(source, axis_index(dim, new.rank(source)))  # type: ignore[union-attr, index, arg-type]
+        kept, whole = kept // math.gcd(kept, whole), whole // math.gcd(kept, whole)
+        if kept == whole:
+            return size
     graph = before.graph
     with graph.inserting_before(before):
         if size.target is operator.mul:
