@@ -220,6 +220,54 @@ def test_a_concatenation_goes_on_without():
         torch.testing.assert_close(small(IMAGE), nn.functional.conv2d(x, model.last.weight[:, :8], model.last.bias, padding=1))
 
 
+class Behind(nn.Module):
+    """A residual branch of one linear layer, whose answer goes through what is given."""
+
+    def __init__(self, run: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.head = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.norm, self.run = nn.BatchNorm1d(5), run
+        self.register_buffer("count", torch.zeros(6))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.run(self, self.b(self.a(x))))
+
+
+FOLDS = {
+    "layer norm": lambda self, y: nn.functional.layer_norm(y, (6,)),
+    "another layer": lambda self, y: self.c(y.relu()),
+    "positions moved": lambda self, y: y.transpose(1, 2).roll(1, 2).unflatten(2, (5, 1)).flatten(2).transpose(1, 2),
+    "a mean over positions": lambda self, y: y.mean(1, keepdim=True).sigmoid() * y,
+    "weights of weights": lambda self, y: y * self.c.weight.mean(0),
+    "one position of it": lambda self, y: y[:, :1],
+}
+NEEDS = {
+    "a softmax over positions": lambda self, y: y.softmax(1),
+    "a sum over positions": lambda self, y: y.sum(1, keepdim=True),
+    "channels moved": lambda self, y: y.roll(1, 2),
+    "channels halved": lambda self, y: torch.cat(y.chunk(2, 2)[::-1], 2),
+    "a norm over positions": lambda self, y: self.norm(y),
+    "weights of each position": lambda self, y: y * torch.arange(5.0)[:, None],
+    "what the model writes to": lambda self, y: y + self.count.add_(1),
+    "a dropout that never stops": lambda self, y: nn.functional.dropout(y, 0.5, True),
+}
+
+
+@pytest.mark.parametrize("how", [*FOLDS, *NEEDS])
+def test_what_a_branch_goes_through_before_it_is_added(how: str):
+    model, x = Behind({**FOLDS, **NEEDS}[how]), torch.randn(2, 5, 6)
+    graph, groups = analysed(model, x)
+    assert bool(branches(graph, groups)) == (how in FOLDS)
+    if how in FOLDS:
+        small = realised(model, "a", x=x).model  # verified
+        with torch.no_grad():
+            wanted = model.head(x + model.run(model, model.b.bias.expand(2, 5, 6)))
+            torch.testing.assert_close(small(x), wanted)
+            assert small(torch.randn(3, 5, 6)).shape == (3, 5, 3)
+
+
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_a_plan_that_leaves_nothing_of_a_layer_without_another_way_is_refused(name: str):
     with pytest.raises(PlanError, match=r"keeps no channels, but .* needs them"):

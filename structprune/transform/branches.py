@@ -21,16 +21,16 @@ from torch import Tensor, fx
 from structprune.analysis.groups import Groups
 from structprune.analysis.infer import Types
 from structprune.ir.axes import Atom, Keep, Shape, kept_size
-from structprune.ir.graph import Graph, draws, has_effect, named_arguments, operator_name, owners_of, source_of
+from structprune.ir.graph import Graph, draws, has_effect, named_arguments, operator_name, owners_of, source_of, written_to
 from structprune.ops import RULES, contraction, elementwise, joining, layout, normalization
 from structprune.transform.reference import in_double
 
 _SUMS = (contraction.linear, contraction.conv, contraction.conv_transpose, contraction.convolution)
-_BY_ENTRY = (elementwise.unary, elementwise.broadcasting, elementwise.prelu, normalization.batch_norm)
 _MOVING = (
     layout.permute, layout.transpose, layout.movedim, layout.unsqueeze, layout.squeeze, layout.view, layout.flatten, layout.unflatten,
     joining.slice_, joining.select, joining.roll,
 )  # fmt: skip
+_DROPPING = frozenset({"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "rrelu"})
 _TO_ONE_PIXEL = frozenset({"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"})
 
 
@@ -102,7 +102,7 @@ def fold(
     void = {n for n in nodes if n in originals and is_void(originals[n], types, keep)}
     if not void:
         return Folding(frozenset(), {})
-    live = _live(nodes, void)
+    live, written = _live(nodes, void), written_to(nodes)
     constants: dict[fx.Node, Tensor] = {}
     stand_ins: dict[fx.Node, Mapping[fx.Node, Tensor | None]] = {}
     for node in nodes:
@@ -119,7 +119,7 @@ def fold(
             stand_ins[node] = dict.fromkeys(empty)
         elif empty or function is None or not _may_be_overwritten(node, constants):
             raise Needed(node)
-        elif function in _MOVING or all(n in constants or _is_of_weights(n) for n in node.all_input_nodes):
+        elif function in _MOVING or all(n in constants or _is_of_weights(n, written) for n in node.all_input_nodes):
             constants[node] = _computed(node, shapes, constants, tensor)
         elif function is elementwise.broadcasting and any(shapes.of(n) == shapes.of(node) for n in node.all_input_nodes if n not in constants):
             stand_ins[node] = {n: constants[n] for n in fixed}
@@ -163,8 +163,8 @@ def _live(nodes: Sequence[fx.Node], void: Collection[fx.Node], cut: Mapping[fx.N
     for node in reversed(nodes):
         if node in void or (node in cut and not cut[node]):
             continue
-        readers = (u for u in node.users if u in live and node not in cut.get(u, ()))
-        if node.op in ("placeholder", "output") or any(True for _ in readers) or (has_effect(node) and not _is_its_own(node)):
+        is_read = any(u in live and node not in cut.get(u, ()) for u in node.users)
+        if is_read or node.op in ("placeholder", "output") or (has_effect(node) and not _is_its_own(node)):
             live.add(node)
     return live
 
@@ -207,7 +207,7 @@ def _computed(node: fx.Node, shapes: _Shapes, constants: Mapping[fx.Node, Tensor
     """What an operator makes of constants, in the same form. Raises Needed where it looks at positions, or is not known to look away from them."""
     function, size = RULES.get(operator_name(node)), shapes.of(node)
     source = node.all_input_nodes[0]
-    if size is None or draws(node):
+    if size is None or _draws(node):
         raise Needed(node)
     if function in _MOVING:
         return _moved(node, shapes, constants[source])
@@ -222,11 +222,17 @@ def _computed(node: fx.Node, shapes: _Shapes, constants: Mapping[fx.Node, Tensor
     return value  # type: ignore[no-any-return]
 
 
-def _is_of_weights(node: fx.Node) -> bool:
-    """Whether a node is a tensor of the model, or computed of such alone."""
-    return node.op == "get_attr" or (
-        node.op == "call_function" and not has_effect(node) and not draws(node) and all(map(_is_of_weights, node.all_input_nodes))
-    )
+def _draws(node: fx.Node) -> bool:
+    """Whether a node draws random numbers, in evaluation too."""
+    given = named_arguments(node, node.args, node.kwargs) if isinstance(node.target, torch._ops.OpOverload) else {}
+    return draws(node) or (operator_name(node) in _DROPPING and bool(given.get("train", given.get("training"))))
+
+
+def _is_of_weights(node: fx.Node, written: Collection[fx.Node]) -> bool:
+    """Whether a node is a tensor of the model, or computed of such alone, and not one that the model writes to."""
+    if node in written or node.op not in ("get_attr", "call_function"):
+        return False
+    return node.op == "get_attr" or not (has_effect(node) or _draws(node) or not all(_is_of_weights(n, written) for n in node.all_input_nodes))
 
 
 def _of_weights(node: fx.Node, tensor: Callable[[fx.Node], Tensor]) -> Tensor:
@@ -243,11 +249,13 @@ def _values(arguments: Any, of: Callable[[fx.Node], Tensor]) -> Any:
 
 def _looks_away_from_positions(node: fx.Node, function: Any, args: Sequence[Any], size: Sequence[int] | None) -> bool:
     """Whether an operator answers to one position what it answers to all, wherever they are equal. size: of its first operand."""
-    if function in _BY_ENTRY:
-        return operator_name(node) != "empty_like"
     value: Any = args[0]
+    if function in (elementwise.unary, elementwise.broadcasting):
+        return operator_name(node) != "empty_like"
     if not isinstance(value, Tensor) or size is None:
         return False
+    if function in (normalization.batch_norm, elementwise.prelu):
+        return len(size) > 1 and value.shape[1] == size[1]
     if function in (normalization.layer_norm, normalization.rms_norm):
         return len(args[1]) == 1 and value.shape[-1] == size[-1]
     if function is normalization.mean or operator_name(node) in _TO_ONE_PIXEL:
