@@ -36,7 +36,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class PlannedGroup:
-    """A group of coupled channels and which of them stay."""
+    """A group of coupled channels and which of them stay; none, where a whole branch goes."""
 
     name: str
     channels: int
