@@ -331,7 +331,8 @@ def test_measured_losses_fall_with_the_width_and_end_at_nothing() -> None:
     assert known.losses is not None and known.losses.keys() == {g.name for g in groups}
     for group in groups:
         curve = known.losses[group.name]
-        assert curve.shape == (group.size + 1,) and curve[-1] == 0 and (np.diff(curve) <= 0).all() and np.isfinite(curve).all()
+        assert curve.shape == (group.size + 1,) and curve[-1] == 0 and np.isfinite(curve).all()
+        assert (np.diff(curve[1:]) <= 0).all() and (curve[0] > 0 or group.atom not in known.branches)  # none may be better than few
 
 
 def test_divergence_of_logits_and_of_other_answers() -> None:
