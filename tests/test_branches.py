@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,12 @@ IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 class Block(nn.Module):
-    """x + bn(conv(relu(bn(conv x)))), added in place to the branch as torchvision's ResNet does."""
+    """x + bn(conv(relu(bn(conv x)))), added in place to the branch as torchvision's ResNet does; of half the size where it is told a stride."""
 
-    def __init__(self, width: int, inner: int):
+    def __init__(self, width: int, inner: int, stride: int = 1):
         super().__init__()
-        self.conv1 = nn.Conv2d(width, inner, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(width, inner, 3, stride, padding=1, bias=False)
+        self.beside = nn.Conv2d(width, width, 1, stride) if stride > 1 else nn.Identity()
         self.bn1 = nn.BatchNorm2d(inner)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(inner, width, 3, padding=1)
@@ -47,16 +49,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        out += x
+        out += self.beside(x)
         return self.relu(out)
 
 
 class Residual(nn.Module):
-    def __init__(self, blocks: int = 2):
+    def __init__(self, strides: Sequence[int] = (1, 1)):
         super().__init__()
         torch.manual_seed(0)
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.blocks = nn.Sequential(*(Block(8, 12) for _ in range(blocks)))
+        self.blocks = nn.Sequential(*(Block(8, 12, stride) for stride in strides))
         self.head = nn.Linear(8, 5)
         with torch.no_grad():
             for norm in [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]:
@@ -289,10 +291,42 @@ def test_the_users_class_comes_back_without_the_branch():
     assert not torch.equal(result.model.blocks[1].bn2.constant, before)
 
 
-def test_a_branch_that_ends_within_a_forward_gives_a_traced_model_and_says_so():
+def test_the_users_class_follows_where_the_branch_made_the_picture_smaller():
+    model = Residual((1, 2))
+    small = realised(model, "blocks.1.conv1").model
+    assert type(small) is Residual
+    block = model.blocks[1]
+    for side in (7, 8, 13):
+        with torch.no_grad():
+            y = model.blocks[0](model.stem(x := torch.randn(2, 3, side, side)))
+            beside = block.beside(y)
+            branch = block.bn2(block.conv2.bias.view(1, -1, 1, 1).expand_as(beside))
+            torch.testing.assert_close(small(x), model.head((branch + beside).relu().mean((2, 3))))
+
+
+def test_what_a_forward_does_to_the_answer_of_a_module_that_is_gone_stays():
     result = realised(Attention(), "fc1", x=torch.randn(2, 7, 6))
-    assert type(result.model) is not Attention
+    assert type(result.model) is Attention and "scale2" in dict(result.small.named_parameters())
+    assert type(realised(Excited(), "squeeze").model) is Excited
+
+
+def test_a_branch_that_ends_within_a_forward_gives_a_traced_model_and_says_so():
+    result = realised(Behind(lambda self, y: y.transpose(1, 2).roll(1, 2).transpose(1, 2)), "a", x=torch.randn(2, 5, 6))
+    assert type(result.model) is not Behind
     assert "in the middle of a module's forward" in result.report.data["verification"]["module_note"]
+
+
+def test_compensation_gives_a_gate_its_mean():
+    model, samples = Excited(), torch.randn(64, 3, 8, 8)
+    graph, groups = analysed(model)
+    plan = emptied(groups, "squeeze")
+    keep = atoms_of(plan, groups)
+    surgery = operate(graph, groups.types, keep, plan.tensors)
+    (stand_in,) = surgery.stand_ins
+    compensate(graph, groups.types, keep, surgery, samples_of(samples, graph))
+    with torch.no_grad():
+        gate = model.excite(model.squeeze(model.expand(model.stem(samples)).relu().mean((2, 3))).relu())
+    torch.testing.assert_close(surgery.module.get_parameter(stand_in.name).flatten(), gate.mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_files_hold_the_model_without_the_branch(tmp_path: Path):
@@ -364,7 +398,7 @@ def test_a_branch_goes_where_that_pays_and_only_whole():
 
 
 def test_compensation_gives_the_stand_in_the_mean_of_what_is_missing():
-    model, samples = Residual(1), torch.randn(64, 3, 8, 8)
+    model, samples = Residual((1,)), torch.randn(64, 3, 8, 8)
     graph, groups = analysed(model)
     plan = emptied(groups, "blocks.0.conv1")
     keep = atoms_of(plan, groups)

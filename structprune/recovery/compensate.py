@@ -14,7 +14,7 @@ that of He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2
 Where the answer is added to another branch (a residual stream), what that branch is off by is part of r: the last layer of each block makes up for
 what the stream has lost so far. A convolution without a bias leaves Δb to the running mean of its batch norm. Norms over channels have their scales
 and shifts fitted in the same way, channel by channel. Queries and keys are fitted to their product; see calibrate/logits.py. What stands in for a
-branch without channels becomes the mean of what is missing where it is added, and the regression where it is a factor.
+branch without channels becomes the mean of what is missing where it is added, the regression where it is a factor, and else the branch's mean.
 """
 
 from __future__ import annotations
@@ -151,18 +151,18 @@ def _fit(
 
 
 def _fit_constant(stand_in: StandIn, graph: Graph, types: Types, keep: Keep, surgery: Surgery, dense: Stepping, small: Stepping) -> Fitted | None:
-    """Fit what stands in for a branch to the dense answer where it is added or multiplied; None where it is neither."""
-    node, original = stand_in.reader, surgery.originals[stand_in.reader]
+    """Fit what stands in for a branch to the dense answer where it is added or multiplied, or else to the branch's own answer."""
+    node = stand_in.reader
     name, operands = operator_name(node), node.all_input_nodes
-    if name not in ("add", "mul") or len(operands) != 2 or len(node.args) != 2 or node.kwargs:
-        return None
-    (constant,) = [n for n in operands if n.op == "get_attr" and n.target == stand_in.name]
-    (other,) = [n for n in operands if n is not constant]
+    other = next((n for n in operands if n.target != stand_in.name), None)
+    joins = name in ("add", "mul") and len(node.args) == 2 and not node.kwargs and other is not None and other.op != "get_attr"
+    aimed = surgery.originals[node] if joins else stand_in.branch
     held: Tensor = attribute(surgery.module, stand_in.name)
     parts = []
     for wide, narrow in zip(dense.values, small.values, strict=True):
-        wanted, x = kept_part(wide[original], types.shape(original), keep).double(), narrow[other].double()
-        aim, factor = (wanted - x, torch.ones_like(x)) if name == "add" else (wanted, x)
+        wanted = kept_part(wide[aimed], types.shape(aimed), keep).double()
+        x = narrow[other].double() if joins and other is not None else torch.zeros_like(wanted)
+        aim, factor = (wanted, x) if joins and name == "mul" else (wanted - x, torch.ones_like(x))
         values = (factor * aim, factor.square(), aim.square(), wanted, wanted.square(), torch.ones_like(wanted))
         parts.append(torch.stack([value.sum_to_size(held.shape) for value in values]))
     (sums,) = processes.total(torch.stack(parts).sum(0))

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from structprune.analysis.groups import Groups
 from structprune.analysis.infer import Types
 from structprune.ir.axes import Atom, Keep, Shape, kept_size
-from structprune.ir.graph import Graph, draws, has_effect, named_arguments, operator_name, owners_of, source_of, written_to
+from structprune.ir.graph import Graph, draws, has_effect, named_arguments, operator_name, owners_of, shape_of, source_of, written_to
 from structprune.ops import RULES, contraction, elementwise, joining, layout, normalization
 from structprune.transform.reference import in_double
 
@@ -45,11 +45,12 @@ class Needed(Exception):
 @dataclass(frozen=True)
 class Folding:
     """`gone`: nodes that nothing needs any more. `stand_ins`: of nodes that stay, by their operands that go, what takes their place; None where
-    nothing does, in a concatenation.
+    nothing does, in a concatenation. `constants`: all answers that became constants.
     """
 
     gone: frozenset[fx.Node]
     stand_ins: Mapping[fx.Node, Mapping[fx.Node, Tensor | None]]
+    constants: Mapping[fx.Node, Tensor]
 
 
 def branches(graph: Graph, groups: Groups) -> dict[Atom, frozenset[Atom]]:
@@ -101,7 +102,7 @@ def fold(
     shapes = _Shapes(originals, types, keep)
     void = {n for n in nodes if n in originals and is_void(originals[n], types, keep)}
     if not void:
-        return Folding(frozenset(), {})
+        return Folding(frozenset(), {}, {})
     live, written = _live(nodes, void), written_to(nodes)
     constants: dict[fx.Node, Tensor] = {}
     stand_ins: dict[fx.Node, Mapping[fx.Node, Tensor | None]] = {}
@@ -126,7 +127,49 @@ def fold(
         else:
             raise Needed(node)
     needed = _live(nodes, void, {**dict.fromkeys(constants, ()), **stand_ins})
-    return Folding(frozenset(n for n in nodes if n not in needed and n.op in ("call_function", "get_attr")), stand_ins)
+    return Folding(frozenset(n for n in nodes if n not in needed and n.op in ("call_function", "get_attr")), stand_ins, constants)
+
+
+def ending_with_modules(folding: Folding, nodes: Sequence[fx.Node], originals: Mapping[fx.Node, fx.Node]) -> Folding:
+    """The same, but where a branch ends in the middle of a module's forward: there its last operators stay, if they work entry by entry, on a
+    constant in the place of the last module that is gone whole. The user's class can follow that.
+    """
+    stand_ins = dict(folding.stand_ins)
+    staying: set[fx.Node] = set()
+    for reader, values in folding.stand_ins.items():
+        for operand in [n for n, value in values.items() if value is not None]:
+            last = operand
+            chain: list[fx.Node] = []
+            while not _ends_a_module(last, nodes, originals, folding.gone - staying - set(chain)):
+                before = [n for n in last.all_input_nodes if n in folding.constants]
+                if not _works_on_any_size(last) or has_effect(last) or len(before) != 1:
+                    break
+                chain.append(last)
+                last = before[0]
+            else:
+                if chain:
+                    staying |= set(chain)
+                    stand_ins[reader] = {n: value for n, value in stand_ins[reader].items() if n is not operand}
+                    stand_ins[chain[-1]] = {last: folding.constants[last]}
+    if not staying:
+        return folding
+    read = {n for node in staying for n in node.all_input_nodes if n not in folding.constants}
+    while more := {n for node in read for n in node.all_input_nodes} - read:
+        read |= more
+    return Folding(folding.gone - staying - read, {node: values for node, values in stand_ins.items() if values}, folding.constants)
+
+
+def _works_on_any_size(node: fx.Node) -> bool:
+    """Whether a constant need not be as large as the answer for which it stands."""
+    function = RULES.get(operator_name(node))
+    if function is joining.slice_:
+        return shape_of(node.meta["val"]) == shape_of(node.all_input_nodes[0].meta["val"])  # all of it
+    return function in (elementwise.unary, elementwise.broadcasting, layout.unsqueeze)
+
+
+def _ends_a_module(node: fx.Node, nodes: Iterable[fx.Node], originals: Mapping[fx.Node, fx.Node], gone: Collection[fx.Node]) -> bool:
+    whole = whole_modules((originals[n] for n in nodes if n in originals), {originals[n] for n in gone if n in originals})
+    return any(owner in whole for owner in owners_of(originals[node]))
 
 
 def is_void(node: fx.Node, types: Types, keep: Keep) -> bool:

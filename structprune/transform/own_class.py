@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.errors import VerificationError
-from structprune.ir.graph import Graph, attribute, held_by, repeated, results_in
+from structprune.ir.graph import Graph, attribute, held_by, owners_of, repeated, results_in, shape_of
 from structprune.ir.samples import copies, samples_in
 from structprune.transform.attributes import Attributes, guesses
 from structprune.transform.reference import Exact, in_double
@@ -37,25 +37,35 @@ def came_as_graph(model: nn.Module, graph: Graph) -> bool:
     return isinstance(model, fx.GraphModule) or graph.signature is not None
 
 
-class Constant(nn.Module):
-    """What stands for a module whose answer no longer depends on anything: `constant`, at every position of what the module is called with."""
+class Gone(nn.Module):
+    """What stands for a module whose answer nobody needs: it hands on what it is given, so that what comes behind has something of the right size.
 
-    def __init__(self, constant: nn.Parameter):
+    steps: of each axis, how far apart the positions are that the module kept.
+    """
+
+    def __init__(self, steps: Sequence[int] = ()):
         super().__init__()
+        self.steps = tuple(steps)
+
+    def forward(self, x: Any = None, *_: Any, **__: Any) -> Any:
+        return self.fewer(x).clone() if isinstance(x, Tensor) else x  # memory of its own, for code may write to it in place
+
+    def fewer(self, x: Tensor) -> Tensor:
+        return x[tuple(slice(None, None, step) for step in self.steps)] if x.dim() == len(self.steps) else x
+
+
+class Constant(Gone):
+    """What stands for a module whose answer no longer depends on anything: `constant`, at every position that the module kept."""
+
+    def __init__(self, constant: nn.Parameter, steps: Sequence[int] = ()):
+        super().__init__(steps)
         self.constant = constant
 
     def forward(self, x: Any = None, *_: Any, **__: Any) -> Tensor:
         if not isinstance(x, Tensor) or x.dim() != self.constant.dim():
             return self.constant
-        positions = [theirs if own == 1 else own for theirs, own in zip(x.shape, self.constant.shape, strict=True)]
-        return self.constant.expand(positions).clone()  # memory of its own, for code may add to it in place
-
-
-class Gone(nn.Module):
-    """What stands for a module whose answer nobody needs: it hands on what it is given, in memory of its own, for code may write to it in place."""
-
-    def forward(self, x: Any, *_: Any, **__: Any) -> Any:
-        return x.clone() if isinstance(x, Tensor) else x
+        positions = [theirs if own == 1 else own for theirs, own in zip(self.fewer(x).shape, self.constant.shape, strict=True)]
+        return self.constant.expand(positions).clone()
 
 
 def rebuild(model: nn.Module, tensors: Mapping[int, Tensor], attributes: Attributes, instead: Mapping[str, nn.Module] | None = None) -> nn.Module:
@@ -97,7 +107,7 @@ def own_class(
     """
     if came_as_graph(model, graph):
         return None, "the model came as a graph"
-    instead = _instead(surgery)
+    instead = _instead(graph, surgery)
     if instead is None:
         return None, "a branch without channels ends in the middle of a module's forward, which the user's class cannot leave out"
     scales = {name: scale for name, scale in scales.items() if not any(name == other or name.startswith(f"{other}.") for other in instead)}
@@ -161,12 +171,27 @@ def own_class(
     return None, note
 
 
-def _instead(surgery: Surgery) -> dict[str, nn.Module] | None:
+def _instead(graph: Graph, surgery: Surgery) -> dict[str, nn.Module] | None:
     """What takes the place of modules that belonged to branches without channels; None where a stand-in belongs to no such module alone."""
-    constants = {s.module: Constant(attribute(surgery.module, s.name)) for s in surgery.stand_ins if s.module is not None}
+    constants = {s.module: attribute(surgery.module, s.name) for s in surgery.stand_ins if s.module is not None}
     if len(constants) < len(surgery.stand_ins):
         return None
-    return {name: constants.get(name, Gone()) for name in sorted(surgery.gone)}
+    instead: dict[str, nn.Module] = {}
+    for name in sorted(surgery.gone):
+        steps = _steps([n for n in graph.nodes if name in owners_of(n)])
+        instead[name] = Constant(constants[name], steps) if name in constants else Gone(steps)
+    return instead
+
+
+def _steps(nodes: Sequence[fx.Node]) -> list[int]:
+    """Of each axis but the first two, how many positions of what these nodes read make one of what they answer; none where that is not plain."""
+    inside = set(nodes)
+    read = [n.meta.get("val") for node in nodes for n in node.all_input_nodes if n not in inside and n.op != "get_attr"]
+    answered = [node.meta.get("val") for node in nodes if any(user not in inside for user in node.users)]
+    if not read or not answered or not (isinstance(read[0], Tensor) and isinstance(answered[-1], Tensor)) or read[0].dim() != answered[-1].dim():
+        return []
+    sizes = list(zip(shape_of(read[0]), shape_of(answered[-1]), strict=True))
+    return [1, 1, *(-(-before // max(1, after)) for before, after in sizes[2:])]
 
 
 def _batches(graph: Graph) -> list[list[Any]]:

@@ -20,7 +20,7 @@ from structprune.ir.plan import Cut
 from structprune.ir.traced import TracedModule
 from structprune.ops import RESIZERS
 from structprune.ops.rules import Resize
-from structprune.transform.branches import Folding, Needed, fold, functional, is_void, whole_modules
+from structprune.transform.branches import Folding, Needed, ending_with_modules, fold, functional, is_void, whole_modules
 
 CONSTANT = "constant"  # how a stand-in is called in its module
 
@@ -29,11 +29,12 @@ CONSTANT = "constant"  # how a stand-in is called in its module
 class StandIn:
     """What is left of a branch without channels: the parameter `name`, which the small node `reader` reads in the place of the branch's answer.
 
-    `module`: the name of the user's module that gave that answer; None where some part of that module is still needed. `exact`: the value before
-    it was rounded to the type of the model, in float64.
+    `branch`: the dense node of that answer. `module`: the name of the user's module that gave it; None where some part of it is still needed.
+    `exact`: the value before it was rounded to the type of the model, in float64.
     """
 
     name: str
+    branch: fx.Node
     module: str | None
     reader: fx.Node
     exact: Tensor
@@ -88,7 +89,8 @@ def operate(graph: Graph, types: Types, keep: Keep, cuts: Mapping[str, Cut], ans
     for node in [n for n, old in originals.items() if old in types.constants]:
         _cut_for_readers(node, types.shape(originals[node]), keep, [u for u in node.users if originals.get(u) not in types.constants], add_constant)
     try:
-        folding = fold(list(fresh.nodes), originals, types, keep, lambda n: held[str(n.target)], answers)
+        nodes = list(fresh.nodes)
+        folding = ending_with_modules(fold(nodes, originals, types, keep, lambda n: held[str(n.target)], answers), nodes, originals)
     except Needed as needed:
         raise PlanError(f"a group keeps no channels, but {needed}") from needed
     gone = whole_modules(graph.nodes, {originals[n] for n in folding.gone if n in originals}) if folding.gone else set()
@@ -107,6 +109,7 @@ def _fold(
     modules: those that are gone, each of which is to hold the stand-in for its answer.
     """
     found = []
+    learns = any(isinstance(p := held[str(n.target)], nn.Parameter) and p.requires_grad for n in folding.gone if n.op == "get_attr")
     for node, values in folding.stand_ins.items():
         if has_effect(node) and node.args[0] in values:  # there is no memory of a branch to write to
             node.target = functional(node)
@@ -117,12 +120,12 @@ def _fold(
             owners = owners_of(originals[operand])
             module = next((owner for owner in owners if owner in modules), None)
             name, dtype = _free_name(module or next(iter(owners), ""), held), operand.meta["val"].dtype
-            held[name] = nn.Parameter(value.to(dtype), dtype.is_floating_point)
+            held[name] = nn.Parameter(value.to(dtype), learns and dtype.is_floating_point)
             with graph.inserting_before(node):
                 constant = graph.get_attr(name)
             constant.meta["val"] = held[name].detach()
             node.replace_input_with(operand, constant)
-            found.append(StandIn(name, module, node, value))
+            found.append(StandIn(name, originals[operand], module, node, value))
     names = {str(n.target) for n in folding.gone if n.op == "get_attr"}
     for node in reversed(list(graph.nodes)):
         if node in folding.gone:
