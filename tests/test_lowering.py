@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+import structprune as sp
 from structprune.backends.lowering import Lowered
 from structprune.backends.onnx import export, run
 from structprune.frontends.trace import trace
@@ -170,3 +171,21 @@ def _recorded(method, answers):  # type: ignore[no-untyped-def]
         return answers[-1]
 
     return recorded
+
+
+class RelativePositions(nn.Module):
+    """Attention as T5's. The kernel answers in the order that the reshape wants, which becomes a view; the exporter lays attention out otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.near = nn.Linear(16, 48), nn.Linear(16, 16), nn.Embedding(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.view(len(x), -1, 4, 4).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        near = self.near(torch.arange(7)[:, None] - torch.arange(7) + 7).permute(2, 0, 1)[None]
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=near, scale=1.0).transpose(1, 2).reshape(len(x), 7, -1))
+
+
+def test_attention_that_is_laid_out_in_two_ways(tmp_path: Path) -> None:
+    result = sp.compress(RelativePositions().eval(), torch.randn(2, 7, 16), "channels=0.5")
+    assert result.export_onnx(tmp_path / "model.onnx") < 1e-5

@@ -57,7 +57,11 @@ class Lowered(ExportedProgram):
     def run_decompositions(self, decomp_table: Mapping[Any, Callable[..., Any]] | None = None, *args: Any, **kwargs: Any) -> ExportedProgram:
         if decomp_table is not None and all(_is_whole(node, decomp_table) for node in self.graph.nodes):
             return self
-        return self._original.run_decompositions(decomp_table, *args, **kwargs)  # type: ignore[arg-type]
+        spelled_out = self._original.run_decompositions(decomp_table, *args, **kwargs)  # type: ignore[arg-type]
+        for node in spelled_out.graph.nodes:
+            if node.target == _aten.view.default:  # fails where the exporter's next pass takes attention to lay out its answer otherwise
+                node.target = _aten.reshape.default
+        return spelled_out
 
 
 def _simplified(original: fx.Graph) -> fx.Graph:
