@@ -230,7 +230,7 @@ def _with_nothing(
 ) -> tuple[list[Choice], list[Implication]]:
     """The choices, with one more option, to keep nothing, where they may; and that what goes with a branch is to go with it.
 
-    Nothing can keep nothing but in a branch that goes whole.
+    A group keeps nothing only within a branch that goes whole.
     """
     owner = {atom: number for number, choice in enumerate(choices) for atom in choice.atoms}
     whole = {atom: {owner[a] for a in gone} for atom, gone in branches.items()}
