@@ -28,7 +28,7 @@ from structprune.ir.axes import Atom, Keep, kept_entries
 from structprune.ir.graph import Graph, attribute
 from structprune.ir.group import Group
 from structprune.ir.samples import Samples, samples_in
-from structprune.transform.branches import is_void
+from structprune.transform.branches import void_nodes
 from structprune.transform.surgery import kept_part, operate
 
 _SHARES = (0.5, 0.75, 0.25)  # of a group's channels
@@ -107,9 +107,9 @@ def _narrowed(graph: Graph, groups: Groups, found: Mapping[fx.Node, Moments], lo
 def _without(graph: Graph, groups: Groups, found: Mapping[fx.Node, Moments], gone: Iterable[Atom]) -> fx.GraphModule:
     """The model without a branch: what read it answers the mean of what it did."""
     keep = {atom: np.zeros(0, dtype=np.int64) for atom in gone}
-    answers = {}
+    answers, void = {}, void_nodes(graph.nodes, groups.types, keep)
     for node, moments in found.items():
-        if is_void(moments.reader.input, groups.types, keep):
+        if moments.reader.input in void:
             weight, bias = graph.tensor(moments.reader.weight).detach(), moments.reader.bias
             mean = (matrix(moments.reader, weight).double() @ moments.mean[..., None]).flatten()
             answers[node] = mean if bias is None else mean + graph.tensor(bias)

@@ -59,6 +59,7 @@ def branches(graph: Graph, groups: Groups) -> dict[Atom, frozenset[Atom]]:
     All of them may go at once.
     """
     nodes = graph.nodes
+    themselves = {n: n for n in nodes}
     standing: dict[Atom, set[fx.Node]] = {g.atom: set() for g in groups}
     for node in nodes:
         for atom in groups.types.atoms(node) if node.op == "call_function" else ():
@@ -67,7 +68,7 @@ def branches(graph: Graph, groups: Groups) -> dict[Atom, frozenset[Atom]]:
 
     def folded(atoms: Iterable[Atom]) -> Folding | None:
         try:
-            return fold(nodes, {n: n for n in nodes}, groups.types, dict.fromkeys(atoms, ()), graph.tensor)  # type: ignore[arg-type]
+            return fold(nodes, themselves, groups.types, dict.fromkeys(atoms, ()), graph.tensor)  # type: ignore[arg-type]
         except Needed:
             return None
 
@@ -99,10 +100,10 @@ def fold(
 
     Raises Needed where an operator cannot do without them.
     """
-    shapes = _Shapes(originals, types, keep)
-    void = {n for n in nodes if n in originals and is_void(originals[n], types, keep)}
-    if not void:
+    empty_ones = void_nodes(originals.values(), types, keep)
+    if not empty_ones:
         return Folding(frozenset(), {}, {})
+    shapes, void = _Shapes(originals, types, keep), {n for n in nodes if originals.get(n) in empty_ones}
     live, written = _live(nodes, void), written_to(nodes)
     constants: dict[fx.Node, Tensor] = {}
     stand_ins: dict[fx.Node, Mapping[fx.Node, Tensor | None]] = {}
@@ -172,13 +173,18 @@ def _ends_a_module(node: fx.Node, nodes: Iterable[fx.Node], originals: Mapping[f
     return any(owner in whole for owner in owners_of(originals[node]))
 
 
-def is_void(node: fx.Node, types: Types, keep: Keep) -> bool:
-    """Whether all that a dense node answers has an axis of which no entries stay."""
-    empty = {atom for atom, entries in keep.items() if not len(entries)}
-    if not empty or empty.isdisjoint(types.atoms(node)):
-        return False
-    resolve, widths = types.solver.resolve, {atom: len(entries) for atom, entries in keep.items()}
-    return all(any(not kept_size(resolve(axis), widths) for axis in shape) for shape in types.shapes(node))
+def void_nodes(nodes: Iterable[fx.Node], types: Types, keep: Keep) -> set[fx.Node]:
+    """Those dense nodes all of whose answers have an axis of which no entries stay."""
+    widths = {atom: len(entries) for atom, entries in keep.items()}
+    empty = {atom for atom, width in widths.items() if not width}
+    if not empty:
+        return set()
+    resolve = types.solver.resolve
+    return {
+        n
+        for n in nodes
+        if not empty.isdisjoint(types.atoms(n)) and all(any(not kept_size(resolve(axis), widths) for axis in shape) for shape in types.shapes(n))
+    }
 
 
 class _Shapes:

@@ -20,7 +20,7 @@ from structprune.ir.plan import Cut
 from structprune.ir.traced import TracedModule
 from structprune.ops import RESIZERS
 from structprune.ops.rules import Resize
-from structprune.transform.branches import Folding, Needed, ending_with_modules, fold, functional, is_void, whole_modules
+from structprune.transform.branches import Folding, Needed, ending_with_modules, fold, functional, void_nodes, whole_modules
 
 CONSTANT = "constant"  # how a stand-in is called in its module
 
@@ -77,11 +77,12 @@ def operate(graph: Graph, types: Types, keep: Keep, cuts: Mapping[str, Cut], ans
             return fresh.get_attr(name)
 
     resize = Resize(kept, constant, add_constant)
+    void = void_nodes(graph.nodes, types, keep)
     for node in list(fresh.nodes):
         resizer = RESIZERS.get(operator_name(node)) if node.op == "call_function" else None
         if (
             resizer is not None
-            and not is_void(originals[node], types, keep)
+            and originals[node] not in void
             and originals[node] not in types.constants
             and any(not types.atoms(originals[n]).isdisjoint(keep) for n in (node, *node.all_input_nodes) if n in originals)
         ):
