@@ -10,8 +10,9 @@ empty cache of tables (cold), for the others with what that left (warm). Then a 
 that made the file, measures both ONNX files in interleaved rounds: that is *measured*; *predicted* is what the tables
 said before the loop's first measurement, beside what that measurement gave. *Efficiency* is the measured speed-up divided by the reduction of
 multiply-accumulates. *Importance* is the share of its summed scores that a group keeps, the mean over all groups; beside it that of
-uniform pruning with aligned widths at the same measured latency, found by the same loop. torch-pruning prunes 30 % of the channels with widths
-in multiples of 16, by L2 magnitude; its file is measured in the same way. Weights are random but for EfficientNet-Lite0.
+uniform pruning with aligned widths at the same measured latency, found by the same loop. torch-pruning prunes by L2 magnitude, with widths in
+multiples of 16: 30 % of the channels beside our target 0.5, as usual, and the share that leaves about as many multiply-accumulates as the target
+asks for beside the others; its files are measured in the same way. Weights are random but for EfficientNet-Lite0.
 
 Run it on an idle machine; each row notes the machine's load average.
 """
@@ -39,6 +40,8 @@ MODELS = (
 )  # fmt: skip
 TARGETS = (0.5, 0.75, 0.35)
 UNIFORM_AT = 0.5  # the target at which uniform pruning is compared
+USUAL = 0.3  # of the channels: torch-pruning's efficiency at this share is the one to beat
+SHARES = {0.75: 0.134, 0.5: USUAL, 0.35: 0.408}  # of the channels that torch-pruning removes beside each target: 1 - sqrt(target)
 INPUT = "1x3x224x224"
 
 
@@ -78,9 +81,9 @@ def independent(dense: Path, small: Path, threads: int) -> dict[str, float]:
     return dict(json.loads(done.stdout)["ratios"][small.name])
 
 
-def torch_pruning(spec: str, threads: int, work: Path) -> dict[str, Any]:
-    """The same figures of torch-pruning's own pruner, or why it gave up."""
-    done = _run([sys.executable, __file__, "--one", spec, str(work)])
+def torch_pruning(spec: str, share: float, threads: int, work: Path) -> dict[str, Any]:
+    """The same figures of torch-pruning's own pruner for a share of the channels, or why it gave up."""
+    done = _run([sys.executable, __file__, "--one", spec, str(share), str(work)])
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or ["no answer"])[-1][:80]}
     kept = float(done.stdout.splitlines()[-1])
@@ -88,7 +91,7 @@ def torch_pruning(spec: str, threads: int, work: Path) -> dict[str, Any]:
     return {"measured": measured, "macs_kept": kept, "efficiency": kept / measured["median"]}
 
 
-def export_pruned(spec: str, work: Path) -> float:
+def export_pruned(spec: str, share: float, work: Path) -> float:
     """Writes both files of torch-pruning's model; returns the share of multiply-accumulates that it keeps, by torch's own counter."""
     import torch
     import torch_pruning as tp
@@ -109,7 +112,7 @@ def export_pruned(spec: str, work: Path) -> float:
     heads |= {m.qkv: m.num_heads for m in model.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")}
     last = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1]
     importance = tp.importance.GroupMagnitudeImportance(p=2)
-    pruner = tp.pruner.BasePruner(model, inputs, importance, pruning_ratio=0.3, round_to=16, ignored_layers=[last], num_heads=heads)
+    pruner = tp.pruner.BasePruner(model, inputs, importance, pruning_ratio=share, round_to=16, ignored_layers=[last], num_heads=heads)
     pruner.step()
     after = flops()
     torch.onnx.export(model, inputs, str(work / "pruned.onnx"), dynamo=True, external_data=False, verbose=False)
@@ -127,29 +130,41 @@ def rows_of(spec: str, threads: int, targets: tuple[float, ...], known: dict[str
                 yield key, compressed(spec, target, threads, work, cache) | {"cold": cold}
         if f"{spec} {threads} uniform" not in known and UNIFORM_AT in targets:
             yield f"{spec} {threads} uniform", compressed(spec, UNIFORM_AT, threads, work, cache, "uniform")
-        if f"{spec} {threads} torch-pruning" not in known:
-            yield f"{spec} {threads} torch-pruning", torch_pruning(spec, threads, work)
+        for share in (SHARES[target] for target in targets if target in SHARES):
+            if (key := _theirs(spec, threads, share)) not in known:
+                yield key, torch_pruning(spec, share, threads, work)
+
+
+def _theirs(spec: str, threads: int | str, share: float) -> str:
+    """The key of torch-pruning's row."""
+    return f"{spec} {threads} torch-pruning:{share}"
+
+
+def _is_ours(key: str) -> bool:
+    return not key.endswith(" uniform") and " torch-pruning:" not in key
 
 
 def table(rows: dict[str, Any]) -> str:
     """The rows as Markdown, a line for each model, number of threads and target."""
-    head = ("model", "threads", "asked", "measured", "95 %", "predicted / first measured", "MACs kept", "efficiency", "torch-pruning's", "importance",
+    head = ("model", "threads", "asked", "measured", "95 %", "predicted / first measured", "MACs kept", "efficiency", "torch-pruning's (MACs kept)", "importance",
             "uniform's", "rounds", "s")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for key, row in rows.items():
-        spec, threads, target = key.rsplit(" ", 2)
-        if target in ("uniform", "torch-pruning"):
+        if not _is_ours(key):
             continue
+        spec, threads, target = key.rsplit(" ", 2)
         if "failed" in row:
             lines.append(f"| {spec} | {threads} | {target} | {row['failed']} |" + " |" * (len(head) - 4))
             continue
-        theirs, uniform = (rows.get(f"{spec} {threads} {other}", {}) for other in ("torch-pruning", "uniform"))
+        theirs = rows.get(_theirs(spec, threads, SHARES.get(float(target), USUAL)), {})
+        uniform = rows.get(f"{spec} {threads} uniform", {})
+        beaten = f"{theirs['efficiency']:.2f} ({theirs['macs_kept']:.3f})" if "efficiency" in theirs else ""
         measured = row["measured"]
         beside = f"{uniform['importance']:.3f} ({uniform['measured']['median']:.3f})" if target == str(UNIFORM_AT) and "importance" in uniform else ""
         lines.append(
             f"| {spec} | {threads} | {target} | {measured['median']:.3f} | {measured['low']:.3f}–{measured['high']:.3f} "
             f"| {row['predicted']:.3f} / {row['first_measured']:.3f} | {row['macs_kept']:.3f} | {row['efficiency']:.2f} "
-            f"| {theirs.get('efficiency', float('nan')):.2f} | {row['importance']:.3f} | {beside} | {row['rounds']} "
+            f"| {beaten} | {row['importance']:.3f} | {beside} | {row['rounds']} "
             f"| {row['seconds']:.0f}{' cold' if row['cold'] else ''} |"
         )
     return "\n".join(lines)
@@ -157,7 +172,7 @@ def table(rows: dict[str, Any]) -> str:
 
 def summary(rows: dict[str, Any]) -> str:
     """The medians and the worst."""
-    ours = {k: r for k, r in rows.items() if k.rsplit(" ", 1)[1] not in ("uniform", "torch-pruning")}
+    ours = {k: r for k, r in rows.items() if _is_ours(k)}
     right = {k: r for k, r in ours.items() if "failed" not in r}
     off = {k: abs(r["measured"]["median"] / float(k.rsplit(" ", 1)[1]) - 1) for k, r in right.items()}
     missed = {k: abs(r["predicted"] / r["first_measured"] - 1) for k, r in right.items()}
@@ -168,15 +183,17 @@ def summary(rows: dict[str, Any]) -> str:
         for k, r in right.items()
         if k.endswith(f" {UNIFORM_AT}") and "importance" in rows.get(f"{k.rsplit(' ', 1)[0]} uniform", {})
     }
-    theirs = {k: r["efficiency"] for k, r in rows.items() if k.endswith("torch-pruning") and "efficiency" in r}
-    below = [k for k, e in efficiency.items() if e < theirs.get(f"{k.rsplit(' ', 1)[0]} torch-pruning", 0)]
+    theirs = {k: r["efficiency"] for k, r in rows.items() if " torch-pruning:" in k and "efficiency" in r}
+    usual = [e for k, e in theirs.items() if k.endswith(f":{USUAL}")]
+    below = _below(efficiency, {target: USUAL for target in SHARES}, theirs)
+    below_beside = _below(efficiency, SHARES, theirs)
     lines = [
         f"- {len(right)} of {len(ours)} targets reached; off by {median(off.values()):.1%} in the median, {max(off.values()):.1%} at most "
         f"({max(off, key=lambda k: off[k])}); slower than the dense model: {', '.join(slower) or 'none'}",
         f"- prediction before the first measurement: off by {median(missed.values()):.1%} in the median, {max(missed.values()):.1%} at most",
         f"- efficiency: {median(efficiency.values()):.2f} in the median, {min(efficiency.values()):.2f} at least "
-        f"({min(efficiency, key=lambda k: efficiency[k])}); torch-pruning's {median(theirs.values()) if theirs else float('nan'):.2f} in the median; "
-        f"below it: {', '.join(below) or 'none'}",
+        f"({min(efficiency, key=lambda k: efficiency[k])}); torch-pruning's at {USUAL:.0%} of the channels {median(usual) if usual else float('nan'):.2f} in the "
+        f"median; below it: {', '.join(below) or 'none'}; below its file of the same target: {', '.join(below_beside) or 'none'}",
         "- importance kept, beside uniform pruning at the same latency: "
         + ", ".join(f"{k.rsplit(' ', 1)[0]} {ratio:.2f}×" for k, ratio in more.items()),
         f"- seconds: cold at most {max((r['seconds'] for r in right.values() if r['cold']), default=0):.0f}, "
@@ -185,6 +202,16 @@ def summary(rows: dict[str, Any]) -> str:
         *(f"- {k}: {r['failed']}" for k, r in rows.items() if "failed" in r),
     ]
     return "\n".join(lines)
+
+
+def _below(efficiency: dict[str, float], shares: dict[float, float], theirs: dict[str, float]) -> list[str]:
+    """Which of our rows are below torch-pruning's for the share of the channels that belongs to their target."""
+    found = []
+    for key, mine in efficiency.items():
+        spec, threads, target = key.rsplit(" ", 2)
+        if mine < theirs.get(_theirs(spec, threads, shares.get(float(target), USUAL)), 0):
+            found.append(key)
+    return found
 
 
 def _loads(rows: dict[str, Any]) -> str:
@@ -221,14 +248,15 @@ def _run(command: list[str], cache: Path | None = None) -> subprocess.CompletedP
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", nargs=2, metavar=("MODEL", "DIR"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, metavar=("MODEL", "SHARE", "DIR"), help=argparse.SUPPRESS)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
     parser.add_argument("--targets", nargs="+", type=float, default=TARGETS)
     parser.add_argument("--write", action="store_true", help="keep the results in bench/results and docs")
     given = parser.parse_args()
     if given.one:
-        print(export_pruned(given.one[0], Path(given.one[1])))
+        spec, share, folder = given.one
+        print(export_pruned(spec, float(share), Path(folder)))
         return
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if given.write and RESULTS.exists() else {"rows": {}}
     results["ran_on"] = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; " + ", ".join(
