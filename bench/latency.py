@@ -146,8 +146,8 @@ def _is_ours(key: str) -> bool:
 
 def table(rows: dict[str, Any]) -> str:
     """The rows as Markdown, a line for each model, number of threads and target."""
-    head = ("model", "threads", "asked", "measured", "95 %", "predicted / first measured", "MACs kept", "efficiency", "torch-pruning's (MACs kept)", "importance",
-            "uniform's", "rounds", "s")  # fmt: skip
+    head = ("model", "threads", "asked", "measured", "95 %", "predicted / first measured", "MACs kept", "efficiency",
+            "torch-pruning's (MACs kept)", "importance", "uniform's", "rounds", "s")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for key, row in rows.items():
         if not _is_ours(key):
@@ -185,15 +185,16 @@ def summary(rows: dict[str, Any]) -> str:
     }
     theirs = {k: r["efficiency"] for k, r in rows.items() if " torch-pruning:" in k and "efficiency" in r}
     usual = [e for k, e in theirs.items() if k.endswith(f":{USUAL}")]
-    below = _below(efficiency, {target: USUAL for target in SHARES}, theirs)
+    below = _below(efficiency, dict.fromkeys(SHARES, USUAL), theirs)
     below_beside = _below(efficiency, SHARES, theirs)
     lines = [
         f"- {len(right)} of {len(ours)} targets reached; off by {median(off.values()):.1%} in the median, {max(off.values()):.1%} at most "
         f"({max(off, key=lambda k: off[k])}); slower than the dense model: {', '.join(slower) or 'none'}",
         f"- prediction before the first measurement: off by {median(missed.values()):.1%} in the median, {max(missed.values()):.1%} at most",
         f"- efficiency: {median(efficiency.values()):.2f} in the median, {min(efficiency.values()):.2f} at least "
-        f"({min(efficiency, key=lambda k: efficiency[k])}); torch-pruning's at {USUAL:.0%} of the channels {median(usual) if usual else float('nan'):.2f} in the "
-        f"median; below it: {', '.join(below) or 'none'}; below its file of the same target: {', '.join(below_beside) or 'none'}",
+        f"({min(efficiency, key=lambda k: efficiency[k])}); torch-pruning's at {USUAL:.0%} of the channels "
+        f"{median(usual) if usual else float('nan'):.2f} in the median; below it: {', '.join(below) or 'none'}",
+        f"- efficiency below that of torch-pruning's file with about as many multiply-accumulates: {', '.join(below_beside) or 'none'}",
         "- importance kept, beside uniform pruning at the same latency: "
         + ", ".join(f"{k.rsplit(' ', 1)[0]} {ratio:.2f}×" for k, ratio in more.items()),
         f"- seconds: cold at most {max((r['seconds'] for r in right.values() if r['cold']), default=0):.0f}, "

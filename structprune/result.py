@@ -29,7 +29,8 @@ from structprune.frontends.onnx_in.check import runs as runs_in_onnxruntime
 from structprune.frontends.onnx_in.reading import read_again
 from structprune.frontends.program import save_program
 from structprune.frontends.trace import from_exported, retrace
-from structprune.ir.graph import Graph, digest, draws, held_by, operator_name, resized, source_of
+from structprune.ir.graph import Graph, digest, held_by, resized, source_of
+from structprune.ir.operators import is_random, operator_name
 from structprune.ir.plan import Plan
 from structprune.ir.samples import Samples
 from structprune.ir.traced import TracedModule
@@ -213,7 +214,7 @@ def _checked(path: Path, module: TracedModule, reference: nn.Module, graph: Grap
     try:
         return _difference(path, reference, graph, tolerance)
     except VerificationError as differs:
-        drawn = next((node for node in graph.nodes if draws(node)), None)
+        drawn = next((node for node in graph.nodes if is_random(node)), None)
         if drawn is None:
             raise
         where = f"{operator_name(drawn)} at {source_of(drawn) or drawn.name}"

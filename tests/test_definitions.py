@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import structprune as sp
-from structprune.ir.graph import operator_name
+from structprune.ir.operators import operator_name
 from structprune.ops.rules import RULES
 
 DEFINED: dict[str, Callable[[Tensor], Tensor]] = {

@@ -12,7 +12,7 @@ from models import Of
 from torch import Tensor, nn
 
 import structprune as sp
-from structprune.ir.graph import operator_name
+from structprune.ir.operators import operator_name
 
 
 def pruned(model: nn.Module, inputs: Sequence[Tensor], **options: object) -> dict[str, tuple[int, ...]]:

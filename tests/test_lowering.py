@@ -158,6 +158,25 @@ def test_the_program_stays_as_it_is() -> None:
     assert str(program.graph) == before
 
 
+@torch.library.custom_op("structprune_tests::halve", mutates_args={"x"})
+def halve(x: Tensor) -> None:
+    x.mul_(0.5)
+
+
+class WrittenBySomebodyElses(_Net):
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.conv(image)
+        halve(x)
+        return F.relu_(x)
+
+
+def test_an_operator_that_writes_and_answers_nothing_stays() -> None:
+    program = trace(WrittenBySomebodyElses().eval(), (torch.randn(2, 3, 8, 8),)).exported
+    halved, written = (next(n for n in Lowered(program).graph.nodes if name in str(n.target)) for name in ("halve", "relu_"))
+    assert halved.args == written.args
+    assert halved < written
+
+
 def test_an_in_place_activation_is_the_same_operator_in_the_file(tmp_path: Path) -> None:
     graph = trace(ActivationsInPlace().eval(), (torch.randn(2, 3, 8, 8),))
     export(graph.exported, tmp_path / "net.onnx", ["image"], ["y"])

@@ -25,7 +25,8 @@ from structprune.analysis.groups import Groups, find_groups
 from structprune.decide.plan import atoms_of, planned
 from structprune.frontends.trace import trace
 from structprune.ir.axes import Atom, Keep
-from structprune.ir.graph import Graph, operator_name
+from structprune.ir.graph import Graph
+from structprune.ir.operators import operator_name
 from structprune.ir.plan import Cut, Plan
 from structprune.transform.branches import branches
 from structprune.transform.surgery import Surgery, operate

@@ -25,7 +25,8 @@ from structprune.decide.plan import atoms_of, cuts, planned
 from structprune.errors import PlanError, VerificationError
 from structprune.frontends.trace import trace
 from structprune.ir.axes import Keep
-from structprune.ir.graph import Graph, operator_name
+from structprune.ir.graph import Graph
+from structprune.ir.operators import operator_name
 from structprune.ir.plan import Cut, Plan, PlannedGroup
 from structprune.ir.traced import TracedModule
 from structprune.transform import reference

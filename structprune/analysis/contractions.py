@@ -10,7 +10,8 @@ from torch import fx
 
 from structprune.analysis.groups import Groups
 from structprune.ir.axes import UNIT, Shape, product
-from structprune.ir.graph import operator_name, shape_of
+from structprune.ir.graph import shape_of
+from structprune.ir.operators import operator_name
 from structprune.ops import RULES, contraction
 
 # the axes of a contraction, by its kind; spatial axes and windows of a convolution keep their sizes, and are not among them

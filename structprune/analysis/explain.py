@@ -10,8 +10,9 @@ import networkx as nx
 from structprune.analysis.groups import Groups, names_of
 from structprune.errors import InputError, did_you_mean
 from structprune.ir.axes import Atom
-from structprune.ir.graph import Graph, operator_name, source_of
+from structprune.ir.graph import Graph, source_of
 from structprune.ir.group import Frozen, Group
+from structprune.ir.operators import operator_name
 
 
 def why(graph: Graph, groups: Groups, layer: str, other: str | None = None) -> str:

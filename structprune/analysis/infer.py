@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from structprune.ir.axes import Atom, Shape, Solver, Unsolved
-from structprune.ir.graph import Graph, computed_constants, operator_name, shape_of, size_of, source_of
+from structprune.ir.graph import Graph, computed_constants, shape_of, size_of, source_of
+from structprune.ir.operators import operator_name
 from structprune.ops import RULES, creation
 from structprune.ops.rules import Equations, Reading, Unsupported, Work
 

@@ -10,7 +10,8 @@ from torch import fx
 
 from structprune.analysis.groups import Groups
 from structprune.ir.axes import Atom
-from structprune.ir.graph import Graph, operator_name, source_of
+from structprune.ir.graph import Graph, source_of
+from structprune.ir.operators import operator_name
 
 
 def outline(graph: Graph, groups: Groups) -> list[dict[str, Any]]:

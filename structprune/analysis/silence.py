@@ -19,7 +19,8 @@ from torch import fx
 
 from structprune.analysis.infer import Types
 from structprune.ir.axes import Atom
-from structprune.ir.graph import Graph, operator_name
+from structprune.ir.graph import Graph
+from structprune.ir.operators import operator_name
 from structprune.ops import RULES, contraction, elementwise, joining, layout, normalization, recurrent, spatial
 
 Loud = frozenset[Atom]

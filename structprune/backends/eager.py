@@ -18,7 +18,8 @@ from structprune.backends.benchmark import steady, stopwatch
 from structprune.backends.kernels import RUNS, Kernel
 from structprune.backends.latency import Attributed
 from structprune.ir.axes import kept_size
-from structprune.ir.graph import Graph, operator_name
+from structprune.ir.graph import Graph
+from structprune.ir.operators import operator_name
 
 _WARM_UP = 2
 

@@ -16,16 +16,9 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from structprune.ir.graph import has_effect, named_arguments, operator_name
+from structprune.ir.operators import functional, has_effect, is_fresh, named_arguments, operator_name
 
 _aten = torch.ops.aten
-
-# answers in memory of their own, whatever the operands
-_FRESH = frozenset({
-    "conv1d", "conv2d", "conv3d", "linear", "matmul", "batch_norm", "layer_norm", "group_norm", "add", "sub", "mul", "div", "relu", "hardtanh",
-    "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "cat", "mean", "max_pool2d", "avg_pool2d",
-    "adaptive_avg_pool2d",
-})  # fmt: skip
 
 # of the operators that torch would spell out, those that its exporter translates as they are
 _WHOLE = frozenset({
@@ -72,9 +65,9 @@ def _simplified(original: fx.Graph) -> fx.Graph:
     for node in graph.nodes:
         if node.target == _aten.dropout_.default and not node.args[2]:  # writes nothing
             node.target = _aten.dropout.default
-        elif has_effect(node) and (functional := _without_effect(node)) is not None:
+        elif has_effect(node) and (computing := _without_effect(node)) is not None:
             node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user, node=node: node < user)  # who reads it later reads what was written
-            node.target = functional
+            node.target = computing
     for node in graph.nodes:
         _simplify(node)
     return graph
@@ -96,21 +89,15 @@ def _simplify(node: fx.Node) -> None:
 def _without_effect(node: fx.Node) -> torch._ops.OpOverload | None:
     """The operator that computes what `node` writes over its first operand, where nobody else holds the memory of that."""
     written, target = node.args[0] if node.args else None, node.target
-    if not (isinstance(target, torch._ops.OpOverload) and target.namespace == "aten" and isinstance(written, fx.Node) and _is_fresh(written)):
+    if not (isinstance(target, torch._ops.OpOverload) and target.namespace == "aten" and isinstance(written, fx.Node) and is_fresh(written)):
         return None  # an operator of somebody else's may answer nothing at all
-    if any(user.op == "output" or (user < node and not _is_fresh(user)) for user in written.users):
+    if any(user.op == "output" or (user < node and not is_fresh(user)) for user in written.users):
         return None
     held = [operand.meta.get("val") for operand in node.all_input_nodes]
     of_one_type = {v.dtype for v in held if isinstance(v, Tensor)} == {node.meta["val"].dtype}  # else what is written would be converted
     if not (of_one_type and node.meta["val"].is_floating_point() and written.meta["val"].shape == node.meta["val"].shape):
         return None
-    packet = getattr(_aten, target._opname.removesuffix("_"), None)
-    return getattr(packet, target._overloadname, None)
-
-
-def _is_fresh(node: fx.Node) -> bool:
-    """Whether a node's answer lies in memory that no other value shares. One that wrote in place, and no longer does, has its own."""
-    return node.op == "call_function" and operator_name(node) in _FRESH and not has_effect(node)
+    return functional(target)
 
 
 def _is_whole(node: fx.Node, table: Mapping[Any, Any]) -> bool:

@@ -28,7 +28,8 @@ from structprune.calibrate.arrivals import arrivals
 from structprune.calibrate.readers import Reader, reader_of, readers
 from structprune.calibrate.stepping import Stepping
 from structprune.ir.axes import Atom, Keep
-from structprune.ir.graph import Graph, attribute, operator_name, shape_of, size_of
+from structprune.ir.graph import Graph, attribute, shape_of, size_of
+from structprune.ir.operators import operator_name
 from structprune.ir.samples import Samples, samples_in
 from structprune.transform.surgery import Surgery, kept_part
 

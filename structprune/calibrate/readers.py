@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structprune.ir.graph import Graph, attribute, named_arguments, operator_name
+from structprune.ir.graph import Graph, attribute
+from structprune.ir.operators import named_arguments, operator_name
 from structprune.ops import RULES, contraction
 
 

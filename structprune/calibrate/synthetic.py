@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from structprune.calibrate.arrivals import MEMORY, bytes_of
 from structprune.calibrate.stepping import Stepping
 from structprune.errors import InputError
-from structprune.ir.graph import Graph, operator_name
+from structprune.ir.graph import Graph
+from structprune.ir.operators import operator_name
 from structprune.ir.samples import Samples, samples_in
 
 SYNTHETIC = "synthetic"

@@ -19,8 +19,9 @@ from structprune.analysis.groups import Groups
 from structprune.calibrate.readers import Reader, matrix, reader_of, taps
 from structprune.decide.weights import Scores, add_along, entries_of, magnitude
 from structprune.ir.axes import Axis, leaves
-from structprune.ir.graph import Graph, operator_name
+from structprune.ir.graph import Graph
 from structprune.ir.group import Group
+from structprune.ir.operators import operator_name
 from structprune.ir.samples import Samples, copies
 from structprune.ops import RULES, contraction
 

@@ -25,11 +25,12 @@ from torch import Tensor, fx
 
 from structprune.analysis.groups import Groups
 from structprune.calibrate.readers import Reader, readers, shift_of, takes_a_shift
-from structprune.decide.influence import Influence, Known, influence, is_random
+from structprune.decide.influence import Influence, Known, influence
 from structprune.decide.plan import described_inputs, planned
 from structprune.errors import PlanError
 from structprune.ir.axes import Atom, Axis, Shape, positions
-from structprune.ir.graph import Graph, attribute, operator_name
+from structprune.ir.graph import Graph, attribute
+from structprune.ir.operators import is_random, operator_name
 from structprune.ir.plan import Plan
 from structprune.ops import RULES, contraction, elementwise, joining, layout, normalization, recurrent, spatial
 from structprune.transform.branches import branches

@@ -23,7 +23,8 @@ from structprune.analysis.groups import Groups
 from structprune.calibrate.divergence import answers_of, are_logits
 from structprune.decide.weights import Scores, summed
 from structprune.errors import InputError
-from structprune.ir.graph import Graph, operator_name
+from structprune.ir.graph import Graph
+from structprune.ir.operators import operator_name
 from structprune.ir.samples import Samples, copies, samples_in
 from structprune.ops import RULES
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structprune.ir.graph import Graph, has_effect, operator_name, shape_of, written_to
+from structprune.ir.graph import Graph, shape_of, written_to
+from structprune.ir.operators import has_effect, is_fresh, is_random, operator_name
 from structprune.ops import RULES, contraction, elementwise, joining, layout, normalization, spatial
 from structprune.transform.reference import in_double
 
@@ -325,50 +326,25 @@ def _per_channel(values: Tensor, rank: int) -> Tensor:
 
 def _opaque(nodes: list[fx.Node]) -> frozenset[fx.Node]:
     """Nodes whose memory is written to through views, and all that may share it; an operator in place on a whole fresh answer is followed."""
-    order = {node: i for i, node in enumerate(nodes)}
+    order = {node: place for place, node in enumerate(nodes)}
+    followed: set[fx.Node] = set()
 
-    def views(node: fx.Node) -> bool:
-        name = operator_name(node) if node.op == "call_function" else ""
-        rule = RULES.get(name)
-        return (
-            node.target is operator.getitem
-            or name in _SHARING
-            or (rule is not None and rule.__module__ in (layout.__name__, joining.__name__) and name not in _COPYING)
-        )
+    def is_whole(node: fx.Node) -> bool:
+        return is_fresh(node) or node in followed
 
-    def simple(node: fx.Node) -> bool:
-        written = node.args[0]
-        return (
-            isinstance(written, fx.Node)
-            and written.op == "call_function"
-            and not views(written)
-            and RULES.get(operator_name(node)) in (elementwise.unary, elementwise.broadcasting)
-            and not any(views(u) for u in written.users if order[u] < order[node])
-        )
-
-    followed = {n for n in nodes if n.op == "call_function" and has_effect(n) and simple(n)}
+    for node in nodes:
+        written = node.args[0] if node.args else None
+        if node.op != "call_function" or not has_effect(node) or not isinstance(written, fx.Node):
+            continue
+        simple = RULES.get(operator_name(node)) in (elementwise.unary, elementwise.broadcasting)
+        if simple and is_whole(written) and all(is_whole(u) for u in written.users if order[u] < order[node]):
+            followed.add(node)
     others = [n for n in nodes if n not in followed]
     found = written_to(others).union(n for n in others if n.op == "call_function" and has_effect(n))
-    for node in nodes:
-        if views(node) and any(n in found for n in node.all_input_nodes):
+    for node in others:
+        if node.op == "call_function" and not is_fresh(node) and any(n in found for n in node.all_input_nodes):
             found.add(node)
     return frozenset(found)
-
-
-_SHARING = frozenset({
-    "alias", "detach", "contiguous", "to", "lift_fresh", "real", "conj", "resolve_conj", "resolve_neg", "cpu", "half", "float", "double", "type_as",
-    "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout",
-})  # fmt: skip
-_COPYING = frozenset({"cat", "concat", "concatenate", "stack", "pad", "constant_pad_nd", "repeat", "tile", "repeat_interleave", "roll"})
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether the answer is drawn. Dropout answers its input, for this is evaluation; attention draws where it is told to drop."""
-    tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
-    name = operator_name(node)
-    if RULES.get(name) is contraction.attention:
-        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p"))
-    return torch.Tag.nondeterministic_seeded in tags and "dropout" not in name
 
 
 def _input(value: Tensor) -> Known:

@@ -13,7 +13,7 @@ from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from structprune.frontends.equivalents import equivalent
-from structprune.ir.graph import operator_name
+from structprune.ir.operators import operator_name
 from structprune.ops.rules import RULES
 
 _log = logging.getLogger(__name__)

@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 from structprune.errors import InputError, TraceError
 from structprune.frontends.assertions import PassingChecks
 from structprune.frontends.definitions import spell_out
-from structprune.ir.graph import Graph, attribute, has_effect, held_by, is_dynamic, operator_name, repeated, results_in
+from structprune.ir.graph import Graph, attribute, held_by, is_dynamic, repeated, results_in
+from structprune.ir.operators import has_effect, operator_name
 from structprune.ir.signature import Signature, signature_of
 
 _log = logging.getLogger(__name__)

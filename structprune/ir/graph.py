@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from structprune.ir.operators import has_effect, is_random, operator_name
 from structprune.ir.signature import Signature
 
 ORIGIN = "structprune_origin"  # in the notes that torch keeps of a node: what of the user's own file it was made of
 _TORCH = f"{Path(torch.__file__).parent}/"
-_RANDOM = ("rand", "normal", "bernoulli", "multinomial", "poisson", "exponential", "uniform", "cauchy", "geometric", "log_normal")
 _PASSES = "torch/fx/passes/"  # their lines stand in for the user's where a pass of torch's added a node
 
 
@@ -155,8 +155,8 @@ def computed_constants(graph: Graph) -> frozenset[fx.Node]:
         if node.op == "get_attr":
             constant = str(node.target) not in graph.aliases and isinstance(graph.tensor(node), Tensor)
         else:
-            random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-            constant = node.op == "call_function" and not has_effect(node) and not random and all(n in found for n in node.all_input_nodes)
+            computed = node.op == "call_function" and not has_effect(node) and not is_random(node)
+            constant = computed and all(n in found for n in node.all_input_nodes)
         if constant and node not in written:
             found.add(node)
     return frozenset(n for n in found if n.op == "call_function")
@@ -207,33 +207,6 @@ def source_code_of(node: fx.Node) -> str:
     return node.meta.get("stack_trace") or ""
 
 
-def operator_name(node: fx.Node) -> str:
-    """'conv2d' for aten.conv2d.default, 'add' for aten.add_.Tensor; other callables by their own name."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        if node.target.namespace != "aten":
-            return f"{node.target.namespace}::{node.target._opname}"
-        name = node.target._opname
-        return name if name.startswith("__") else name.removesuffix("_") or name
-    return getattr(node.target, "__name__", str(node.target))
-
-
-def named_arguments(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of an ATen call by their names in the schema, as far as they are given: the node's own, or values in their places."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    return dict(zip((a.name for a in schema), args, strict=False)) | dict(kwargs)
-
-
 def owners_of(node: fx.Node) -> list[str]:
     """Names of the modules whose forward made a node, the innermost first."""
     return [path for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values())]
-
-
-def draws(node: fx.Node) -> bool:
-    """Whether a node draws random numbers. What drops at random in training alone does not count."""
-    return node.op == "call_function" and operator_name(node).startswith(_RANDOM)
-
-
-def has_effect(node: fx.Node) -> bool:
-    """Whether a node matters even where nobody reads its answer: inputs, outputs, and operators that write in place."""
-    schema = getattr(node.target, "_schema", None)
-    return node.op in ("placeholder", "output") or bool(schema is not None and schema.is_mutable)

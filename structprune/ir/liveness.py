@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 
 from torch import fx
 
-from structprune.ir.graph import operator_name
+from structprune.ir.operators import is_view
 
 
 def alive(nodes: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
@@ -29,11 +28,3 @@ def alive(nodes: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
         if storage[now] is now:
             found = [n for n in found if last[n] >= births[now]] + [now]
             yield now, found
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether a node's answer lies in the memory of its first operand."""
-    if node.target is operator.getitem or operator_name(node).endswith("dropout"):  # in evaluation a dropout is its operand
-        return True
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(r.alias_info is not None for r in schema.returns)

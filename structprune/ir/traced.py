@@ -7,22 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-aten = torch.ops.aten
-
-# operators that behave differently in training, and the position of the argument that says so
-_TRAINING_FLAG = {
-    aten.dropout.default: 2,
-    aten.dropout_.default: 2,
-    aten.alpha_dropout.default: 2,
-    aten.feature_dropout.default: 2,
-    aten.feature_alpha_dropout.default: 2,
-    aten.batch_norm.default: 5,
-    aten.lstm.input: 6,
-    aten.gru.input: 6,
-    aten.rnn_tanh.input: 6,
-    aten.rnn_relu.input: 6,
-    aten.rrelu.default: 3,
-}
+from structprune.ir.operators import training_flag
 
 _SWITCHES = "switches with the mode"  # in the meta of a node, which copies keep
 
@@ -36,15 +21,15 @@ class TracedModule(fx.GraphModule):
         """root: in the mode, training or evaluation, that the flags in the graph stand for."""
         super().__init__(root, graph, *names)
         for node in self.graph.nodes:
-            flag = _TRAINING_FLAG.get(node.target) if node.op == "call_function" else None
-            if flag is not None and len(node.args) > flag:  # weights standardised by a batch norm are in training always
+            flag = training_flag(node)
+            if flag is not None:  # weights standardised by a batch norm are in training always
                 node.meta.setdefault(_SWITCHES, node.args[flag] is self.training)
 
     def train(self, mode: bool = True) -> TracedModule:
         super().train(mode)
         changed = False
         for node in self.graph.nodes:
-            flag = _TRAINING_FLAG.get(node.target) if node.op == "call_function" else None
+            flag = training_flag(node)
             if flag is not None and node.meta.get(_SWITCHES) and node.args[flag] is not mode:
                 node.update_arg(flag, mode)
                 changed = True

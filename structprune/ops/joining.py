@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from structprune.ir.axes import EMPTY, Axis, Shape, concat, product
-from structprune.ir.graph import operator_name, size_of
+from structprune.ir.graph import size_of
+from structprune.ir.operators import operator_name
 from structprune.ops.rules import Equations, Resize, Unsupported, aten, axis_index, resizer, rule
 
 _MANY_RUNS = 64  # a constant index of more consecutive runs than this is taken for a permutation at random

@@ -12,7 +12,8 @@ from typing import Any
 from torch import fx
 
 from structprune.ir.axes import UNIT, Shape, product
-from structprune.ir.graph import operator_name, size_of
+from structprune.ir.graph import size_of
+from structprune.ir.operators import operator_name
 from structprune.ops.rules import Equations, Resize, Unsupported, axis_index, resizer, rule
 
 # --- permutations -----------------------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ from structprune.calibrate.logits import Turn, turn_weights
 from structprune.calibrate.readers import Reader, from_matrix, places, reader_of, readers, rows_of_answer, rows_of_input, shift_of
 from structprune.calibrate.stepping import Stepping
 from structprune.ir.axes import Keep
-from structprune.ir.graph import Graph, attribute, operator_name
+from structprune.ir.graph import Graph, attribute
+from structprune.ir.operators import operator_name
 from structprune.ir.samples import Samples, samples_in
 from structprune.transform.surgery import StandIn, Surgery, kept_part
 

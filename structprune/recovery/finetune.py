@@ -30,7 +30,8 @@ from structprune import processes
 from structprune.errors import InputError
 from structprune.frontends.load import users_code
 from structprune.frontends.samples import batch_of, batch_size
-from structprune.ir.graph import Graph, operator_name, owners_of
+from structprune.ir.graph import Graph, owners_of
+from structprune.ir.operators import operator_name
 from structprune.ir.samples import copies
 from structprune.ir.traced import TracedModule
 from structprune.recovery import distributed

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structprune.ir.graph import operator_name
+from structprune.ir.operators import operator_name
 from structprune.ir.traced import TracedModule
 
 BATCHES = 32  # that are enough: the papers take some thousand samples

@@ -21,7 +21,8 @@ from torch import Tensor, fx
 from structprune.analysis.groups import Groups
 from structprune.analysis.infer import Types
 from structprune.ir.axes import Atom, Keep, Shape, kept_size
-from structprune.ir.graph import Graph, draws, has_effect, named_arguments, operator_name, owners_of, shape_of, source_of, written_to
+from structprune.ir.graph import Graph, owners_of, shape_of, source_of, written_to
+from structprune.ir.operators import functional, has_effect, is_fresh, is_random, is_view, named_arguments, operator_name
 from structprune.ops import RULES, contraction, elementwise, joining, layout, normalization
 from structprune.transform.reference import in_double
 
@@ -30,7 +31,6 @@ _MOVING = (
     layout.permute, layout.transpose, layout.movedim, layout.unsqueeze, layout.squeeze, layout.view, layout.flatten, layout.unflatten,
     joining.slice_, joining.select, joining.roll,
 )  # fmt: skip
-_DROPPING = frozenset({"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "rrelu"})
 _TO_ONE_PIXEL = frozenset({"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"})
 
 
@@ -222,20 +222,19 @@ def _is_its_own(node: fx.Node) -> bool:
     """Whether what a node overwrites is an answer that nobody else reads."""
     written = node.args[0] if node.args else None
     while isinstance(written, fx.Node) and written.op == "call_function" and len(written.users) == 1:
-        function = RULES.get(operator_name(written))
-        if function in _SUMS or function in (normalization.batch_norm, normalization.layer_norm):
+        if is_fresh(written):
             return True
-        if not has_effect(written) and function is elementwise.broadcasting:
-            return True
-        if not has_effect(written) and function not in _MOVING and function is not elementwise.unary:
+        if not (has_effect(written) or is_view(written)):
             return False
-        written = written.args[0]  # a view, or overwritten itself
+        written = written.args[0]
     return False
 
 
 def _may_be_overwritten(node: fx.Node, constants: Collection[fx.Node]) -> bool:
-    """Whether a node that writes in place does so to no constant, or to one that nobody else reads."""
-    return not has_effect(node) or node.args[0] not in constants or _is_its_own(node)
+    """Whether a node that writes in place does so to no constant, or to one that nobody else reads and that need not be written to."""
+    if not has_effect(node) or node.args[0] not in constants:
+        return True
+    return _is_its_own(node) and functional(node.target) is not None  # type: ignore[arg-type]
 
 
 def _bias(node: fx.Node, shapes: _Shapes, tensor: Callable[[fx.Node], Tensor], answer: Tensor | None) -> Tensor:
@@ -256,7 +255,7 @@ def _computed(node: fx.Node, shapes: _Shapes, constants: Mapping[fx.Node, Tensor
     """What an operator makes of constants, in the same form. Raises Needed where it looks at positions, or is not known to look away from them."""
     function, size = RULES.get(operator_name(node)), shapes.of(node)
     source = node.all_input_nodes[0]
-    if size is None or _draws(node):
+    if size is None or is_random(node):
         raise Needed(node)
     if function in _MOVING:
         return _moved(node, shapes, constants[source])
@@ -271,17 +270,11 @@ def _computed(node: fx.Node, shapes: _Shapes, constants: Mapping[fx.Node, Tensor
     return value  # type: ignore[no-any-return]
 
 
-def _draws(node: fx.Node) -> bool:
-    """Whether a node draws random numbers, in evaluation too."""
-    given = named_arguments(node, node.args, node.kwargs) if isinstance(node.target, torch._ops.OpOverload) else {}
-    return draws(node) or (operator_name(node) in _DROPPING and bool(given.get("train", given.get("training"))))
-
-
 def _is_of_weights(node: fx.Node, written: Collection[fx.Node]) -> bool:
     """Whether a node is a tensor of the model, or computed of such alone, and not one that the model writes to."""
     if node in written or node.op not in ("get_attr", "call_function"):
         return False
-    return node.op == "get_attr" or not (has_effect(node) or _draws(node) or not all(_is_of_weights(n, written) for n in node.all_input_nodes))
+    return node.op == "get_attr" or not (has_effect(node) or is_random(node) or not all(_is_of_weights(n, written) for n in node.all_input_nodes))
 
 
 def _of_weights(node: fx.Node, tensor: Callable[[fx.Node], Tensor]) -> Tensor:
@@ -346,9 +339,3 @@ def whole_modules(nodes: Iterable[fx.Node], gone: Collection[fx.Node]) -> set[st
     staying = {owner for n in calls if n not in gone for owner in owners_of(n)}
     going = {owner for n in calls if n in gone for owner in owners_of(n)} - staying
     return {owner for owner in going if not any(owner.startswith(f"{other}.") for other in going)}
-
-
-def functional(node: fx.Node) -> Any:
-    """The operator that answers what `node` does, without writing in place."""
-    overload: Any = node.target
-    return getattr(getattr(torch.ops.aten, overload._opname.removesuffix("_")), overload._overloadname)

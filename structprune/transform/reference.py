@@ -17,7 +17,8 @@ from torch import Tensor, fx
 
 from structprune.analysis.infer import Types
 from structprune.ir.axes import Axis, Keep, kept_entries
-from structprune.ir.graph import Graph, has_effect, named_arguments, operator_name
+from structprune.ir.graph import Graph
+from structprune.ir.operators import has_effect, named_arguments, operator_name
 from structprune.ir.samples import samples_in
 from structprune.ops import RULES, contraction, elementwise, joining, layout, normalization
 

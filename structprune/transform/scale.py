@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from structprune.analysis.infer import Types
 from structprune.ir.axes import Keep, kept_size
-from structprune.ir.graph import Graph, operator_name, owners_of, shape_of
+from structprune.ir.graph import Graph, owners_of, shape_of
+from structprune.ir.operators import operator_name
 
 _PRODUCTS = ("matmul", "bmm")
 _TIMES = frozenset({"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"})

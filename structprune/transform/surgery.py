@@ -15,12 +15,13 @@ from torch import Tensor, fx, nn
 from structprune.analysis.infer import Types
 from structprune.errors import PlanError
 from structprune.ir.axes import Atom, Axis, Keep, Product, Shape, kept_entries
-from structprune.ir.graph import Graph, has_effect, operator_name, owners_of
+from structprune.ir.graph import Graph, owners_of
+from structprune.ir.operators import functional, has_effect, operator_name
 from structprune.ir.plan import Cut
 from structprune.ir.traced import TracedModule
 from structprune.ops import RESIZERS
 from structprune.ops.rules import Resize
-from structprune.transform.branches import Folding, Needed, ending_with_modules, fold, functional, void_nodes, whole_modules
+from structprune.transform.branches import Folding, Needed, ending_with_modules, fold, void_nodes, whole_modules
 
 CONSTANT = "constant"  # how a stand-in is called in its module
 
@@ -113,7 +114,7 @@ def _fold(
     learns = any(isinstance(p := held[str(n.target)], nn.Parameter) and p.requires_grad for n in folding.gone if n.op == "get_attr")
     for node, values in folding.stand_ins.items():
         if has_effect(node) and node.args[0] in values:  # there is no memory of a branch to write to
-            node.target = functional(node)
+            node.target = functional(node.target)  # type: ignore[assignment, arg-type]  # `fold` has seen that there is one
         for operand, value in values.items():
             if value is None:
                 node.args = ([n for n in node.args[0] if n is not operand], *node.args[1:])  # type: ignore[union-attr]

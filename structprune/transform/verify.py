@@ -19,7 +19,8 @@ from structprune.analysis.infer import Types
 from structprune.errors import TraceError, VerificationError
 from structprune.frontends.trace import evaluation
 from structprune.ir.axes import Keep
-from structprune.ir.graph import Graph, operator_name, results_in, shape_of
+from structprune.ir.graph import Graph, results_in, shape_of
+from structprune.ir.operators import operator_name
 from structprune.ir.samples import copies
 from structprune.ops import RULES, contraction
 from structprune.transform.precision import type_of
