@@ -172,7 +172,8 @@ class WrittenBySomebodyElses(_Net):
 
 def test_an_operator_that_writes_and_answers_nothing_stays() -> None:
     program = trace(WrittenBySomebodyElses().eval(), (torch.randn(2, 3, 8, 8),)).exported
-    halved, written = (next(n for n in Lowered(program).graph.nodes if name in str(n.target)) for name in ("halve", "relu_"))
+    nodes = Lowered(program).graph.nodes
+    halved, written = (next(n for n in nodes if name in str(n.target)) for name in ("halve", "relu_"))
     assert halved.args == written.args
     assert halved < written
 
