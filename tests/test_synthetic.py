@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import structprune as sp
 from structprune import demo
 from structprune.calibrate import synthetic as module
+from structprune.calibrate.arrivals import bytes_of
 from structprune.calibrate.synthetic import synthetic
 from structprune.errors import InputError
 
@@ -55,9 +56,20 @@ def test_a_large_model_gets_few_samples(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(module, "_STEPS", 1)
     model, inputs = models.build("residual")
     graph = sp.trace(model, inputs)
-    assert len(synthetic(graph, 1.0)) == 256 and len(synthetic(graph, 1e15)) == 32
+    assert len(synthetic(graph, 1.0)) == 256 and len(synthetic(graph, 1e15)) == 4
+    monkeypatch.setattr(module, "_WORK", 50e12)
+    assert [len(batch[0]) for batch in synthetic(graph, 2e12).batches] == [24, 24]  # the example holds two samples
     monkeypatch.setattr(module, "MEMORY", 1)
-    assert len(synthetic(graph, 1e15)) == 4
+    assert {len(batch[0]) for batch in synthetic(graph, 2e12).batches} == {4}
+
+
+def test_moving_data_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A depthwise convolution takes far longer than its multiply-accumulates tell."""
+    monkeypatch.setattr(module, "_STEPS", 1)
+    graph = sp.trace(*models.build("residual"))
+    held = sum(bytes_of(n) for n in graph.nodes if n.op == "call_function") / 2
+    monkeypatch.setattr(module, "_WORK", 20.5 * 60 * held)
+    assert len(synthetic(graph, 1.0)) == 20
 
 
 def test_the_demo_keeps_its_accuracy_without_data(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ def _bytes_ahead(graph: Graph) -> list[tuple[fx.Node, float]]:
     """For every node that computes a value the most that is alive of one sample, there or later."""
     size: dict[fx.Node, float] = {}
     found: list[tuple[fx.Node, float]] = []
-    example = samples_in(graph.given_inputs())
+    example = samples_in(graph.flat_inputs())
     for node, values in alive(graph.nodes):
         size[node] = bytes_of(node) / example
         found.append((node, sum(size[n] for n in values)))

@@ -24,7 +24,8 @@ from structprune.ir.samples import Samples, samples_in
 
 SYNTHETIC = "synthetic"
 _NUMBER = 256  # samples, and fewer of a large model
-_WORK = 3e13  # multiply-accumulates that making them may take
+_WORK = 5e13  # that making them may take, in multiply-accumulates: about twenty minutes of one core with AVX-512
+_BYTE = 60  # multiply-accumulates that take as long as a byte of an answer, forward and backward: depthwise convolutions and norms mostly move data
 _TOGETHER, _LEAST = 32, 4  # samples whose statistics are compared, and of how many at least
 _STEPS = 200
 _RATE = 0.5  # of Adam, annealed to nothing
@@ -43,10 +44,11 @@ def synthetic(graph: Graph, macs: float, seed: int = 0, say: Callable[[str], Non
         )
     if not graph.dynamic_batch or not all(isinstance(v, Tensor) and v.is_floating_point() and v.dim() for v in given):
         raise InputError(f"calibration {SYNTHETIC!r} is for models of floating-point tensors with a free batch: give samples of this model's inputs")
-    example = samples_in(given)
-    held = sum(bytes_of(n) for n in graph.nodes if n.op == "call_function") / example
-    together = max(_LEAST, min(_TOGETHER, int(MEMORY / max(1.0, held))))
-    number = max(1, min(_NUMBER, int(_WORK / (3 * _STEPS * max(1.0, macs / example)))) // together)
+    held = sum(bytes_of(n) for n in graph.nodes if n.op == "call_function") / samples_in(graph.flat_inputs())
+    affordable = min(_NUMBER, int(_WORK / (_STEPS * max(1.0, macs / samples_in(given) + _BYTE * held))))
+    most = max(_LEAST, min(_TOGETHER, int(MEMORY / max(1.0, held))))
+    number = max(1, round(affordable / most))
+    together = max(_LEAST, min(most, affordable // number))
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for batch in range(number):
