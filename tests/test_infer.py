@@ -237,3 +237,41 @@ def test_a_check_whose_error_is_caught_is_a_branch() -> None:
 
     with pytest.raises(sp.StructpruneError, match="branches on values of tensors"):
         sp.trace(Caught(), torch.rand(2, 3))
+
+
+class StartsItself(nn.Module):
+    """As activation norms, codebooks and observers do, whose first call fills their buffers. It goes on with them once `started`."""
+
+    def __init__(self, started: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 2)
+        self.register_buffer("scale", torch.full((6,), 2.0))
+        self.register_buffer("started", torch.tensor(started))
+        self.register_buffer("rounds", torch.tensor([3]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.started:
+            self.scale = x.std(0)
+            self.started.fill_(True)  # type: ignore[operator]
+        for _ in range(self.rounds.item() - 1):  # type: ignore[operator]
+            x = x / self.scale
+        return self.last(self.first(x).relu())  # type: ignore[no-any-return]
+
+
+def test_a_buffer_of_one_number_holds_what_it_holds() -> None:
+    model, x = StartsItself(True), torch.randn(3, 6)
+    result = sp.compress(model, (x,))
+    assert type(result.model) is StartsItself and result.model.first.out_features == 8
+    assert sum(operator_name(n) == "div" for n in result.graph.nodes) == 2
+    assert {n for n in result.graph.notes if "asks for its value" in n} == {
+        "started is taken to stay True: the model's code asks for its value",
+        "rounds is taken to stay 3: the model's code asks for its value",
+    }
+
+
+def test_a_buffer_that_decides_and_is_changed_is_not_taken_to_stay() -> None:
+    with pytest.raises(sp.StructpruneError, match="asks for the value of started and changes it"):
+        sp.trace(StartsItself(False), torch.randn(3, 6))
+    ran = StartsItself(False)
+    ran(torch.randn(3, 6))
+    assert type(sp.compress(ran, (torch.randn(3, 6),)).model) is StartsItself

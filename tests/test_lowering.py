@@ -209,3 +209,38 @@ class RelativePositions(nn.Module):
 def test_attention_that_is_laid_out_in_two_ways(tmp_path: Path) -> None:
     result = sp.compress(RelativePositions().eval(), torch.randn(2, 7, 16), "channels=0.5")
     assert result.export_onnx(tmp_path / "model.onnx") < 1e-5
+
+
+class Spectrogram(nn.Module):
+    """All channels go through one transform, whose complex answer is taken apart again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.deep, self.head = nn.Conv1d(3, 8, 1), nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(x)
+        waves = torch.stft(x.flatten(0, 1), 16, window=torch.hann_window(16), return_complex=True)
+        return self.head(self.deep(waves.view(len(x), x.shape[1], *waves.shape[1:]).abs().mean((2, 3))).relu())
+
+
+def test_complex_numbers_are_viewed(tmp_path: Path) -> None:
+    result = sp.compress(Spectrogram().eval(), torch.randn(2, 3, 64), "channels=0.5")
+    assert result.export_onnx(tmp_path / "model.onnx") < 1e-5
+
+
+class HeadsInTheBatch(nn.Module):
+    """Heads are put one after the other along the batch, and taken apart by its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = torch.cat(self.deep(x).split(8, -1), 0)
+        return self.head(torch.cat((heads @ heads.transpose(1, 2) @ heads).split(len(x)), -1))
+
+
+def test_what_the_optimizer_fails_at_is_written_as_it_is(tmp_path: Path) -> None:
+    result = sp.compress(HeadsInTheBatch().eval(), torch.randn(2, 5, 8), "channels=0.5")
+    assert result.export_onnx(tmp_path / "model.onnx") < 1e-5

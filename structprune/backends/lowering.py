@@ -52,7 +52,8 @@ class Lowered(ExportedProgram):
             return self
         spelled_out = self._original.run_decompositions(decomp_table, *args, **kwargs)  # type: ignore[arg-type]
         for node in spelled_out.graph.nodes:
-            if node.target == _aten.view.default:  # fails where the exporter's next pass takes attention to lay out its answer otherwise
+            # a view fails where the exporter's next pass lays out the answer of attention otherwise; a reshape has no translation for complex numbers
+            if node.target == _aten.view.default and not node.meta["val"].is_complex():
                 node.target = _aten.reshape.default
         return spelled_out
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir.passes
 import onnxruntime
 import onnxscript.optimizer
 import onnxscript.rewriter
@@ -66,20 +67,27 @@ def export(
     Returns where the file's nodes come from: the name of a node, or of a value that it computes -> the name of a node of `program.module()`.
     Raises ExportError, with the operator, for what torch's exporter cannot translate.
     """
+
+    def translated(optimize: bool) -> torch.onnx.ONNXProgram | None:
+        return torch.onnx.export(
+            Lowered(program),
+            (),
+            dynamo=True,
+            verbose=False,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            external_data=False,
+            optimize=optimize,
+            opset_version=opset,
+            custom_translation_table=_TRANSLATIONS,
+        )
+
     with _quiet(), _rules_left_out():
         try:
-            exported = torch.onnx.export(
-                Lowered(program),
-                (),
-                dynamo=True,
-                verbose=False,
-                input_names=list(inputs),
-                output_names=list(outputs),
-                external_data=False,
-                optimize=not sizes,
-                opset_version=opset,
-                custom_translation_table=_TRANSLATIONS,
-            )
+            try:
+                exported = translated(optimize=not sizes)
+            except onnx_ir.passes.PassError:  # of the optimizer, which does not know a split into parts as large as the batch
+                exported = translated(optimize=False)
         except Exception as error:  # the exporter wraps whatever it meets
             reason = next((line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()), type(error).__name__)
             raise ExportError(f"the model cannot be written as ONNX: {reason[:200]}") from error

@@ -7,7 +7,7 @@ import inspect
 import io
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -20,9 +20,9 @@ from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError, TraceError
-from structprune.frontends.assertions import PassingChecks
 from structprune.frontends.definitions import spell_out
-from structprune.ir.graph import Graph, attribute, held_by, is_dynamic, repeated, results_in
+from structprune.frontends.values import KnownValues
+from structprune.ir.graph import Graph, attribute, held_by, is_dynamic, repeated, results_in, written_to
 from structprune.ir.operators import has_effect, operator_name
 from structprune.ir.signature import Signature, signature_of
 
@@ -55,7 +55,7 @@ def trace(
     if promised is not None:
         wanted = [tuple(sorted(free.union(asked))) for free, asked in zip(promised.free(), wanted, strict=True)]
     users = args, kwargs
-    with evaluation(model), PassingChecks() as checks:
+    with evaluation(model), KnownValues(model) as values:
         for free, axes in _attempts(wanted, batch, promised):
             example = users
             if free:
@@ -75,8 +75,10 @@ def trace(
                 if not any(axes):
                     raise error if isinstance(error, InputError) else _explained(error) from error
                 notes.append(f"{'static sizes' if any(axes - {0} for axes in axes) else 'static batch'}: {_first_line(error)}")
-        if checks.met:
+        if values.checked:
             _must_pass_its_checks(model, *users)
+    _must_keep(exported, values.held)
+    notes += [f"{name} is taken to stay {number}: the model's code asks for its value" for name, number in values.held.items()]
     two = any(a is not b for a, b in zip(pytree.tree_leaves((args, kwargs)), given, strict=True))
     graph = from_exported(exported, args, kwargs, model=model, notes=tuple(notes), doubled=two)
     fixed = [
@@ -289,6 +291,14 @@ def _must_pass_its_checks(model: nn.Module, args: tuple[Any, ...], kwargs: Mappi
             raise TraceError(
                 f"the model raises on the example inputs{_users_line(error)}: {_first_line(error)}; give inputs that pass its own checks"
             ) from error
+
+
+def _must_keep(exported: ExportedProgram, held: Container[str]) -> None:
+    """Raise TraceError where the model writes to a buffer whose value decided what was traced: its next call would go another way."""
+    buffers = exported.graph_signature.inputs_to_buffers
+    for node in written_to(list(exported.graph.nodes)):
+        if (name := buffers.get(node.name)) in held:
+            raise TraceError(f"the model's code asks for the value of {name} and changes it, as at a first call: run the model on an input before")
 
 
 def _first_axes(exported: ExportedProgram) -> list[bool]:

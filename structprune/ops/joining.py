@@ -295,6 +295,8 @@ def _gathered(eq: Equations, axis: Axis, source: Any, index: Shape) -> Axis:
         return index[0] if index else product(())
     eq.freeze("an index: its numbers are counted anew, not removed", index[0])
     numbers = [int(v) % axis.size for v in values.tolist()]
+    if not numbers:
+        return index[0]
     breaks = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
     if len(breaks) >= _MANY_RUNS:
         eq.freeze("read by a constant index in no regular order", axis)

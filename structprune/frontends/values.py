@@ -1,6 +1,8 @@
-"""Checks of values in a model's own code: `assert (mask >= 0).all()`, or `if x.isnan().any(): raise ValueError(...)`.
+"""Values that a model's own code asks for while it is traced, when there are none to look at.
 
-A trace has no values to look at: it takes a check to pass, and whoever traces has to run the model on the example, which raises where it does not.
+A check (`assert (mask >= 0).all()`, or `if x.isnan().any(): raise ValueError(...)`) is taken to pass; whoever traces has to run the model on the
+example, which raises where it does not. A buffer of one number (`if not self.initialised: ...`) is taken to hold what it holds; whoever traces has
+to see that the code does not change it.
 """
 
 from __future__ import annotations
@@ -13,29 +15,45 @@ from functools import cache
 from types import FrameType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
+_ASKING: dict[Any, type | None] = {Tensor.item: None, Tensor.__bool__: bool, Tensor.__int__: int, Tensor.__float__: float, Tensor.__index__: int}
 
-class PassingChecks(TorchFunctionMode):
-    """While it is on, the truth of a tensor without values is the one with which a check that asks for it passes. Other code goes on as it would.
 
-    `met`: whether there was such a check.
+class KnownValues(TorchFunctionMode):
+    """While it is on, a tensor without values answers what is known of it without them. Code that asks for anything else goes on as it would.
+
+    `checked`: whether a check was taken to pass. `held`: the buffers of one number that were asked for, by name, and what they hold.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.met = False
+        self.checked = False
+        self.held: dict[str, bool | int | float] = {}
+        self._model = model
+        self._numbers = {name: buffer.item() for name, buffer in model.named_buffers() if buffer.numel() == 1}
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        if function is Tensor.__bool__ and isinstance(args[0], FakeTensor):
-            asking = _asking(sys._getframe())
-            passes = _passes(asking.f_code.co_filename).get(asking.f_lineno)
-            if passes is not None:
-                self.met = True
-                return passes
+        if function in _ASKING and isinstance(args[0], FakeTensor):
+            name = next((n for n in self._numbers if args[0] is _buffer(self._model, n)), None)
+            if name is not None:
+                number = self.held[name] = self._numbers[name]
+                return number if (type_of := _ASKING[function]) is None else type_of(number)
+            if function is Tensor.__bool__:
+                asking = _asking(sys._getframe())
+                passes = _passes(asking.f_code.co_filename).get(asking.f_lineno)
+                if passes is not None:
+                    self.checked = True
+                    return passes
         return function(*args, **(kwargs or {}))
+
+
+def _buffer(model: nn.Module, name: str) -> Tensor | None:
+    """What stands for a buffer while the model is traced."""
+    path, _, own = name.rpartition(".")
+    return model.get_submodule(path)._buffers.get(own)
 
 
 def _asking(frame: FrameType) -> FrameType:
