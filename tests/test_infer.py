@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import oracle
 import pytest
@@ -275,3 +276,38 @@ def test_a_buffer_that_decides_and_is_changed_is_not_taken_to_stay() -> None:
     ran = StartsItself(False)
     ran(torch.randn(3, 6))
     assert type(sp.compress(ran, (torch.randn(3, 6),)).model) is StartsItself
+
+
+class OfBoundedNorm(nn.Linear):
+    """As the convolutions of many networks for EEG."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.5)
+        return super().forward(x)
+
+
+class NotNegative(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data.clamp_(min=0)
+        return super().forward(x)
+
+
+class NotNegativeWithoutGradients(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.clamp_(min=0)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("layer", [OfBoundedNorm, NotNegative, NotNegativeWithoutGradients])
+def test_layers_that_put_their_weights_right(layer: type[nn.Linear], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(6, 16), nn.ReLU(), layer(16, 2)).eval()
+    before = [p.clone() for p in model.parameters()]
+    result = sp.compress(model, (torch.randn(3, 6),))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert type(result.model[0]) is layer and result.model[0].out_features == 8
+    assert result.export_onnx(tmp_path / "model.onnx") < 1e-5
+    small = result.model(torch.randn(3, 6))  # writes to its weights
+    assert small.shape == (3, 2)
+    assert (result.model[0].weight.norm(dim=1) <= 0.5001).all() if layer is OfBoundedNorm else (result.model[0].weight >= 0).all()

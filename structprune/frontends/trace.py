@@ -141,8 +141,8 @@ def _check_against_file(promised: Signature, exported: ExportedProgram, args: tu
 
 
 def retrace(module: nn.Module, graph: Graph) -> Graph:
-    """A module that is called as `graph` is, traced with the same dynamic axes."""
-    with evaluation(module):
+    """A graph's module, or one that computes the same, traced with the same dynamic axes: to be written to a file."""
+    with evaluation(module), torch.no_grad():  # a graph no longer says where the model's code writes to its own weights without gradients
         try:
             exported = _export(module, graph.args, graph.kwargs, [set(axes) for axes in graph.dynamic])
         except Exception as error:

@@ -2,7 +2,8 @@
 
 A check (`assert (mask >= 0).all()`, or `if x.isnan().any(): raise ValueError(...)`) is taken to pass; whoever traces has to run the model on the
 example, which raises where it does not. A buffer of one number (`if not self.initialised: ...`) is taken to hold what it holds; whoever traces has
-to see that the code does not change it.
+to see that the code does not change it. What is done to `weight.data`, as by a layer that keeps its weights within a norm, is done to the weight:
+torch.export does not see it otherwise.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from functools import cache
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
+_DATA: Any = Tensor.data
 _ASKING: dict[Any, type | None] = {Tensor.item: None, Tensor.__bool__: bool, Tensor.__int__: int, Tensor.__float__: float, Tensor.__index__: int}
 
 
@@ -47,6 +50,12 @@ class KnownValues(TorchFunctionMode):
                 if passes is not None:
                     self.checked = True
                     return passes
+        if function == _DATA.__get__ and isinstance(args[0], FakeTensor):
+            return args[0].detach()
+        if function == _DATA.__set__ and isinstance(args[0], FakeTensor) and args[0].shape == args[1].shape and args[0].dtype == args[1].dtype:
+            with torch.no_grad():
+                args[0].copy_(args[1])
+            return None
         return function(*args, **(kwargs or {}))
 
 
