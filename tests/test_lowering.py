@@ -244,3 +244,22 @@ class HeadsInTheBatch(nn.Module):
 def test_what_the_optimizer_fails_at_is_written_as_it_is(tmp_path: Path) -> None:
     result = sp.compress(HeadsInTheBatch().eval(), torch.randn(2, 5, 8), "channels=0.5")
     assert result.export_onnx(tmp_path / "model.onnx") < 1e-5
+
+
+class RowsOverAll(nn.Module):
+    """A table that is filled part by part, each with less than it overwrites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.deep, self.head = nn.Parameter(torch.randn(5, 3)), nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = torch.zeros(len(x), 5, 8)
+        table[..., :3] = self.near
+        table[..., 3:].copy_(torch.ones(5, dtype=torch.int64))
+        return self.head(self.deep(x + table).relu())
+
+
+def test_values_are_spread_over_what_they_overwrite(tmp_path: Path) -> None:
+    result = sp.compress(RowsOverAll().eval(), torch.randn(2, 5, 8), "channels=0.5")
+    assert result.export_onnx(tmp_path / "model.onnx") < 1e-5

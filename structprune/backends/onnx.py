@@ -148,6 +148,12 @@ def _same(x: Any) -> Any:
     return op.Identity(x)
 
 
+def _copy(x: Any, values: Any, non_blocking: bool = False) -> Any:
+    """torch's exporter forgets that the values are spread over all of what they overwrite."""
+    values = op.CastLike(values, x)
+    return values if x.shape is not None and x.shape == values.shape else op.Expand(values, op.Shape(x))
+
+
 def _grid_sample_3d(x: Any, grid: Any, interpolation: int, padding: int, align_corners: bool) -> Any:
     """Numbers as torch counts them: bilinear, nearest; zeros, border, reflection."""
     modes, paddings = ("linear", "nearest"), ("zeros", "border", "reflection")
@@ -160,6 +166,7 @@ def _batch_norm(x: Any, weight: Any, bias: Any, mean: Any, variance: Any, traini
 
 # where torch's exporter is wrong, or has nothing
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.copy.default: _copy,
     torch.ops.aten.batch_norm.default: _batch_norm,  # of evaluation, see lowering.py
     torch.ops.aten.squeeze.dim: _squeeze,
     torch.ops.aten.squeeze.dims: _squeeze,
