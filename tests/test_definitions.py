@@ -79,6 +79,7 @@ def spectrum(z: Tensor) -> Tensor:
     return torch.polar(z[:, :17].exp(), z[:, 17:])
 
 
+TABLE = torch.linspace(-1, 1, 3 * 34 * 20).reshape(3, 34, 20).sin()
 COMPLEX: dict[str, Callable[[Tensor], Tensor]] = {
     "a complex number": lambda z: torch.fft.irfft(z[:, :17] * (z[:, 17:].cos() + 1j * z[:, 17:].sin()), 32, dim=1),
     "its exponential": lambda z: torch.istft(z[:, :17] * torch.exp(z[:, 17:] * 1j), 32, 8, window=torch.hann_window(32)),
@@ -86,6 +87,9 @@ COMPLEX: dict[str, Callable[[Tensor], Tensor]] = {
     "no window": lambda z: torch.istft(spectrum(z), 32, normalized=True),
     "longer than its frames": lambda z: torch.istft(spectrum(z), 32, 8, center=False, length=200),
     "angles": lambda z: torch.stft(z.flatten(1), 32, 8, window=torch.hann_window(32), return_complex=True).angle().cos(),
+    "spectra multiplied": lambda z: torch.fft.irfft(torch.einsum("bhl,chl->bchl", torch.fft.rfft(z), torch.fft.rfft(TABLE))),
+    "a product of matrices": lambda z: torch.fft.irfft(torch.fft.rfft(z).mT @ torch.fft.rfft(z)),
+    "a spectrum in part": lambda z: torch.fft.irfft(torch.cat([torch.fft.rfft(z)[..., :4], torch.zeros_like(torch.fft.rfft(z)[..., 4:])], -1)),
 }
 
 

@@ -7,6 +7,7 @@ smallest entries of a whole tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,12 @@ aten = torch.ops.aten
 def equivalent(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Tensor] | None:
     """What computes the same as this call; None for a call that can be translated, or that nothing here knows."""
     first = args[0] if args else None
+    if target is aten.einsum.default:
+        return _einsum if len(args[1]) == 2 and all(map(torch.is_complex, args[1])) else None
     if not isinstance(first, Tensor):
         return None
+    if target in _PRODUCTS:
+        return partial(_product, target) if first.is_complex() else None
     if target in (aten.mul.Tensor, aten.mul.Scalar):
         return _times if not first.is_complex() and isinstance(args[1], complex) else None
     if target is aten.istft.default:
@@ -36,14 +41,35 @@ def _times(x: Tensor, number: complex) -> Tensor:
     return torch.complex(x * number.real, x * number.imag)
 
 
-def _exp(z: Tensor) -> Tensor:
+def _einsum(equation: str, operands: list[Tensor], path: Any = None) -> Tensor:
+    return _product(lambda a, b: torch.einsum(equation, a, b), *operands)
+
+
+def _product(product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """What is linear in both, of complex numbers."""
+    (a, i), (b, j) = _parts(a), _parts(b)
+    return torch.complex(product(a, b) - product(i, j), product(a, j) + product(i, b))
+
+
+def _parts(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Real and imaginary."""
     parts = torch.view_as_real(z)
-    return torch.polar(parts[..., 0].exp(), parts[..., 1])
+    return parts[..., 0], parts[..., 1]
+
+
+def _zeros(z: Tensor, **kwargs: Any) -> Tensor:
+    zeros = torch.zeros_like(_parts(z)[0])
+    return torch.complex(zeros, zeros)
+
+
+def _exp(z: Tensor) -> Tensor:
+    real, imaginary = _parts(z)
+    return torch.polar(real.exp(), imaginary)
 
 
 def _angle(z: Tensor) -> Tensor:
-    parts = torch.view_as_real(z)
-    return torch.atan2(parts[..., 1], parts[..., 0])
+    real, imaginary = _parts(z)
+    return torch.atan2(imaginary, real)
 
 
 def _istft(
@@ -93,4 +119,5 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
     return answer.reshape(*before, *answer.shape[-2:])
 
 
-_OF_COMPLEX: dict[Any, Callable[..., Tensor]] = {aten.exp.default: _exp, aten.angle.default: _angle}
+_OF_COMPLEX: dict[Any, Callable[..., Tensor]] = {aten.exp.default: _exp, aten.angle.default: _angle, aten.zeros_like.default: _zeros}
+_PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
