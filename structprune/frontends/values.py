@@ -36,40 +36,38 @@ class KnownValues(TorchFunctionMode):
         self.checked = False
         self.held: dict[str, bool | int | float] = {}
         self._model = model
-        self._numbers = {name: buffer.item() for name, buffer in model.named_buffers() if buffer.numel() == 1}
+        self._numbers = {name: buffer.item() for name, buffer in model.named_buffers() if buffer.numel() == 1 and not buffer.is_meta}
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        if function in _ASKING and isinstance(args[0], FakeTensor):
-            name = next((n for n in self._numbers if args[0] is _buffer(self._model, n)), None)
-            if name is not None:
-                number = self.held[name] = self._numbers[name]
-                return number if (type_of := _ASKING[function]) is None else type_of(number)
-            if function is Tensor.__bool__:
-                asking = _asking(sys._getframe())
-                passes = _passes(asking.f_code.co_filename).get(asking.f_lineno)
-                if passes is not None:
-                    self.checked = True
-                    return passes
-        if function == _DATA.__get__ and isinstance(args[0], FakeTensor):
-            return args[0].detach()
-        if function == _DATA.__set__ and isinstance(args[0], FakeTensor) and args[0].shape == args[1].shape and args[0].dtype == args[1].dtype:
+        value = args[0] if args else None
+        if not isinstance(value, FakeTensor):
+            return function(*args, **(kwargs or {}))
+        if function in _ASKING and (name := self._buffer(value)) is not None:
+            number = self.held[name] = self._numbers[name]
+            return number if (type_of := _ASKING[function]) is None else type_of(number)
+        if function is Tensor.__bool__ and (passes := _passes_where_asked()) is not None:
+            self.checked = True
+            return passes
+        if function == _DATA.__get__:
+            return value.detach()
+        if function == _DATA.__set__ and (value.shape, value.dtype) == (args[1].shape, args[1].dtype):
             with torch.no_grad():
-                args[0].copy_(args[1])
+                value.copy_(args[1])
             return None
         return function(*args, **(kwargs or {}))
 
+    def _buffer(self, value: Tensor) -> str | None:
+        """The name of the buffer for which a tensor stands while the model is traced."""
+        places = ((name, *name.rpartition(".")[::2]) for name in self._numbers)
+        return next((name for name, path, own in places if self._model.get_submodule(path)._buffers.get(own) is value), None)
 
-def _buffer(model: nn.Module, name: str) -> Tensor | None:
-    """What stands for a buffer while the model is traced."""
-    path, _, own = name.rpartition(".")
-    return model.get_submodule(path)._buffers.get(own)
 
-
-def _asking(frame: FrameType) -> FrameType:
-    """The code that asked, below the modes that heard of it."""
-    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
+def _passes_where_asked() -> bool | None:
+    """The truth with which a check passes, where the code that asks is one."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name == "__torch_function__":  # modes that heard of it, too
         frame = frame.f_back
-    return frame
+    return _passes(frame.f_code.co_filename).get(frame.f_lineno) if frame is not None else None
 
 
 @cache
