@@ -11,7 +11,6 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
 from typing import Any
 
 import torch
@@ -111,31 +110,7 @@ def own_class(
     if instead is None:
         return None, "a branch without channels ends in the middle of a module's forward, which the user's class cannot leave out"
     scales = {name: scale for name, scale in scales.items() if not any(name == other or name.startswith(f"{other}.") for other in instead)}
-    batches = _batches(graph)
-
-    @cache
-    def wanted(number: int, double: bool) -> Sequence[Tensor]:
-        """The small graph's answers to a batch, in the model's own precision or in float64; the same for all guesses."""
-        if answers and not number and not double and not graph.doubled:
-            return answers
-        run = Exact(surgery.module) if double else fx.Interpreter(surgery.module)
-        with torch.no_grad(), same_noise(), _numbers_made(double):
-            return floats(run.run(*_typed(batches[number], double), enable_io_processing=False))
-
-    def error_of(judged: nn.Module, double: bool) -> float:
-        """On the example, and on one sample of it. Code may treat a single sample in its own way (squeeze): then on one more or less."""
-
-        def on(number: int) -> float:
-            return _error(judged, graph, batches[number], wanted(number, double), double)
-
-        error = on(0)
-        if len(batches) == 1 or not error <= _TOLERANCE:
-            return error
-        with suppress(Exception):  # the user's code may raise anything
-            if (single := on(1)) <= _TOLERANCE:
-                return max(error, single)
-        return max(error, on(2))
-
+    judge = _Judge(graph, surgery, answers)
     note = ""
     doubtful: list[tuple[float, Attributes]] = []  # guesses with their errors, of which rounding may explain what is left: float64 decides
 
@@ -149,7 +124,7 @@ def own_class(
                 candidate = rebuild(model, surgery.tensors, attributes, instead)
                 judged = copy.deepcopy(candidate).double() if double else candidate
                 hooks = hold_scales(judged, scales)
-                error = error_of(judged, double)
+                error = judge.error_of(judged, double)
                 if _TOLERANCE < error < _SINGLE and not double:
                     doubtful.append((error, attributes))
                 if not error <= _TOLERANCE:
@@ -194,6 +169,45 @@ def _steps(nodes: Sequence[fx.Node]) -> list[int]:
     return [1, 1, *(-(-before // max(1, after)) for before, after in sizes[2:])]
 
 
+class _Judge:
+    """How far the answers of a candidate are from the small graph's, in the model's own precision or in float64."""
+
+    def __init__(self, graph: Graph, surgery: Surgery, answers: Sequence[Tensor] | None):
+        """answers: the small graph's to the example, where they are known."""
+        self.graph, self.small, self.batches = graph, surgery.module, _batches(graph)
+        self._wanted: dict[tuple[int, bool], Sequence[Tensor]] = {}  # the same for all candidates
+        if answers and not graph.doubled:
+            self._wanted[0, False] = answers
+
+    def error_of(self, candidate: nn.Module, double: bool) -> float:
+        """As a share of the answer: on the example, and on one sample of it. Code may treat a single sample in its own way (squeeze): then on one
+        more or less.
+        """
+        error = self._on(0, candidate, double)
+        if len(self.batches) == 1 or not error <= _TOLERANCE:
+            return error
+        with suppress(Exception):  # the user's code may raise anything
+            if (single := self._on(1, candidate, double)) <= _TOLERANCE:
+                return max(error, single)
+        return max(error, self._on(2, candidate, double))
+
+    def _on(self, number: int, candidate: nn.Module, double: bool) -> float:
+        """Both hold the same tensors and call the same kernels, mostly in the same order."""
+        wanted = self._answers(number, double)
+        args, kwargs = self.graph.called_with(_typed(self.batches[number], double))
+        with torch.no_grad(), same_noise(), _numbers_made(double):
+            got = floats(candidate(*args, **kwargs))
+        nothing = [torch.zeros((), dtype=torch.float64)] * len(wanted)
+        return difference(got, wanted, lambda: nothing, self.graph.output_names)
+
+    def _answers(self, number: int, double: bool) -> Sequence[Tensor]:
+        if (number, double) not in self._wanted:
+            run = Exact(self.small) if double else fx.Interpreter(self.small)
+            with torch.no_grad(), same_noise(), _numbers_made(double):
+                self._wanted[number, double] = floats(run.run(*_typed(self.batches[number], double), enable_io_processing=False))
+        return self._wanted[number, double]
+
+
 def _batches(graph: Graph) -> list[list[Any]]:
     """The user's example; and where that has several samples, one of them alone, and one more or less.
 
@@ -212,18 +226,6 @@ def _batches(graph: Graph) -> list[list[Any]]:
 
 def _typed(inputs: Sequence[Any], double: bool) -> list[Any]:
     return [in_double(v) if double else v for v in copies(inputs)]
-
-
-def _error(candidate: nn.Module, graph: Graph, inputs: Sequence[Any], wanted: Sequence[Tensor], double: bool) -> float:
-    """Largest difference between a candidate's answers and the small graph's as a share of the answer. double: both are in float64.
-
-    Both hold the same tensors and call the same kernels, mostly in the same order.
-    """
-    args, kwargs = graph.called_with(_typed(inputs, double))
-    with torch.no_grad(), same_noise(), _numbers_made(double):
-        got = floats(candidate(*args, **kwargs))
-    nothing = [torch.zeros((), dtype=torch.float64)] * len(wanted)
-    return difference(got, wanted, lambda: nothing, graph.output_names)
 
 
 @contextmanager
