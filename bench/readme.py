@@ -32,8 +32,8 @@ def table() -> str:
     rows.append((f"of {len(models)} models, pruned and right", *(f"**{sum(_right(m[t]) for m in models)}**" for t in tools)))
     rows.append(("a wrong answer without a word", *(str(sum(bool(m[t].get("ran")) and not _right(m[t]) for m in models)) for t in tools)))
     times = latency["rows"]
-    ours = [r["efficiency"] for k, r in times.items() if "efficiency" in r and k.rsplit(" ", 1)[1] not in ("uniform", "torch-pruning")]
-    theirs = [r["efficiency"] for k, r in times.items() if "efficiency" in r and k.endswith(" torch-pruning")]
+    theirs = [r["efficiency"] for k, r in times.items() if "efficiency" in r and " torch-pruning:" in k]
+    ours = [r["efficiency"] for k, r in times.items() if "efficiency" in r and not k.endswith(" uniform") and " torch-pruning:" not in k]
     rows.append(("speed-up, as a share of the operations saved (median)", f"{median(ours):.2f}", f"{median(theirs):.2f}"))
     for name, words in NETWORKS.items():
         of = accuracy["rows"]
