@@ -122,8 +122,9 @@ def plan_for_latency(
     inputs = tuple(v for v in graph.given_inputs() if isinstance(v, Tensor))
     targets = decide.parse_target(target)
     asked = next(t for t in targets if t.key == "latency")
-    costs = decide.costs_of(graph, groups, targets) | {"latency": [dense.latency.cost]}
-    whole = dense.latency.cost()
+    costs = decide.costs_of(graph, groups, targets)
+    latency = dense.latency
+    whole = latency.cost()
     share = limit = asked.value / whole if asked.absolute else asked.value
     rounds: list[Round] = []
     plans: list[Plan] = []
@@ -139,7 +140,7 @@ def plan_for_latency(
                     groups,
                     corrected,
                     saliency.scores,
-                    costs=costs,
+                    costs=costs | {"latency": [latency.cost]},
                     steps=dense.latency.steps,
                     losses=saliency.losses,
                     method=allocation,
@@ -147,19 +148,20 @@ def plan_for_latency(
                     branches=saliency.branches,
                 )
             except TargetError as unreachable:
-                if rounds:
-                    break
                 least = unreachable.least.get("latency", 0.0) / whole
+                beyond = least * (1 + _MISSED)  # so the tables say; the file may be faster
+                if rounds and beyond >= min(r.predicted for r in _foretold(rounds, tried, latency)):
+                    break
                 if least <= limit:
                     raise
-                limit = least * (1 + _MISSED)  # so the tables say; the file may be faster
+                limit = beyond
                 continue
             plan = decide.plan_of(graph, groups, found.widths, saliency.scores, target=target, criterion=saliency.criterion, ignore=tuple(ignore))
             known = next((number for number, other in enumerate(plans) if other.tensors == plan.tensors), None)
             if known is not None:  # the correction was smaller than a step
-                limit = _beyond(limit, rounds, known, share)
+                limit = _beyond(limit, _foretold(rounds, tried, latency), known, share)
                 continue
-            file, weights, keeper = _build(graph, groups, plan, dense)
+            file, weights, keeper, small = _build(graph, groups, plan, dense)
             say(f"round {len(rounds) + 1}: measure")
             for seconds in (_GLANCE, _FULL):
                 compared = runtimes.compare(dense.runtime, dense.original, file, inputs, bench, seconds)
@@ -171,24 +173,26 @@ def plan_for_latency(
                     break
             plans.append(plan)
             tried.append(found.widths)
-            rounds.append(Round(dense.latency.cost(found.widths) / whole, ratio.median, ratio.low, ratio.high, found.gap))
+            rounds.append(Round(latency.cost(found.widths) / whole, ratio.median, ratio.low, ratio.high, found.gap))
             if min(rounds, key=lambda r: _miss(r.measured, share)) is rounds[-1]:
                 best, built = len(rounds) - 1, Built(file, weights, keeper, compared)  # the file of the one before goes
             if close or _is_near(rounds, share) or len(rounds) == _MOST_ROUNDS:
                 break
-            limit = _corrected(rounds, share)
+            latency = dense.latency.taught(found.widths, runtimes.ran(dense.runtime, small, file), ratio.median * whole)
+            limit = _corrected(_foretold(rounds, tried, latency), share)
     if built is None or rounds[best].measured > share * (1 + _MISSED):
         raise TargetError(f"latency={share:.3g} of the dense model's time cannot be reached: the closest took {rounds[best].measured:.3g} of it")
     return Found(plans[best], share, tuple(rounds), best, dense, built)
 
 
-def _build(graph: Graph, groups: Groups, plan: Plan, dense: Dense) -> tuple[Path, str, Any]:
-    """What a plan makes of the model, written as it will be deployed: the file, a digest of its weights, and what keeps it."""
+def _build(graph: Graph, groups: Groups, plan: Plan, dense: Dense) -> tuple[Path, str, Any, Graph]:
+    """What a plan makes of the model, written as it will be deployed: the file, a digest of its weights, what keeps it, and its graph."""
     keeper = tempfile.TemporaryDirectory(prefix="structprune-")
     file = dense.runtime.file(Path(keeper.name), "model")
     surgery = operate(graph, groups.types, decide.atoms_of(plan, groups), plan.tensors)
-    runtimes.save(dense.runtime, retrace(surgery.module, graph).exported, graph, file, stamp(plan))
-    return file, digest(surgery.module), keeper
+    small = retrace(surgery.module, graph)
+    runtimes.save(dense.runtime, small.exported, graph, file, stamp(plan))
+    return file, digest(surgery.module), keeper, small
 
 
 def _is_close(reached: float, before: int) -> bool:
@@ -210,6 +214,12 @@ def _between(rounds: Sequence[Round], tried: Sequence[Widths], share: float) -> 
     faster = [widths for widths, r in zip(tried, rounds, strict=True) if r.measured <= share]
     slower = [widths for widths, r in zip(tried, rounds, strict=True) if r.measured > share]
     return faster[-1] if faster else {}, slower[-1] if slower else {}
+
+
+def _foretold(rounds: Sequence[Round], tried: Sequence[Widths], latency: LatencyModel) -> list[Round]:
+    """The rounds as they would be predicted now."""
+    whole = latency.cost()
+    return [replace(r, predicted=latency.cost(widths) / whole) for r, widths in zip(rounds, tried, strict=True)]
 
 
 def _corrected(rounds: Sequence[Round], share: float) -> float:

@@ -26,10 +26,11 @@ from structprune.backends.directory import verify_directory
 from structprune.backends.runtimes import Runtime
 from structprune.backends.tables import Tables, rows
 from structprune.decide.allocate import allocate
+from structprune.decide.cost import Cost, Term
 from structprune.decide.plan import scored
 from structprune.decide.targets import Target
 from structprune.errors import InputError, TargetError
-from structprune.ir.axes import kept_size, leaves
+from structprune.ir.axes import Atom, kept_size, leaves
 
 ONNX_RUNTIME = Runtime("onnxruntime", "cpu", 1)
 TORCH = Runtime("torch", "cpu", 1)
@@ -170,7 +171,7 @@ def test_the_model_of_latency_is_what_was_measured(disturbed: bool, tmp_path: Pa
     again = kernels.profile(tmp_path / "dense.onnx", [v.numpy() for v in graph.given_inputs()], threads=1)
     assert model.cost() == pytest.approx(sum(k.seconds for k in again), rel=0.5)  # another run of the same kernels
     dense, half = {g.atom: g.size for g in groups}, {g.atom: g.size // 2 for g in groups}
-    tabled = [t for t in model.cost.terms if isinstance(t.value, partial) and len(t.axes) == 2]
+    tabled = [t for t, k in zip(model.cost.terms, model.kernels, strict=True) if k.settings and len(t.axes) == 2]
     assert len(tabled) == 2  # of three convolutions the first reads the input, which stays
     assert [t(half) / t(dense) for t in tabled] == pytest.approx([0.25, 0.25])
     for term in tabled:
@@ -184,6 +185,73 @@ def test_widths_follow_the_steps(tmp_path: Path) -> None:
     assert model.cost(found.widths) <= 0.6 * model.cost() * (1 + 1e-6)
     assert all(w % 16 == 0 for w in found.widths.values())
     assert found.gap is not None and found.gap <= 0.011
+
+
+# --- what a small model teaches -------------------------------------------------------------------------------------------
+
+
+def of_two_operators(conv: float = 8.0, norm: float = 4.0) -> tuple[Atom, latency.LatencyModel]:
+    """A model of one group of 64 channels, whose two kernels are thought to take time by channel."""
+    atom = Atom(64, 0)
+    ran = tuple(kernel(operator, seconds) for operator, seconds in (("Conv", conv), ("LayerNormalization", norm)))
+    terms = tuple(Term((atom,), lambda sizes, k=k: k.seconds * sizes.prod(axis=-1) / 64) for k in ran)
+    return atom, latency.LatencyModel(Cost("latency", terms), {atom: 1}, ran)
+
+
+def kernel(operator: str, seconds: float, **settings: Any) -> kernels.Kernel:
+    return kernels.Kernel("", operator, seconds, (), (), settings)
+
+
+def test_what_does_not_shrink_is_learned_of_a_small_model() -> None:
+    atom, model = of_two_operators()
+    assert model.cost({atom: 32}) == 6.0
+    taught = model.taught({atom: 32}, [kernel("Conv", 2.0), kernel("LayerNormalization", 4.0)], 6.0)
+    conv, norm = taught.cost.terms
+    assert [float(conv({atom: n})) for n in (64, 32, 16)] == pytest.approx([8.0, 2.0, 0.5])  # by the square of its prediction, so far
+    assert [float(norm({atom: n})) for n in (64, 32, 16, 0)] == [4.0, 4.0, 4.0, 0.0]  # the same, unless it is gone
+    assert taught.cost() == model.cost() and taught.steps is model.steps
+
+
+def test_a_clock_that_runs_otherwise_teaches_nothing() -> None:
+    """The kernels' seconds are those of another hour than the dense model's; what counts is the whole as a share of that."""
+    atom, model = of_two_operators()
+    for pace in (0.5, 1.0, 3.0):
+        taught = model.taught({atom: 16}, [kernel("Conv", pace * 2.0), kernel("LayerNormalization", pace * 1.0)], 3.0)
+        for width in (64, 48, 8):
+            assert taught.cost({atom: width}) == pytest.approx(model.cost({atom: width}))
+
+
+def test_little_is_learned_of_little() -> None:
+    atom, model = of_two_operators()
+    nearly_whole = model.taught({atom: 62}, [kernel("Conv", 9.0), kernel("LayerNormalization", 3.0)], 12.0)
+    assert nearly_whole.cost({atom: 32}) == model.cost({atom: 32})
+    other = model.taught({atom: 32}, [kernel("Conv", 4.0), kernel("Fused", 2.0)], 6.0)  # what became of the norm is not known
+    assert other.cost({atom: 16}) == pytest.approx(model.cost({atom: 16}))
+    steep, flat = (model.taught({atom: 32}, [kernel("Conv", c), kernel("LayerNormalization", n)], c + n) for c, n in ((0.01, 3.0), (20.0, 3.0)))
+    assert steep.cost.terms[0]({atom: 32}) == pytest.approx(2.0)  # not steeper than the square
+    assert flat.cost.terms[0]({atom: 32}) == 8.0  # and a wider kernel does not take less
+
+
+def test_kernels_are_alike_where_their_windows_are() -> None:
+    conv = partial(kernel, "Conv", 1.0, strides=[1, 1])
+    assert kernels.family(conv(space=[7, 7], window=[1, 1])) != kernels.family(conv(space=[7, 7], window=[3, 3]))
+    assert kernels.family(conv(space=[7, 7], window=[1, 1])) != kernels.family(conv(space=[14, 14], window=[1, 1]))
+    assert kernels.family(conv(space=[7, 7], window=[1, 1], sum=True)) == kernels.family(conv(space=[7, 7], window=[1, 1]))
+
+
+@pytest.mark.parametrize("where", [ONNX_RUNTIME, TORCH])
+def test_what_a_small_model_runs_is_of_the_dense_models_families(where: Runtime, tmp_path: Path) -> None:
+    graph, groups, path, origins = prepared(*chain(), tmp_path)
+    model = latency.latency_model(groups, runtimes.kernels_of(where, graph, groups, path, origins), Known())  # type: ignore[arg-type]
+    assert model.cost() == pytest.approx(sum(k.seconds for k in model.kernels))
+    small, inputs = chain(32)
+    other = sp.trace(small, inputs)
+    onnx.export(other.exported, tmp_path / "small.onnx", other.input_names, other.output_names)
+    ran = runtimes.ran(where, other, tmp_path / "small.onnx")
+    assert {kernels.family(k) for k in ran} == {kernels.family(k) for k in model.kernels}
+    halves = {g.atom: g.size // 2 for g in groups}
+    taken = 0.4 * model.cost()
+    assert model.taught(halves, ran, taken).cost(halves) == pytest.approx(taken, rel=0.25)  # families may be at their limits
 
 
 # --- tables on disk -------------------------------------------------------------------------------------------------------
@@ -317,6 +385,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callab
         monkeypatch.setattr(runtimes, "compare", fake)
         monkeypatch.setattr(BenchProcess, "start", lambda _: None)
         monkeypatch.setattr(runtimes, "tables_of", lambda *_: Known())
+        monkeypatch.setattr(latency.LatencyModel, "taught", lambda model, *_: model)  # what kernels truly take is another matter
         return log
 
     return install

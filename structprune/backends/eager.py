@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,24 +27,29 @@ _WARM_UP = 2
 
 def profile(graph: Graph, groups: Groups, place: torch.device, threads: int, runs: int = 2 * RUNS) -> list[Attributed]:
     """Every node of the graph that computes, with the shortest of its times in some runs; one of several contractions once for each of these."""
+    known = {n.name: several for n, several in contractions(groups).items()}
+    nodes = {n.name: n for n in graph.nodes}
+    found: list[Attributed] = []
+    for kernel in kernels(graph, place, threads, runs):
+        several = known.get(kernel.name, [])
+        work = [math.prod(kept_size(a, groups.batch) for a in one.axes) for one in several]
+        for one, own in zip(several, work, strict=True):  # an attention is one node and two products
+            found.append((replace(kernel, seconds=kernel.seconds * own / sum(work)), nodes[kernel.name], one))
+        if not several:
+            found.append((kernel, nodes[kernel.name], None))
+    return found
+
+
+def kernels(graph: Graph, place: torch.device, threads: int, runs: int = 2 * RUNS) -> list[Kernel]:
+    """The same of any graph, without what its nodes multiply."""
     module = copy.deepcopy(graph.module).to(place)
     with steady(threads), torch.inference_mode():
         timers = [_Timer(module, place) for _ in range(_WARM_UP + runs)]
         for timer in timers:
             timer.run(*_moved(graph.given_inputs(), place), enable_io_processing=False)
-    known = {n.name: several for n, several in contractions(groups).items()}
     nodes = {n.name: n for n in graph.nodes}
-    found: list[Attributed] = []
-    for name, settings in timers[-1].settings.items():
-        seconds = min(timer.seconds[name]() for timer in timers[_WARM_UP:])
-        several = known.get(name, [])
-        work = [math.prod(kept_size(a, groups.batch) for a in one.axes) for one in several]
-        for one, own in zip(several, work, strict=True):  # an attention is one node and two products
-            kernel = Kernel(name, operator_name(nodes[name]), seconds * own / sum(work), (), (), settings)
-            found.append((kernel, nodes[name], one))
-        if not several:
-            found.append((Kernel(name, operator_name(nodes[name]), seconds, (), (), {}), nodes[name], None))
-    return found
+    seconds = {name: min(timer.seconds[name]() for timer in timers[_WARM_UP:]) for name in timers[-1].seconds}
+    return [Kernel(name, operator_name(nodes[name]), taken, (), (), timers[-1].settings[name]) for name, taken in seconds.items()]
 
 
 def time_contractions(

@@ -12,7 +12,7 @@ import math
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,12 @@ class Kernel:
 def signature(kind: str, settings: Mapping[str, Any]) -> str:
     """What a contraction's time depends on beside its sizes, as JSON: the key of measured tables."""
     return json.dumps({"kind": kind, **settings}, sort_keys=True, separators=(",", ":"))
+
+
+def family(kernel: Kernel) -> Hashable:
+    """Kernels whose time depends on channels in one way: of one operator, of one window over one space, or by weights or not."""
+    window = tuple(str(kernel.settings.get(name)) for name in ("space", "window", "strides"))
+    return kernel.operator, window, len(kernel.inputs[1]) if kernel.settings and len(kernel.inputs) > 1 else 0
 
 
 def profile(path: Path, inputs: Sequence[np.ndarray], threads: int, runs: int = 2 * RUNS) -> list[Kernel]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 from scipy.interpolate import RegularGridInterpolator
+from scipy.optimize import brentq
 from torch import fx
 
 from structprune.analysis.contractions import Contraction, contractions
 from structprune.analysis.groups import Groups
-from structprune.backends.kernels import BLOCKED, Kernel, signature
+from structprune.backends.kernels import BLOCKED, Kernel, family, signature
 from structprune.backends.tables import Point, Tables
 from structprune.decide.allocate import thinned
 from structprune.decide.cost import Cost, Term
@@ -31,14 +33,39 @@ _BELOW = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # widths that are timed to find 
 _WORTH = 1.03  # a wider size that costs no more than this is free
 _PER_OUTLIER = 8  # timings, of which one may be disturbed
 _LEAST = 1 / 8  # of an axis: smaller sizes are not in the tables
+_TELLS = 0.95  # of a family's time: where more is left, how it shrinks cannot be seen
+_STEEPEST = 2.0  # how a time may follow its prediction
 
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """`cost`: predicted seconds for widths. `steps`: for each group's atom, the step between widths that are worth having."""
+    """`cost`: predicted seconds for widths. `steps`: for each group's atom, the step between widths that are worth having.
+
+    `kernels`: what of the dense model each term of the cost stands for.
+    """
 
     cost: Cost
     steps: Mapping[Atom, int]
+    kernels: tuple[Kernel, ...]
+
+    def taught(self, widths: Mapping[Atom, int], ran: Sequence[Kernel], seconds: float) -> LatencyModel:
+        """The same after a look at a model of these widths: what it `ran`, and the seconds that the whole took on the dense model's clock.
+
+        Some kernels shrink by less than their data (a norm takes its time by row), others by more (what no longer leaves the cache). The
+        share of the dense kernel's time that is predicted is raised to a power, one for each family, at which the family's kernels take what
+        they took: from 0, a time that does not depend on widths, to _STEEPEST.
+        """
+        found = _by_family(ran, [kernel.seconds for kernel in ran])
+        clock = seconds / sum(map(sum, found.values()))
+        mine = {**(self.cost.fixed or {}), **widths}
+        dense = _by_family(self.kernels, [term(self.cost.fixed or {}) for term in self.cost.terms])
+        small = _by_family(self.kernels, [term(mine) for term in self.cost.terms])
+        exponents = {key: _exponent(np.array(dense[key]), np.array(small[key]), clock * sum(taken)) for key, taken in found.items() if key in dense}
+        terms = [
+            Term(term.axes, partial(_bent, term.value, term(self.cost.fixed or {}), exponents.get(family(kernel), 1.0)))
+            for term, kernel in zip(self.cost.terms, self.kernels, strict=True)
+        ]
+        return replace(self, cost=replace(self.cost, terms=tuple(terms)))
 
 
 @dataclass(frozen=True)
@@ -52,20 +79,24 @@ class _Timed:
 
 def latency_model(groups: Groups, kernels: Sequence[Attributed], tables: Tables, align: int | None = None) -> LatencyModel:
     """kernels: what the runtime runs of the dense model. align: a step for all groups, in the place of the measured ones."""
-    constant = whole = sum(kernel.seconds for kernel, _, _ in kernels)
+    whole = sum(kernel.seconds for kernel, _, _ in kernels)
     free = {g.atom for g in groups}
     timed: list[_Timed] = []
     rest: list[tuple[Kernel, fx.Node]] = []
+    fixed: list[Kernel] = []
     for kernel, node, contraction in kernels:
         if contraction is not None and any(free.intersection(leaves(a)) for a in contraction.axes):
             timed.append(_Timed(kernel, contraction, signature(contraction.kind, kernel.settings)))
-            constant -= kernel.seconds
         elif node is not None and contraction is None and not free.isdisjoint(groups.types.atoms(node)):
             rest.append((kernel, node))
-            constant -= kernel.seconds
+        else:
+            fixed.append(kernel)
     steps = dict.fromkeys(free, align) if align else _measured_steps(groups, free, timed, tables, whole)
-    terms = [*_tabled(groups, timed, tables, steps), *(_by_data(groups, kernel, node) for kernel, node in rest)]
-    return LatencyModel(Cost("latency", tuple(terms), constant, groups.batch), steps)
+    launch = min((kernel.seconds for kernel, _, _ in kernels), default=0.0)
+    of_data = [_by_data(groups, kernel, node, launch) for kernel, node in rest]
+    terms = [*_tabled(groups, timed, tables, steps), *of_data, *(Term((), partial(_always, kernel.seconds)) for kernel in fixed)]
+    ran = (*(one.kernel for one in timed), *(kernel for kernel, _ in rest), *fixed)
+    return LatencyModel(Cost("latency", tuple(terms), fixed=groups.batch), steps, ran)
 
 
 def attributed(graph: Graph, groups: Groups, kernels: Sequence[Kernel], origins: Mapping[str, str]) -> list[Attributed]:
@@ -172,9 +203,9 @@ def _tabled(groups: Groups, timed: Sequence[_Timed], tables: Tables, steps: Mapp
     return terms
 
 
-def _unless_gone(table: RegularGridInterpolator, sizes: np.ndarray) -> np.ndarray:
+def _unless_gone(seconds: Callable[[np.ndarray], np.ndarray], sizes: np.ndarray) -> np.ndarray:
     """What has an axis without entries does not run."""
-    return np.where((sizes > 0).all(axis=-1), table(sizes), 0.0)
+    return np.where((sizes > 0).all(axis=-1), seconds(sizes), 0.0)
 
 
 def _least_of_the_wider(times: np.ndarray) -> np.ndarray:
@@ -184,12 +215,42 @@ def _least_of_the_wider(times: np.ndarray) -> np.ndarray:
     return times
 
 
-def _by_data(groups: Groups, kernel: Kernel, node: fx.Node) -> Term:
-    """What does not multiply takes time for each entry that it answers."""
+def _by_data(groups: Groups, kernel: Kernel, node: fx.Node, launch: float) -> Term:
+    """What does not multiply takes time for each entry that it answers, beside what any kernel takes."""
     axes = groups.types.shapes(node)[0]
     axes = tuple(groups.types.solver.resolve(a) for a in axes)
-    dense = math.prod(kept_size(a, groups.batch) for a in axes)
-    return Term(axes, lambda sizes: kernel.seconds * sizes.prod(axis=-1) / dense)
+    rate = (kernel.seconds - launch) / math.prod(kept_size(a, groups.batch) for a in axes)
+    return Term(axes, partial(_unless_gone, lambda sizes: launch + rate * sizes.prod(axis=-1)))
+
+
+def _always(seconds: float, sizes: np.ndarray) -> np.ndarray:
+    return np.full(sizes.shape[:-1], seconds)
+
+
+def _by_family(kernels: Sequence[Kernel], seconds: Sequence[float]) -> dict[Hashable, list[float]]:
+    found: dict[Hashable, list[float]] = defaultdict(list)
+    for kernel, taken in zip(kernels, seconds, strict=True):
+        found[family(kernel)].append(taken)
+    return found
+
+
+def _exponent(dense: np.ndarray, small: np.ndarray, taken: float) -> float:
+    """What to raise the predicted shares to, so that kernels that take `dense` seconds each take that long together at the smaller widths."""
+    dense, small = dense[small > 0], small[small > 0]
+    if not len(small) or small.sum() > _TELLS * dense.sum():
+        return 1.0
+
+    def over(exponent: float) -> float:
+        return float((dense * (small / dense) ** exponent).sum()) - taken
+
+    if over(0.0) <= 0:
+        return 0.0
+    return _STEEPEST if over(_STEEPEST) >= 0 else float(brentq(over, 0.0, _STEEPEST))
+
+
+def _bent(value: Callable[[np.ndarray], np.ndarray], dense: float, exponent: float, sizes: np.ndarray) -> np.ndarray:
+    """A term's value, with its share of what it is for the dense model raised to a power."""
+    return np.asarray(dense * (np.maximum(value(sizes), 0.0) / dense) ** exponent) if exponent else np.where(value(sizes) > 0, dense, 0.0)
 
 
 def _grid(axis: Axis, size: int, steps: Mapping[Atom, int]) -> list[int]:

@@ -15,6 +15,7 @@ from structprune.analysis.groups import Groups
 from structprune.backends import eager, kernels, onnx
 from structprune.backends.bench_process import BenchProcess
 from structprune.backends.benchmark import Comparison, check_provider, environment, place_of
+from structprune.backends.kernels import Kernel
 from structprune.backends.latency import Attributed, attributed
 from structprune.backends.tables import Tables
 from structprune.errors import InputError, did_you_mean
@@ -67,9 +68,16 @@ def kernels_of(where: Runtime, graph: Graph, groups: Groups, path: Path, origins
     cuBLAS) are the same, and the loop that measures the whole model corrects what differs.
     """
     if _is_profiled(where):
-        inputs = [v.detach().cpu().numpy() for v in graph.given_inputs() if isinstance(v, Tensor)]
-        return attributed(graph, groups, kernels.profile(path, inputs, where.threads), origins)
+        return attributed(graph, groups, ran(where, graph, path), origins)
     return eager.profile(graph, groups, place_of(where.device), where.threads)
+
+
+def ran(where: Runtime, graph: Graph, path: Path) -> list[Kernel]:
+    """The same of any model, without a word on what its parts compute."""
+    if _is_profiled(where):
+        inputs = [v.detach().cpu().numpy() for v in graph.given_inputs() if isinstance(v, Tensor)]
+        return kernels.profile(path, inputs, where.threads)
+    return eager.kernels(graph, place_of(where.device), where.threads)
 
 
 def tables_of(where: Runtime, say: Callable[[str], None] | None = None, path: Path | None = None) -> Tables:
