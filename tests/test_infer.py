@@ -266,8 +266,42 @@ def test_a_buffer_of_one_number_holds_what_it_holds() -> None:
     assert sum(operator_name(n) == "div" for n in result.graph.nodes) == 2
     assert {n for n in result.graph.notes if "asks for its value" in n} == {
         "started is taken to stay True: the model's code asks for its value",
-        "rounds is taken to stay 3: the model's code asks for its value",
+        "rounds is taken to stay [3]: the model's code asks for its value",
     }
+
+
+class Scheduled(nn.Module):
+    """Its code asks for what it computes of small buffers, `written` to on the way or not."""
+
+    def __init__(self, written: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.written = nn.Linear(6, 16), nn.Linear(16, 2), written
+        self.register_buffer("step", torch.tensor(5))
+        self.register_buffer("sizes", torch.tensor([[2, 3], [1, 6]]))
+        self.register_buffer("flags", torch.tensor([False, True]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        late = self.step - 2
+        if self.written:
+            late.fill_(x.shape[-1])
+        if late > 2 and self.flags[1] and not self.flags.all():
+            x = x * 2
+        for rows, columns in self.sizes.tolist():
+            x = x.view(-1, rows, columns).flip(1)
+        return self.last(self.first(x.reshape(-1, 6)).relu())  # type: ignore[no-any-return]
+
+
+def test_what_is_computed_of_small_buffers_is_known() -> None:
+    model, x = Scheduled(False), torch.randn(4, 6)
+    result = sp.compress(model, (x,))
+    assert type(result.model) is Scheduled and result.model.first.out_features == 8
+    assert sum(operator_name(n) == "mul" for n in result.graph.nodes) == 1 and sum(operator_name(n) == "flip" for n in result.graph.nodes) == 2
+    assert sum("is taken to stay" in note for note in result.graph.notes) == 3
+
+
+def test_what_was_written_to_since_is_not_known() -> None:
+    with pytest.raises(sp.StructpruneError, match="branches on values of tensors"):
+        sp.trace(Scheduled(True), torch.randn(4, 6))
 
 
 def test_a_buffer_that_decides_and_is_changed_is_not_taken_to_stay() -> None:
@@ -311,3 +345,34 @@ def test_layers_that_put_their_weights_right(layer: type[nn.Linear], tmp_path: P
     small = result.model(torch.randn(3, 6))  # writes to its weights
     assert small.shape == (3, 2)
     assert (result.model[0].weight.norm(dim=1) <= 0.5001).all() if layer is OfBoundedNorm else (result.model[0].weight >= 0).all()
+
+
+BETWEEN_LINEARS: dict[str, Callable[[Tensor], Tensor]] = {  # of [batch, 5 tokens, channels]
+    "quantile": lambda x: x.quantile(torch.tensor([0.25, 0.75], dtype=x.dtype), dim=1).diff(dim=0)[0],
+    "nanquantile": lambda x: x.nanquantile(0.3, dim=1),
+    "kthvalue": lambda x: x.kthvalue(2, dim=1).values,
+    "nanmedian": lambda x: x.nanmedian(dim=1).values,
+    "aminmax": lambda x: torch.stack(torch.aminmax(x, dim=1)).sum(0),
+    "bucketize": lambda x: x * torch.bucketize(x, torch.tensor([-0.5, 0.1, 0.7], dtype=x.dtype)),
+    "searchsorted": lambda x: x * torch.searchsorted(torch.tensor([-0.5, 0.1, 0.7], dtype=x.dtype), x),
+    "isin": lambda x: x * torch.isin((2 * x).round(), torch.tensor([1.0, -1.0], dtype=x.dtype)),
+    "index_fill": lambda x: x.index_fill(1, torch.tensor([0, 2]), 1.5),
+    "linalg_cross": lambda x: torch.linalg.cross(x[:, :3], x[:, 2:], dim=1),
+    "diag_embed": lambda x: torch.diag_embed(x).sin().sum(-1),
+    "frexp": lambda x: torch.frexp(x).mantissa,
+    "ldexp": lambda x: torch.ldexp(x, torch.tensor(2)),
+    "polygamma": lambda x: torch.polygamma(1, x.abs() + 1),
+    "sinc": torch.sinc,
+    "angle": lambda x: x.angle() + x,
+    "special_i0e": torch.special.i0e,
+    "special_chebyshev_polynomial_t": lambda x: torch.special.chebyshev_polynomial_t(x.tanh(), 3),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN_LINEARS)
+def test_channels_pass_through(name: str) -> None:
+    torch.manual_seed(0)
+    model = Of(lambda m, x: m.b(BETWEEN_LINEARS[name](m.a(x))), a=nn.Linear(6, 16), b=nn.Linear(16, 4))
+    inputs = [torch.randn(2, 5, 6)]
+    assert name in {operator_name(n) for n in sp.trace(model.eval(), inputs[0]).nodes}
+    assert pruned(model, inputs)["a.weight"] == (8, 6)

@@ -18,6 +18,11 @@ def over_linears(run: Callable[[nn.Module, Tensor], Tensor]) -> Of:
     return Of(run, **layers, gru=nn.GRU(6, 8, batch_first=True))
 
 
+def _pair(m: nn.Module, x: Tensor) -> Tensor:
+    """Of every channel two values, both zero where it is removed."""
+    return torch.stack([m.q(x), m.k(x)], -1)  # type: ignore[operator]
+
+
 CASES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
     "a weight silences what a sigmoid makes loud": (lambda m, x: m.a(m.q(x).sigmoid()), True),
     "a sum of rectified channels": (lambda m, x: m.q(x).relu().sum(-1, keepdim=True) * m.b(x), True),
@@ -30,6 +35,14 @@ CASES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
     "linear attention": (lambda m, x: (F.elu(m.q(x)) + 1) @ (F.elu(m.k(x)) + 1).t() @ m.b(x), False),
     "a choice between silent values": (lambda m, x: m.q(x).relu().masked_fill(x[:, :1] > 0, 0).sum(-1, keepdim=True) * m.b(x), True),
     "a choice of something else": (lambda m, x: m.q(x).masked_fill(x[:, :1] > 0, 1).sum(-1, keepdim=True) * m.b(x), False),
+    "zeros beside": (lambda m, x: F.pad(m.q(x)[..., None], (0, 1)).sum((1, 2))[:, None] * m.b(x), True),
+    "something else beside": (lambda m, x: F.pad(m.q(x)[..., None], (0, 1), value=1.0).sum((1, 2))[:, None] * m.b(x), False),
+    "zeros written": (lambda m, x: _pair(m, x).index_fill(-1, torch.tensor([1]), 0.0).sum((1, 2))[:, None] * m.b(x), True),
+    "something else written": (lambda m, x: _pair(m, x).index_fill(-1, torch.tensor([1]), 1.0).sum((1, 2))[:, None] * m.b(x), False),
+    "a logarithm of a sum of exponentials": (lambda m, x: _pair(m, x).logsumexp(-1).sum(1, keepdim=True) * m.b(x), False),
+    "rows by number": (lambda m, x: m.c(F.embedding(_pair(m, x).argmax(-1), m.c.weight).sum(1)), False),
+    "a class by number": (lambda m, x: F.one_hot(_pair(m, x).argmax(-1), 3).sum((1, 2))[:, None] * m.b(x), False),
+    "a bucket by number": (lambda m, x: torch.bucketize(m.q(x), torch.tensor([-1.0, 0.5]).to(x)).sum(1)[:, None] * m.b(x), False),
     "the final state of a recurrent layer, from zeros": (lambda m, x: m.a(F.normalize(m.gru(x.unflatten(0, (5, 1)))[1][0], dim=-1)), True),
     "copies": (lambda m, x: m.c(x.repeat_interleave(2, -1)), True),
     "a norm over copies": (lambda m, x: m.c(F.normalize(x.repeat_interleave(2, -1), dim=-1)), False),

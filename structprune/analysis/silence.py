@@ -38,10 +38,13 @@ _FACTORS = frozenset({"mul", "multiply", "logical_and", "__and__", "bitwise_and"
 _QUOTIENTS = frozenset({"div", "divide", "true_divide", "floor_divide", "fmod", "remainder", "expand_as"})
 _ADDENDS = frozenset({"add", "sub", "subtract", "maximum", "minimum"})
 _CHOICES = {"where": (1, 2), "masked_fill": (0, 2)}
+_FILLING = {"pad": 3, "constant_pad_nd": 2, "index_fill": 3}  # the place of a value that is put beside the others
+_WHATEVER = frozenset({"logsumexp", "one_hot", "bucketize", "searchsorted", "isin"})  # a zero is to them a value like others
 _WEIGHTED = (contraction.linear, contraction.conv, contraction.conv_transpose)
 _AFFINE = {"batch_norm": (1, 2), "instance_norm": (1, 2), "layer_norm": (2, 3), "group_norm": (2, 3), "rms_norm": (2, None)}
 # zeros stay zeros; of a recurrent layer too, whose gates of zero weights halve the state
 _PASSING = frozenset({layout.__name__, joining.__name__, spatial.__name__, recurrent.__name__})
+_BY_OPERAND = {contraction.attention: 2, joining.embedding: 0}  # that a row's number is zero says nothing of the row
 _COPYING = (layout.expand, layout.repeat_interleave)
 _REDUCED = (normalization.total, normalization.mean, normalization.vector_norm, normalization.norm, normalization.reduction, normalization.variance)
 _STATISTICS = ("mean", "variance")
@@ -98,7 +101,9 @@ def _loud(
     name = operator_name(node) if node.op == "call_function" else ""
     if name in _ZEROS:
         return _NONE
-    if not name or not mine or node in constants:
+    if not name or not mine or node in constants or name in _WHATEVER:
+        return mine
+    if name in _FILLING and not _is_zero(next(iter(node.args[_FILLING[name] :]), 0) or 0):
         return mine
     rule = RULES.get(name)
     if name in _FACTORS:  # one silent factor is enough
@@ -120,8 +125,9 @@ def _loud(
         return frozenset(a for a in mine if _loud_output(a, x, weight, bias, atoms, loud))
     if name in _AFFINE:
         return frozenset(a for a in mine if _loud_norm(a, node, _AFFINE[name], atoms, loud))
-    if rule is contraction.attention:
-        return loud[node.args[2]] | (mine - atoms[node.args[2]])  # type: ignore[index]
+    if rule in _BY_OPERAND:
+        told: Any = node.args[_BY_OPERAND[rule]]
+        return loud[told] | (mine - atoms[told])
     if rule in (contraction.matmul, contraction.einsum, contraction.grouped_matmul):
         return frozenset(a for a in mine if all(a in loud[o] for o in operands if a in atoms[o]))
     if node.target is operator.getitem or rule in _REDUCED or (rule is not None and rule.__module__ in _PASSING):

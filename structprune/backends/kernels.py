@@ -11,7 +11,7 @@ import json
 import math
 import re
 import tempfile
-from collections import defaultdict
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ BLOCKED = "_nchwc"  # ends the names of kernels that work on channels in blocks,
 _WARM_UP = 2
 _SESSIONS = 2
 _AT_ONCE = 192 << 20  # bytes of weights and inputs in one session
+_AT_LEAST = 0.2  # of what the profiler told is a kernel's own
 _ROOT_OF = re.compile(r"^p(\d+)\.")
 _TYPES = {"float": "float32", "float16": "float16", "double": "float64"}
 _SECOND_INPUTS = {"Clip": (0.0, 6.0)}
@@ -66,25 +67,22 @@ def profile(path: Path, inputs: Sequence[np.ndarray], threads: int, runs: int = 
 
     Whatever disturbs a run makes it longer, and what disturbs a session, such as threads that share a core, all of its runs.
     """
-    events: list[dict[str, Any]] = []
+    sessions: list[_Session] = []
     with tempfile.TemporaryDirectory() as work:
         optimized = Path(work) / "optimized.onnx"
         for _ in range(_SESSIONS):
             session = _session(path, threads, work, optimized)
             feeds = dict(zip((i.name for i in session.get_inputs()), inputs, strict=False))
-            events += _events(session, feeds, runs)
+            sessions.append(_run(session, feeds, runs))
         made = {node.name: node for node in onnx.load(str(optimized), load_external_data=False).graph.node}
-    per_run = len(events) // (_SESSIONS * runs)
     layer = _layer_finder(path)
     kernels = []
-    for position in range(per_run):
-        event = events[position]
+    for event, *seconds in zip(sessions[0].events, *(s.seconds for s in sessions), strict=False):
         name, node = _name(event), made.get(_name(event))
-        seconds = min(e["dur"] for e in events[position::per_run]) * 1e-6
         told = event["args"]["input_type_shape"], event["args"]["output_type_shape"]
         shapes = _shapes(told[0]), _shapes(told[1])
         settings = {"type": next(iter(told[0][0]), "float"), **_settings(node, shapes[0])} if _contracts(node) and shapes[0] else {}
-        kernels.append(Kernel(name, event["args"]["op_name"], seconds, *shapes, settings, layer(name, bool(settings))))
+        kernels.append(Kernel(name, event["args"]["op_name"], min(seconds), *shapes, settings, layer(name, bool(settings))))
     return kernels
 
 
@@ -126,22 +124,19 @@ def _layer_finder(path: Path) -> Callable[[str, bool], str]:
 def _times(points: Sequence[tuple[str, tuple[int, ...]]], threads: int, runs: int) -> list[float]:
     model, feeds = _side_by_side(points)
     with tempfile.TemporaryDirectory() as work:
-        events = _events(_session(model.SerializeToString(), threads, work), feeds, runs)
-    of_kernel: dict[tuple[int, str], list[float]] = defaultdict(list)
-    reordering: list[float] = []
-    for event in events:
-        found = _ROOT_OF.match(event["name"])
-        if event["args"]["op_name"].startswith("Reorder"):  # between the blocked layout and plain order; inside a model there is none
-            reordering.append(event["dur"] * 1e-6 / runs)
-        elif found:
-            of_kernel[int(found[1]), _name(event)].append(event["dur"] * 1e-6)
+        session = _run(_session(model.SerializeToString(), threads, work), feeds, runs)
+    reordering = 0.0
     taken = [0.0] * len(points)
     blocked = [False] * len(points)
-    for (index, name), seconds in of_kernel.items():
-        taken[index] += min(seconds)
-        blocked[index] = blocked[index] or name.endswith(BLOCKED)
+    for event, seconds in zip(session.events, session.seconds, strict=True):
+        found = _ROOT_OF.match(event["name"])
+        if event["args"]["op_name"].startswith("Reorder"):  # between the blocked layout and plain order; inside a model there is none
+            reordering += seconds
+        elif found:
+            taken[int(found[1])] += seconds
+            blocked[int(found[1])] |= _name(event).endswith(BLOCKED)
     data = [_entries(json.loads(key), sizes) for key, sizes in points]
-    rate = sum(reordering) / max(1, sum(d for d, inside in zip(data, blocked, strict=True) if inside))
+    rate = reordering / max(1, sum(d for d, inside in zip(data, blocked, strict=True) if inside))
     out_of_step = [json.loads(key).get("blocked", False) and not inside for (key, _), inside in zip(points, blocked, strict=True)]
     return [t + rate * d * out for t, d, out in zip(taken, data, out_of_step, strict=True)]  # its neighbours' layout costs it two reorderings
 
@@ -156,13 +151,35 @@ def _session(model: Path | bytes, threads: int, work: str, optimized: Path | Non
     return onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
 
 
-def _events(session: onnxruntime.InferenceSession, feeds: Mapping[str, np.ndarray], runs: int) -> list[dict[str, Any]]:
-    """The profiler's word on every kernel of `runs` runs, after some to warm up."""
+@dataclass(frozen=True)
+class _Session:
+    """The kernels of one run, as the profiler tells of them, and the shortest seconds of each in some runs."""
+
+    events: Sequence[Mapping[str, Any]]
+    seconds: Sequence[float]
+
+
+def _run(session: onnxruntime.InferenceSession, feeds: Mapping[str, np.ndarray], runs: int) -> _Session:
+    """`runs` runs under the profiler, after some to warm up.
+
+    The profiler takes time of its own within every kernel, 2 to 5 µs where threads share the work: as much as a small kernel takes. As many
+    runs without it tell how much that is, in the mean over the kernels.
+    """
     for _ in range(_WARM_UP + runs):
         session.run(None, dict(feeds))
     told = json.loads(Path(session.end_profiling()).read_text())
-    kernels = [e for e in told if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
-    return kernels[len(kernels) // (_WARM_UP + runs) * _WARM_UP :]
+    events = [e for e in told if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+    number = len(events) // (_WARM_UP + runs)
+    events = events[number * _WARM_UP :]
+    shortest = [min(e["dur"] for e in events[place::number]) * 1e-6 for place in range(number)]
+    own = max(0.0, sum(shortest) - min(_seconds(session, feeds) for _ in range(_WARM_UP + runs))) / max(1, number)
+    return _Session(events[:number], [max(seconds - own, _AT_LEAST * seconds) for seconds in shortest])
+
+
+def _seconds(session: onnxruntime.InferenceSession, feeds: Mapping[str, np.ndarray]) -> float:
+    start = time.perf_counter()
+    session.run(None, dict(feeds))
+    return time.perf_counter() - start
 
 
 def _name(event: Mapping[str, Any]) -> str:

@@ -35,6 +35,7 @@ _PER_OUTLIER = 8  # timings, of which one may be disturbed
 _LEAST = 1 / 8  # of an axis: smaller sizes are not in the tables
 _TELLS = 0.95  # of a family's time: where more is left, how it shrinks cannot be seen
 _STEEPEST = 2.0  # how a time may follow its prediction
+_TICK = 1e-6  # seconds that profilers tell apart
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,14 @@ class LatencyModel:
         they took: from 0, a time that does not depend on widths, to _STEEPEST.
         """
         found = _by_family(ran, [kernel.seconds for kernel in ran])
-        clock = seconds / sum(map(sum, found.values()))
-        mine = {**(self.cost.fixed or {}), **widths}
-        dense = _by_family(self.kernels, [term(self.cost.fixed or {}) for term in self.cost.terms])
-        small = _by_family(self.kernels, [term(mine) for term in self.cost.terms])
-        exponents = {key: _exponent(np.array(dense[key]), np.array(small[key]), clock * sum(taken)) for key, taken in found.items() if key in dense}
+        clock = seconds / max(sum(map(sum, found.values())), _TICK)
+        whole, narrow = self.cost.fixed or {}, {**(self.cost.fixed or {}), **widths}
+        dense = [term(whole) for term in self.cost.terms]
+        before, after = _by_family(self.kernels, dense), _by_family(self.kernels, [term(narrow) for term in self.cost.terms])
+        powers = {key: _power(np.array(before[key]), np.array(after[key]), clock * sum(taken)) for key, taken in found.items() if key in before}
         terms = [
-            Term(term.axes, partial(_bent, term.value, term(self.cost.fixed or {}), exponents.get(family(kernel), 1.0)))
-            for term, kernel in zip(self.cost.terms, self.kernels, strict=True)
+            Term(term.axes, partial(_bent, term.value, own, powers[family(kernel)])) if own and family(kernel) in powers else term
+            for term, kernel, own in zip(self.cost.terms, self.kernels, dense, strict=True)
         ]
         return replace(self, cost=replace(self.cost, terms=tuple(terms)))
 
@@ -234,23 +235,24 @@ def _by_family(kernels: Sequence[Kernel], seconds: Sequence[float]) -> dict[Hash
     return found
 
 
-def _exponent(dense: np.ndarray, small: np.ndarray, taken: float) -> float:
+def _power(dense: np.ndarray, small: np.ndarray, taken: float) -> float:
     """What to raise the predicted shares to, so that kernels that take `dense` seconds each take that long together at the smaller widths."""
     dense, small = dense[small > 0], small[small > 0]
-    if not len(small) or small.sum() > _TELLS * dense.sum():
+    if small.sum() >= _TELLS * dense.sum():
         return 1.0
 
-    def over(exponent: float) -> float:
-        return float((dense * (small / dense) ** exponent).sum()) - taken
+    def over(power: float) -> float:
+        return float((dense * (small / dense) ** power).sum()) - taken
 
     if over(0.0) <= 0:
         return 0.0
     return _STEEPEST if over(_STEEPEST) >= 0 else float(brentq(over, 0.0, _STEEPEST))
 
 
-def _bent(value: Callable[[np.ndarray], np.ndarray], dense: float, exponent: float, sizes: np.ndarray) -> np.ndarray:
-    """A term's value, with its share of what it is for the dense model raised to a power."""
-    return np.asarray(dense * (np.maximum(value(sizes), 0.0) / dense) ** exponent) if exponent else np.where(value(sizes) > 0, dense, 0.0)
+def _bent(value: Callable[[np.ndarray], np.ndarray], dense: float, power: float, sizes: np.ndarray) -> np.ndarray:
+    """A term's value, with its share of what it is for the dense model raised to a power; what is gone takes nothing."""
+    share = np.maximum(value(sizes), 0.0) / dense
+    return np.where(share > 0, dense * share**power, 0.0)
 
 
 def _grid(axis: Axis, size: int, steps: Mapping[Atom, int]) -> list[int]:

@@ -86,7 +86,7 @@ def tables_of(where: Runtime, say: Callable[[str], None] | None = None, path: Pa
     place = place_of(where.device)
     processor = f"{machine['cpu']} ({machine['cpu_capability']}, {machine['cores']} cores)"
     if _is_profiled(where):
-        library, timer = f"onnxruntime {machine['onnxruntime']} cpu", partial(kernels.time_contractions, threads=where.threads)
+        library, timer = f"onnxruntime {machine['onnxruntime']} cpu without its profiler", partial(kernels.time_contractions, threads=where.threads)
     else:
         library, timer = f"torch {machine['torch']} {place.type}", partial(eager.time_contractions, place=place, threads=where.threads)
     if place.type == "cuda":

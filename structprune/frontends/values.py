@@ -1,9 +1,9 @@
 """Values that a model's own code asks for while it is traced, when there are none to look at.
 
 A check (`assert (mask >= 0).all()`, or `if x.isnan().any(): raise ValueError(...)`) is taken to pass; whoever traces has to run the model on the
-example, which raises where it does not. A buffer of one number (`if not self.initialised: ...`) is taken to hold what it holds; whoever traces has
-to see that the code does not change it. What is done to `weight.data`, as by a layer that keeps its weights within a norm, is done to the weight:
-torch.export does not see it otherwise.
+example, which raises where it does not. A small buffer (`if not self.initialised: ...`, `for size in self.sizes.tolist()`), and what is computed of
+such alone (`if self.step > 3`), is taken to hold what it holds; whoever traces has to see that the code does not change it. What is done to
+`weight.data`, as by a layer that keeps its weights within a norm, is done to the weight: torch.export does not see it otherwise.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import ast
 import linecache
 import sys
+from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from types import FrameType
 from typing import Any
@@ -20,31 +22,54 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 _DATA: Any = Tensor.data
-_ASKING: dict[Any, type | None] = {Tensor.item: None, Tensor.__bool__: bool, Tensor.__int__: int, Tensor.__float__: float, Tensor.__index__: int}
+_ASKING = frozenset({Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__})
+_DERIVING = frozenset({
+    "__getitem__", "select", "unbind", "view", "reshape", "flatten", "squeeze", "unsqueeze", "detach", "clone", "to", "bool", "int", "long", "float",
+    "eq", "ne", "lt", "le", "gt", "ge", "logical_not", "logical_and", "logical_or", "bitwise_not", "bitwise_and", "bitwise_or", "all", "any",
+    "add", "sub", "mul", "div", "floor_divide", "remainder", "neg", "abs", "sum", "prod", "max", "min", "__rsub__",
+})  # fmt: skip
+_FEW = 64  # numbers of a buffer that is looked at
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What a tensor held at a version of it, and the buffers of which that was made."""
+
+    tensor: Tensor
+    version: int
+    value: Tensor
+    buffers: frozenset[str]
 
 
 class KnownValues(TorchFunctionMode):
     """While it is on, a tensor without values answers what is known of it without them. Code that asks for anything else goes on as it would.
 
-    `checked`: whether a check was taken to pass. `held`: the buffers of one number that were asked for, by name, and what they hold.
+    `checked`: whether a check was taken to pass. `held`: the buffers whose values were asked for, by name, and what they hold.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.checked = False
-        self.held: dict[str, bool | int | float] = {}
-        self._model = model
-        self._numbers = {name: buffer.item() for name, buffer in model.named_buffers() if buffer.numel() == 1 and not buffer.is_meta}
+        self.held: dict[str, Any] = {}
+        self._buffers = {n: b.detach().clone() for n, b in model.named_buffers() if 0 < b.numel() <= _FEW and not (b.is_meta or b.is_sparse)}
+        self._places: dict[Any, list[tuple[str, Mapping[str, Any], str]]] = defaultdict(list)
+        for name, buffer in self._buffers.items():
+            path, _, own = name.rpartition(".")
+            self._places[tuple(buffer.shape), buffer.dtype].append((name, model.get_submodule(path)._buffers, own))
+        self._derived: dict[int, _Value] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         value = args[0] if args else None
         if not isinstance(value, FakeTensor):
             return function(*args, **(kwargs or {}))
-        if function in _ASKING and (name := self._buffer(value)) is not None:
-            number = self.held[name] = self._numbers[name]
-            return number if (type_of := _ASKING[function]) is None else type_of(number)
+        if function in _ASKING and (known := self._known(value)) is not None:
+            self.held |= {name: self._buffers[name].tolist() for name in known.buffers}
+            with _disable_current_modes():
+                return function(known.value)
         if function is Tensor.__bool__ and (passes := _passes_where_asked()) is not None:
             self.checked = True
             return passes
@@ -54,12 +79,45 @@ class KnownValues(TorchFunctionMode):
             with torch.no_grad():
                 value.copy_(args[1])
             return None
-        return function(*args, **(kwargs or {}))
+        answer = function(*args, **(kwargs or {}))
+        if getattr(function, "__name__", "") in _DERIVING:
+            self._derive(answer, function, args, kwargs or {})
+        return answer
 
-    def _buffer(self, value: Tensor) -> str | None:
+    def _derive(self, answer: Any, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take note of what an answer holds, where all that it was computed of is known."""
+        given, how = pytree.tree_flatten((args, dict(kwargs)))
+        known = {place: self._known(v) for place, v in enumerate(given) if isinstance(v, Tensor)}
+        found = [v for v in known.values() if v is not None]
+        if len(found) < len(known) or not all(_is_plain(v) for v in given if not isinstance(v, Tensor)):
+            return
+        moved, named = pytree.tree_unflatten([v.value if (v := known.get(place)) else other for place, other in enumerate(given)], how)
+        with _disable_current_modes():
+            values = pytree.tree_leaves(function(*moved, **named))
+        buffers = frozenset().union(*(v.buffers for v in found))
+        for tensor, value in zip(pytree.tree_leaves(answer), values, strict=True):
+            if isinstance(tensor, FakeTensor) and not tensor.is_inference():
+                self._derived[id(tensor)] = _Value(tensor, tensor._version, value, buffers)
+
+    def _known(self, value: Tensor) -> _Value | None:
+        """What a tensor holds, where that is known: a small buffer, or one that was computed of such and not written to since."""
+        if (name := self._name(value)) is not None:
+            return _Value(value, 0, self._buffers[name], frozenset({name}))
+        found = self._derived.get(id(value))
+        return found if found is not None and found.tensor._version == found.version else None
+
+    def _name(self, value: Tensor) -> str | None:
         """The name of the buffer for which a tensor stands while the model is traced."""
-        places = ((name, *name.rpartition(".")[::2]) for name in self._numbers)
-        return next((name for name, path, own in places if self._model.get_submodule(path)._buffers.get(own) is value), None)
+        shape = tuple(value.shape)
+        alike = self._places.get((shape, value.dtype), ()) if all(isinstance(size, int) for size in shape) else ()
+        return next((name for name, buffers, own in alike if buffers.get(own) is value), None)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an argument is a number or a setting: none that the sizes of the inputs decide."""
+    if isinstance(value, slice):
+        return all(_is_plain(part) for part in (value.start, value.stop, value.step))
+    return value is None or value is ... or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
 
 
 def _passes_where_asked() -> bool | None:

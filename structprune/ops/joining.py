@@ -365,6 +365,35 @@ def index_add(eq: Equations, x: Shape, dim: int, index: Shape, source: Shape, **
     return x
 
 
+@rule("index_fill")
+def index_fill(eq: Equations, x: Shape, dim: int, index: Shape, value: Any) -> Shape:
+    eq.freeze("written to by index", x[axis_index(dim, len(x))], *index)
+    return x
+
+
+@rule("bucketize")
+def bucketize(eq: Equations, x: Any, bounds: Shape, **_: Any) -> Shape:
+    """For each entry the number of its bucket; of a number, a tensor of no axes."""
+    eq.freeze("bounds of buckets", *bounds)
+    return x if isinstance(x, tuple) else ()
+
+
+@rule("searchsorted")
+def searchsorted(eq: Equations, bounds: Shape, x: Any, **_: Any) -> Shape:
+    """The same by rows, where the bounds are more than one row."""
+    values = x if isinstance(x, tuple) else ()
+    for row, other in zip(bounds[:-1], values, strict=False):
+        eq.equate(row, other)
+    return bucketize(eq, values, bounds[-1:])
+
+
+@rule("isin")
+def isin(eq: Equations, x: Any, among: Any, **_: Any) -> Shape:
+    if isinstance(among, tuple):
+        eq.freeze("looked for in all entries", *among)
+    return x if isinstance(x, tuple) else ()
+
+
 @rule("one_hot")
 def one_hot(eq: Equations, x: Shape, *_: Any) -> Shape:
     return (*x, eq.frozen(eq.out[-1], "classes are counted by number"))

@@ -147,7 +147,24 @@ def reduction(eq: Equations, x: Shape, dim: Any = None, keepdim: bool = False, *
     return out
 
 
-@rule("max", "min", "median", "mode")
+@rule("quantile", "nanquantile")
+def quantile(eq: Equations, x: Shape, q: Any, dim: Any = None, keepdim: bool = False, **_: Any) -> Shape:
+    """Several quantiles stand on an axis of their own, the first of the answer."""
+    several = q if isinstance(q, tuple) else ()
+    return (*several, *reduction(eq, x, dim, keepdim))
+
+
+@rule("aminmax")
+def least_and_most(eq: Equations, x: Shape, *, dim: Any = None, keepdim: bool = False) -> list[Shape]:
+    return [reduction(eq, x, dim, keepdim)] * 2
+
+
+@rule("kthvalue")
+def kth_value(eq: Equations, x: Shape, k: int, dim: int = -1, keepdim: bool = False) -> list[Shape]:
+    return [reduction(eq, x, dim, keepdim)] * 2
+
+
+@rule("max", "min", "median", "nanmedian", "mode")
 def extremum(eq: Equations, x: Shape, dim: Any = None, keepdim: bool = False) -> Any:
     if isinstance(dim, tuple):  # torch.max(a, b) is elementwise
         return eq.broadcast(x, dim)

@@ -126,7 +126,7 @@ class Masked(Exact):
     def _without(self, value: Any, found: Any) -> Any:
         if isinstance(value, (list, tuple)) and isinstance(found, list):
             return type(value)(self._without(v, f) for v, f in zip(value, found, strict=True))
-        if isinstance(value, Tensor) and isinstance(found, tuple) and (value.is_floating_point() or value.is_complex()):
+        if isinstance(value, Tensor) and isinstance(found, tuple):
             for dim, mask in enumerate(self._masks_of(found, value)):
                 if mask is not None:
                     value = torch.where(mask.view([-1 if d == dim else 1 for d in range(value.dim())]), value, torch.zeros((), dtype=value.dtype))
