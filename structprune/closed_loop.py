@@ -34,6 +34,7 @@ _MOST_ROUNDS = 7  # where none of the first was near
 _GLANCE, _FULL = 2.0, 6.0  # seconds of a measurement; the second where the first is close
 _CLOSE = 0.02  # of the target: what two measurements of one file may differ by
 _NEAR = 0.04  # of the target
+_WELL = 0.05  # of the measurement: a prediction that is off by less was good
 _MISSED = 0.08  # of the target: more than this above it is no success
 
 
@@ -130,6 +131,7 @@ def plan_for_latency(
     plans: list[Plan] = []
     tried: list[Widths] = []
     best, built = -1, None
+    between: tuple[Widths, Widths] = ({}, {})
     with BenchProcess() as bench:
         bench.start()  # its imports take as long as the first solution
         for _ in range(2 * _MOST_ROUNDS):
@@ -144,10 +146,13 @@ def plan_for_latency(
                     steps=dense.latency.steps,
                     losses=saliency.losses,
                     method=allocation,
-                    between=_between(rounds, tried, share),
+                    between=between,
                     branches=saliency.branches,
                 )
             except TargetError as unreachable:
+                if any(between):  # there may be nothing between two rounds
+                    between = {}, {}
+                    continue
                 least = unreachable.least.get("latency", 0.0) / whole
                 beyond = least * (1 + _MISSED)  # so the tables say; the file may be faster
                 if rounds and beyond >= min(r.predicted for r in _foretold(rounds, tried, latency)):
@@ -165,11 +170,9 @@ def plan_for_latency(
             say(f"round {len(rounds) + 1}: measure")
             for seconds in (_GLANCE, _FULL):
                 compared = runtimes.compare(dense.runtime, dense.original, file, inputs, bench, seconds)
+                share = asked.value / (compared.latencies[0].median_ms * 1e-3) if asked.absolute else asked.value
                 ratio = compared.ratios[file.name]
-                if asked.absolute:
-                    share = asked.value / (compared.latencies[0].median_ms * 1e-3)
-                close = _is_close(ratio.median / share, len(rounds))
-                if not close:
+                if not (close := _is_close(ratio.median / share, len(rounds))):
                     break
             plans.append(plan)
             tried.append(found.widths)
@@ -180,6 +183,7 @@ def plan_for_latency(
                 break
             latency = dense.latency.taught(found.widths, runtimes.ran(dense.runtime, small, file), ratio.median * whole)
             limit = _corrected(_foretold(rounds, tried, latency), share)
+            between = _between(rounds, tried, share)
     if built is None or rounds[best].measured > share * (1 + _MISSED):
         raise TargetError(f"latency={share:.3g} of the dense model's time cannot be reached: the closest took {rounds[best].measured:.3g} of it")
     return Found(plans[best], share, tuple(rounds), best, dense, built)
@@ -206,13 +210,14 @@ def _is_near(rounds: Sequence[Round], share: float) -> bool:
 
 
 def _between(rounds: Sequence[Round], tried: Sequence[Widths], share: float) -> tuple[Widths, Widths]:
-    """The widths that the last round that was too fast had, and the last that was too slow; none where there was none.
+    """The widths of the last round that was too fast, and of the last that was too slow, of those that were well foretold; none where there was none.
 
     The tables are a little wrong about every kernel, and two plans of one predicted time may have little in common, and differ by 3 % when measured.
-    Between two that were measured they can be wrong only about the difference.
+    Between two that were measured they can be wrong only about the difference. A plan that they were very wrong about is no good one to stay near.
     """
-    faster = [widths for widths, r in zip(tried, rounds, strict=True) if r.measured <= share]
-    slower = [widths for widths, r in zip(tried, rounds, strict=True) if r.measured > share]
+    good = [(widths, r.measured <= share) for widths, r in zip(tried, rounds, strict=True) if abs(r.predicted / r.measured - 1) <= _WELL]
+    faster = [widths for widths, fast in good if fast]
+    slower = [widths for widths, fast in good if not fast]
     return faster[-1] if faster else {}, slower[-1] if slower else {}
 
 

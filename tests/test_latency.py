@@ -425,6 +425,22 @@ def test_the_loop_goes_on_where_four_rounds_came_nowhere_near(machine: Any) -> N
     assert 4 < len(measured) <= 7 and not any(near[:4]) and any(near[4:]), measured
 
 
+def test_where_nothing_lies_between_two_rounds_the_loop_looks_elsewhere(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def allocated(*args: Any, between: Any, **options: Any) -> Any:
+        asked.append(any(between))
+        if asked[-1]:
+            raise TargetError("nothing between")
+        return allocate(*args, between=between, **options)
+
+    monkeypatch.setattr(closed_loop.decide, "allocate", allocated)
+    monkeypatch.setattr(closed_loop, "_WELL", 1.0)
+    machine(lambda share: 0.3 + 0.7 * share)
+    found = sp.compress(*chain(), target="latency=0.7", align=1).report.data["latency_target"]
+    assert asked[:3] == [False, True, False] and abs(found["measured"] / 0.7 - 1) <= 0.04
+
+
 @pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
 def test_the_loop_corrects_until_it_is_close(machine: Any, runtime: str) -> None:
     measured = machine(lambda share: 0.3 + 0.7 * share)  # less is saved than the tables say
@@ -474,6 +490,8 @@ def test_the_next_plan_lies_between_the_last_that_was_too_fast_and_the_last_that
     assert closed_loop._between(rounds[:1], tried[:1], 0.5) == ({}, {"a": 60})
     assert closed_loop._between(rounds[:3], tried[:3], 0.5) == ({"a": 40}, {"a": 55})
     assert closed_loop._between(rounds, tried, 0.5) == ({"a": 45}, {"a": 55})
+    surprising = closed_loop.Round(0.5, 0.54, 0.54, 0.54, None)
+    assert closed_loop._between([*rounds, surprising], [*tried, {"a": 50}], 0.5) == ({"a": 45}, {"a": 55})  # a plan that was ill foretold
 
 
 def test_between_a_round_that_is_too_fast_and_one_that_is_too_slow_lies_the_next() -> None:

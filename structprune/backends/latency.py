@@ -35,6 +35,7 @@ _PER_OUTLIER = 8  # timings, of which one may be disturbed
 _LEAST = 1 / 8  # of an axis: smaller sizes are not in the tables
 _TELLS = 0.95  # of a family's time: where more is left, how it shrinks cannot be seen
 _STEEPEST = 2.0  # how a time may follow its prediction
+_VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Size"})  # of ONNX Runtime: they move no data
 _TICK = 1e-6  # seconds that profilers tell apart
 
 
@@ -88,7 +89,7 @@ def latency_model(groups: Groups, kernels: Sequence[Attributed], tables: Tables,
     for kernel, node, contraction in kernels:
         if contraction is not None and any(free.intersection(leaves(a)) for a in contraction.axes):
             timed.append(_Timed(kernel, contraction, signature(contraction.kind, kernel.settings)))
-        elif node is not None and contraction is None and not free.isdisjoint(groups.types.atoms(node)):
+        elif node is not None and contraction is None and kernel.operator not in _VIEWS and not free.isdisjoint(groups.types.atoms(node)):
             rest.append((kernel, node))
         else:
             fixed.append(kernel)
