@@ -312,6 +312,35 @@ def test_a_buffer_that_decides_and_is_changed_is_not_taken_to_stay() -> None:
     assert type(sp.compress(ran, (torch.randn(3, 6),)).model) is StartsItself
 
 
+def test_a_single_sample_whose_axis_is_dropped_is_traced_as_it_is(tmp_path: Path) -> None:
+    """Of two samples the trace would have another axis; of two of the user's it is followed."""
+    model = Of(lambda m, x: m.b(F.relu(m.a(x).squeeze())).unsqueeze(0), a=nn.Linear(6, 16), b=nn.Linear(16, 4)).eval()
+    for number, shape, free in ((1, (1, 4), False), (2, (1, 2, 4), True)):
+        x = torch.randn(number, 6)
+        result = sp.compress(model, (x,), target="channels=0.5")
+        assert result.small(x).shape == result.model(x).shape == shape and result.graph.dynamic_batch is free
+    result = sp.compress(model, (torch.randn(1, 6),), target="channels=0.5")
+    assert result.export_onnx(tmp_path / "model.onnx") < 1e-5
+    assert any("drops the first axis" in note for note in result.graph.notes)
+
+
+def test_a_layer_that_is_moved_to_where_it_is() -> None:
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last.to(x)(self.first.to(device=x.device, dtype=torch.float32)(x).relu())  # type: ignore[no-any-return]
+
+    moves = nn.Module.to
+    result = sp.compress(Moved(), (torch.randn(3, 6),))
+    assert type(result.model) is Moved and result.model.first.out_features == 8
+    assert nn.Module.to is moves
+    with pytest.raises(sp.StructpruneError, match="cannot be traced at .*test_infer.py"):
+        sp.trace(Moved(), torch.randn(3, 6, dtype=torch.float64))
+
+
 class OfBoundedNorm(nn.Linear):
     """As the convolutions of many networks for EEG."""
 

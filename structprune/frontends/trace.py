@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 _GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 _FIXED = "the model's code fixes the first axis of an input"
+_DROPPED = "the model's code drops the first axis of one sample (squeeze)"
 
 
 Dynamic: TypeAlias = Sequence[int] | Mapping[str, Sequence[int]]
@@ -68,6 +69,8 @@ def trace(
                     two is not one and not free for one, two, free in zip(given, pytree.tree_leaves(example), _first_axes(exported), strict=True)
                 ):
                     raise InputError(_FIXED)  # and that to two samples, where the user has one
+                elif any(two is not one for one, two in zip(given, pytree.tree_leaves(example), strict=True)) and _drops_single_axes(exported):
+                    raise InputError(_DROPPED)
                 args, kwargs = example
                 break
             except Exception as error:  # torch.export raises whatever the model's code meets
@@ -275,7 +278,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
                 collection[leaf] = dict.fromkeys(sorted(dims), Dim.AUTO)
         shapes = collection.dynamic_shapes(model, args, kwargs)
     origins = preserve_node_meta() if signature_of(model) is not None else nullcontext()
-    with _quiet(), _masks_as_they_are(), _attributes_kept(model), origins:
+    with _quiet(), _masks_as_they_are(), _modules_where_they_are(), _attributes_kept(model), origins:
         return torch.export.export(model, args, dict(kwargs) or None, dynamic_shapes=shapes, strict=False)
 
 
@@ -306,6 +309,17 @@ def _first_axes(exported: ExportedProgram) -> list[bool]:
     values = {n.name: n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder"}
     shapes: list[Sequence[Any]] = [getattr(values.get(str(name)), "shape", ()) for name in exported.graph_signature.user_inputs]
     return [bool(shape) and is_dynamic(shape[0]) for shape in shapes]
+
+
+def _drops_single_axes(exported: ExportedProgram) -> bool:
+    """Whether an axis that may have any size is dropped where it has one entry, which the trace of more entries does not follow."""
+    for node in exported.graph.nodes:
+        if node.op == "call_function" and operator_name(node) == "squeeze":
+            dims = node.args[1] if len(node.args) > 1 else None
+            shape = node.args[0].meta["val"].shape
+            if any(is_dynamic(shape[d]) for d in (range(len(shape)) if dims is None else dims if isinstance(dims, (list, tuple)) else [dims])):
+                return True
+    return False
 
 
 @contextmanager
@@ -359,6 +373,24 @@ def _masks_as_they_are() -> Iterator[None]:
         yield
     finally:
         layers._detect_is_causal_mask = detect
+
+
+@contextmanager
+def _modules_where_they_are() -> Iterator[None]:
+    """`self.layer.to(x.device)` in a forward, which torch.export cannot follow, does nothing where all of the layer is there already."""
+    move = nn.Module.to
+
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        tensors = [*module.parameters(), *module.buffers()]
+        there = all(device in (None, t.device) and (dtype in (None, t.dtype) or not t.is_floating_point()) for t in tensors)
+        return module if there else move(module, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = move  # type: ignore[method-assign]
 
 
 def _two_samples(tensor: Tensor) -> Tensor:
