@@ -39,7 +39,7 @@ _QUOTIENTS = frozenset({"div", "divide", "true_divide", "floor_divide", "fmod", 
 _ADDENDS = frozenset({"add", "sub", "subtract", "maximum", "minimum"})
 _CHOICES = {"where": (1, 2), "masked_fill": (0, 2)}
 _FILLING = {"pad": 3, "constant_pad_nd": 2, "index_fill": 3}  # the place of a value that is put beside the others
-_WHATEVER = frozenset({"logsumexp", "one_hot", "bucketize", "searchsorted", "isin"})  # a zero is to them a value like others
+_WHATEVER = frozenset({"logsumexp", "one_hot", "bucketize", "searchsorted"})  # a zero is to them a value like others
 _WEIGHTED = (contraction.linear, contraction.conv, contraction.conv_transpose)
 _AFFINE = {"batch_norm": (1, 2), "instance_norm": (1, 2), "layer_norm": (2, 3), "group_norm": (2, 3), "rms_norm": (2, None)}
 # zeros stay zeros; of a recurrent layer too, whose gates of zero weights halve the state

@@ -387,13 +387,6 @@ def searchsorted(eq: Equations, bounds: Shape, x: Any, **_: Any) -> Shape:
     return bucketize(eq, values, bounds[-1:])
 
 
-@rule("isin")
-def isin(eq: Equations, x: Any, among: Any, **_: Any) -> Shape:
-    if isinstance(among, tuple):
-        eq.freeze("looked for in all entries", *among)
-    return x if isinstance(x, tuple) else ()
-
-
 @rule("one_hot")
 def one_hot(eq: Equations, x: Shape, *_: Any) -> Shape:
     return (*x, eq.frozen(eq.out[-1], "classes are counted by number"))

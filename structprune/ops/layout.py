@@ -79,14 +79,6 @@ def diagonal(eq: Equations, x: Shape, offset: int = 0, a: int = 0, b: int = 1) -
     return (*(axis for d, axis in enumerate(x) if d not in dims), eq.frozen(eq.out[-1], "entries of a diagonal"))
 
 
-@rule("diag_embed")
-def diag_embed(eq: Equations, x: Shape, *places: Any) -> Shape:
-    """A matrix that has the entries on its diagonal: its rows and its columns are those of the entries."""
-    if places not in ((), (0,), (0, -2), (0, -2, -1)):
-        raise Unsupported("a diagonal at another place")
-    return (*x, x[-1])
-
-
 # --- views ------------------------------------------------------------------------------------------------------------
 
 

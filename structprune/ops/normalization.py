@@ -154,11 +154,6 @@ def quantile(eq: Equations, x: Shape, q: Any, dim: Any = None, keepdim: bool = F
     return (*several, *reduction(eq, x, dim, keepdim))
 
 
-@rule("aminmax")
-def least_and_most(eq: Equations, x: Shape, *, dim: Any = None, keepdim: bool = False) -> list[Shape]:
-    return [reduction(eq, x, dim, keepdim)] * 2
-
-
 @rule("kthvalue")
 def kth_value(eq: Equations, x: Shape, k: int, dim: int = -1, keepdim: bool = False) -> list[Shape]:
     return [reduction(eq, x, dim, keepdim)] * 2
