@@ -61,15 +61,14 @@ def trace(
             example = users
             if free:
                 example = (promised.doubled(args), kwargs) if promised else pytree.tree_map_only(Tensor, _two_samples, (args, kwargs))
+            doubled = [two is not one for one, two in zip(given, pytree.tree_leaves(example), strict=True)]
             try:
                 exported = _export(model, example[0], example[1], axes)
                 if promised is not None:
-                    _check_against_file(promised, exported, example[0], doubled=any(a is not b for a, b in zip(example[0], args, strict=True)))
-                elif any(
-                    two is not one and not free for one, two, free in zip(given, pytree.tree_leaves(example), _first_axes(exported), strict=True)
-                ):
+                    _check_against_file(promised, exported, example[0], any(doubled))
+                elif any(two and not free for two, free in zip(doubled, _first_axes(exported), strict=True)):
                     raise InputError(_FIXED)  # and that to two samples, where the user has one
-                elif any(two is not one for one, two in zip(given, pytree.tree_leaves(example), strict=True)) and _drops_single_axes(exported):
+                elif any(doubled) and _drops_single_axes(exported):
                     raise InputError(_DROPPED)
                 args, kwargs = example
                 break
@@ -82,8 +81,7 @@ def trace(
             _must_pass_its_checks(model, *users)
     _must_keep(exported, values.held)
     notes += [f"{name} is taken to stay {number}: the model's code asks for its value" for name, number in values.held.items()]
-    two = any(a is not b for a, b in zip(pytree.tree_leaves((args, kwargs)), given, strict=True))
-    graph = from_exported(exported, args, kwargs, model=model, notes=tuple(notes), doubled=two)
+    graph = from_exported(exported, args, kwargs, model=model, notes=tuple(notes), doubled=any(doubled))
     fixed = [
         f"axis {d} of {n} keeps its size: the model's code needs it"
         for n, w, g in zip(graph.input_names, wanted, graph.dynamic, strict=True)

@@ -80,7 +80,7 @@ class KnownValues(TorchFunctionMode):
                 value.copy_(args[1])
             return None
         answer = function(*args, **(kwargs or {}))
-        if getattr(function, "__name__", "") in _DERIVING:
+        if getattr(function, "__name__", "") in _DERIVING and self._known(value) is not None:
             self._derive(answer, function, args, kwargs or {})
         return answer
 
