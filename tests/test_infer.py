@@ -283,7 +283,7 @@ class Scheduled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         late = self.step - 2
         if self.written:
-            late.fill_(x.shape[-1])
+            late.mul_(x.shape[-1])
         if late > 2 and self.flags[1] and not self.flags.all():
             x = x * 2
         for rows, columns in self.sizes.tolist():
@@ -302,6 +302,70 @@ def test_what_is_computed_of_small_buffers_is_known() -> None:
 def test_what_was_written_to_since_is_not_known() -> None:
     with pytest.raises(sp.StructpruneError, match="branches on values of tensors"):
         sp.trace(Scheduled(True), torch.randn(4, 6))
+
+
+class Windowed(nn.Module):
+    """Its code makes a mask of sizes alone, and asks what is in it (Longformer); it pads by what it computes of a buffer (EnCodec)."""
+
+    def __init__(self, of_batch: bool, by_data: bool = False) -> None:
+        super().__init__()
+        self.first, self.last, self.of_batch, self.by_data = nn.Linear(6, 16), nn.Linear(16, 2), of_batch, by_data
+        self.register_buffer("stride", torch.tensor(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[0] if self.of_batch else 1, x.shape[1])
+        if self.by_data:
+            mask[x[:, :, 0] > 0] = 0
+        mask[:, 2:] = 0
+        hidden = torch.where(mask == 0, torch.zeros_like(mask), -1.0)
+        if hidden.flatten().any().item() and not (mask > 1).any():
+            x = x * mask[..., None]
+        x = F.pad(x, (0, 0, 0, -x.shape[1] % self.stride))
+        return self.last(self.first(x).relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("of_batch", [False, True])
+def test_what_code_makes_of_sizes_is_known(of_batch: bool) -> None:
+    """Where the batch is among those sizes, it is fixed."""
+    model, x = Windowed(of_batch), torch.randn(2, 5, 6)
+    result = sp.compress(model, (x,))
+    assert type(result.model) is Windowed and result.model.first.out_features == 8 and result.small(x).shape == (2, 8, 2)
+    assert result.graph.dynamic_batch is not of_batch and "stride is taken to stay 4: the model's code asks for its value" in result.graph.notes
+    assert torch.equal(result.small(x)[:, 2:], result.small(torch.zeros_like(x))[:, 2:])
+
+
+def test_what_data_went_into_is_not_known() -> None:
+    with pytest.raises(sp.StructpruneError, match="branches on values of tensors"):
+        sp.trace(Windowed(True, by_data=True), torch.randn(2, 5, 6))
+
+
+def test_an_attempt_with_fewer_free_sizes_is_one() -> None:
+    """torch.export leaves marks on the inputs of an attempt that fails, by which the next would find the same axes free."""
+    model = Of(lambda m, x: m.b(m.a(x).relu()) + len(range(hash(x.shape[0]))), a=nn.Linear(6, 16), b=nn.Linear(16, 4)).eval()
+    x = torch.randn(2, 6)
+    graph = sp.trace(model, x)
+    assert not graph.dynamic_batch and not vars(x)
+
+
+def test_noise_without_a_generator_leaves_the_batch_free() -> None:
+    model = Of(lambda m, x: m.b(m.a(x).relu()) + torch.randn((x.shape[0], 4), generator=None), a=nn.Linear(6, 16), b=nn.Linear(16, 4)).eval()
+    assert sp.trace(model, torch.randn(2, 6)).dynamic_batch
+
+
+def test_vmap_is_resolved() -> None:
+    """Masks of transformers are made so, and losses by sample. Between the calls that open and close it no node runs by itself."""
+
+    def forward(m: Of, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        mask = torch.vmap(torch.vmap(lambda i, j: i >= j, in_dims=(None, 0)), in_dims=(0, None))(places, places)
+        hidden = m.a(x)
+        score = (hidden @ hidden.mT).masked_fill(~mask, float("-inf")).softmax(-1)
+        return m.b(score @ hidden) + torch.vmap(lambda sample: (2 * sample).sum(-1))(hidden)[..., None]  # type: ignore[no-any-return]
+
+    model, x = Of(forward, a=nn.Linear(6, 16), b=nn.Linear(16, 4)).eval(), torch.randn(3, 5, 6)
+    result = sp.compress(model, (x,), target="channels=0.5")
+    assert type(result.model) is Of and result.model.a.out_features == 8 and result.graph.dynamic_batch
+    assert torch.allclose(result.model(x[:1]), result.small(x)[:1], atol=1e-5)
 
 
 def test_a_buffer_that_decides_and_is_changed_is_not_taken_to_stay() -> None:

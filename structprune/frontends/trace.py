@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+from torch._functorch import predispatch
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx.traceback import preserve_node_meta
 from torch.nn.utils import parametrize, prune
@@ -190,6 +191,7 @@ def from_exported(
     doubled: bool = False,
 ) -> Graph:
     """Graph of a program that torch.export made (here, or loaded from a .pt2 file)."""
+    exported = _without_vmap(exported)
     _free_views(exported.graph_module)
     module = _unlifted(exported)
     _inline_regions(module)
@@ -223,6 +225,16 @@ def from_exported(
         signature=promised,
         notes=notes,
     )
+
+
+def _without_vmap(exported: ExportedProgram) -> ExportedProgram:
+    """The program with torch.vmap's levels resolved into operators on whole batches; itself where there are none.
+
+    Between the calls that open and close a level, tensors hide an axis, and no node can be run or typed by itself.
+    """
+    if any(getattr(n.target, "__module__", "") == predispatch.__name__ for n in exported.graph.nodes):
+        return exported.run_decompositions({})  # composite operators (linear, attention) stay whole outside the levels
+    return exported
 
 
 def fold_parametrizations(model: nn.Module) -> nn.Module:
@@ -269,6 +281,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], axes: Sequence[set[int]]) -> ExportedProgram:
     """torch.export, silent; axes: those of each leaf of the arguments that are to be dynamic."""
     shapes: Any = None
+    args, kwargs = pytree.tree_map_only(Tensor, _alias, (args, dict(kwargs)))
     if any(axes):
         collection = ShapesCollection()
         for leaf, dims in zip(pytree.tree_leaves((args, kwargs)), axes, strict=True):
@@ -277,7 +290,12 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
         shapes = collection.dynamic_shapes(model, args, kwargs)
     origins = preserve_node_meta() if signature_of(model) is not None else nullcontext()
     with _quiet(), _masks_as_they_are(), _modules_where_they_are(), _attributes_kept(model), origins:
-        return torch.export.export(model, args, dict(kwargs) or None, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(model, args, kwargs or None, dynamic_shapes=shapes, strict=False)
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """Another tensor of the same values: torch.export leaves marks on those that it fails with, and would take the same axes for dynamic again."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 @torch.no_grad()

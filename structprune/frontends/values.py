@@ -2,8 +2,9 @@
 
 A check (`assert (mask >= 0).all()`, or `if x.isnan().any(): raise ValueError(...)`) is taken to pass; whoever traces has to run the model on the
 example, which raises where it does not. A small buffer (`if not self.initialised: ...`, `for size in self.sizes.tolist()`), and what is computed of
-such alone (`if self.step > 3`), is taken to hold what it holds; whoever traces has to see that the code does not change it. What is done to
-`weight.data`, as by a layer that keeps its weights within a norm, is done to the weight: torch.export does not see it otherwise.
+such alone (`if self.step > 3`), is taken to hold what it holds; whoever traces has to see that the code does not change it. What code makes of sizes
+and numbers (`torch.ones(2, 3)`, a mask that nobody gave) is known, too, where those sizes are. What is done to `weight.data`, as by a layer that
+keeps its weights within a norm, is done to the weight: torch.export does not see it otherwise.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import linecache
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import FrameType
 from typing import Any
@@ -24,25 +25,36 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _DATA: Any = Tensor.data
 _ASKING = frozenset({Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__})
+_MAKING = frozenset({  # of sizes and numbers alone
+    "arange", "eye", "full", "full_like", "linspace", "new_full", "new_ones", "new_tensor", "new_zeros", "ones", "ones_like", "tensor", "zeros",
+    "zeros_like",
+})  # fmt: skip
+_SIZED = frozenset({"expand", "narrow", "pad", "repeat", "reshape", "view"})  # by numbers behind the first argument
 _DERIVING = frozenset({
     "__getitem__", "select", "unbind", "view", "reshape", "flatten", "squeeze", "unsqueeze", "detach", "clone", "to", "bool", "int", "long", "float",
-    "eq", "ne", "lt", "le", "gt", "ge", "logical_not", "logical_and", "logical_or", "bitwise_not", "bitwise_and", "bitwise_or", "all", "any",
-    "add", "sub", "mul", "div", "floor_divide", "remainder", "neg", "abs", "sum", "prod", "max", "min", "__rsub__",
+    "expand", "repeat", "transpose", "permute", "flip", "pad", "cat", "stack", "tril", "triu", "where", "type_as", "cpu",
+    "eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "logical_not", "logical_and", "logical_or", "bitwise_not", "bitwise_and", "bitwise_or",
+    "__and__", "__or__", "__invert__", "all", "any",
+    "add", "sub", "mul", "div", "floor_divide", "remainder", "pow", "neg", "abs", "ceil", "floor", "round", "trunc", "sqrt", "exp", "log", "log2",
+    "__rsub__", "__rdiv__", "__floordiv__", "__rfloordiv__", "__rmod__", "__rpow__",
+    "sum", "prod", "cumsum", "diff", "max", "min", "maximum", "minimum", "clamp",
 })  # fmt: skip
+_WRITING = frozenset({"__setitem__", "copy_", "fill_", "masked_fill_", "zero_"})
 _FEW = 64  # numbers of a buffer that is looked at
+_MANY = 1 << 20  # numbers of what code makes
 
 
 @dataclass(frozen=True)
 class _Value:
     """What a tensor held at a version of it, and the buffers of which that was made."""
 
-    tensor: Tensor
-    version: int
     value: Tensor
-    buffers: frozenset[str]
+    version: int = 0
+    buffers: frozenset[str] = frozenset()
 
 
 class KnownValues(TorchFunctionMode):
@@ -60,57 +72,93 @@ class KnownValues(TorchFunctionMode):
         for name, buffer in self._buffers.items():
             path, _, own = name.rpartition(".")
             self._places[tuple(buffer.shape), buffer.dtype].append((name, model.get_submodule(path)._buffers, own))
-        self._derived: dict[int, _Value] = {}
+        self._derived = WeakTensorKeyDictionary()
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         value = args[0] if args else None
-        if not isinstance(value, FakeTensor):
-            return function(*args, **(kwargs or {}))
-        if function in _ASKING and (known := self._known(value)) is not None:
-            self.held |= {name: self._buffers[name].tolist() for name in known.buffers}
-            with _disable_current_modes():
-                return function(known.value)
-        if function is Tensor.__bool__ and (passes := _passes_where_asked()) is not None:
-            self.checked = True
-            return passes
-        if function == _DATA.__get__:
-            return value.detach()
-        if function == _DATA.__set__ and (value.shape, value.dtype) == (args[1].shape, args[1].dtype):
-            with torch.no_grad():
-                value.copy_(args[1])
-            return None
+        name = getattr(function, "__name__", "")
+        if kwargs and kwargs.get("generator", args) is None:  # torch knows no noise of free sizes where that is said
+            kwargs = {key: v for key, v in kwargs.items() if key != "generator"}
+        if name in _SIZED:
+            args, kwargs = (value, *self._numbers(args[1:])), self._numbers(kwargs)
+        if isinstance(value, FakeTensor):
+            if function in _ASKING and (known := self._known(value)) is not None:
+                return self._told(function, known)
+            if function is Tensor.__bool__ and (passes := _passes_where_asked()) is not None:
+                self.checked = True
+                return passes
+            if function == _DATA.__get__:
+                return value.detach()
+            if function == _DATA.__set__ and (value.shape, value.dtype) == (args[1].shape, args[1].dtype):
+                with torch.no_grad():
+                    value.copy_(args[1])
+                return None
+        written = self._derived.get(value) if name in _WRITING and isinstance(value, FakeTensor) and self._known(value) else None
         answer = function(*args, **(kwargs or {}))
-        if getattr(function, "__name__", "") in _DERIVING and self._known(value) is not None:
+        if name in _MAKING | _DERIVING:
             self._derive(answer, function, args, kwargs or {})
+        elif written is not None:
+            self._derive(value, function, args, kwargs or {}, written)
         return answer
 
-    def _derive(self, answer: Any, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take note of what an answer holds, where all that it was computed of is known."""
-        given, how = pytree.tree_flatten((args, dict(kwargs)))
-        known = {place: self._known(v) for place, v in enumerate(given) if isinstance(v, Tensor)}
-        found = [v for v in known.values() if v is not None]
-        if len(found) < len(known) or not all(_is_plain(v) for v in given if not isinstance(v, Tensor)):
-            return
-        moved, named = pytree.tree_unflatten([v.value if (v := known.get(place)) else other for place, other in enumerate(given)], how)
+    def _told(self, asking: Any, known: _Value) -> Any:
+        self.held |= {name: self._buffers[name].tolist() for name in known.buffers}
         with _disable_current_modes():
-            values = pytree.tree_leaves(function(*moved, **named))
-        buffers = frozenset().union(*(v.buffers for v in found))
-        for tensor, value in zip(pytree.tree_leaves(answer), values, strict=True):
-            if isinstance(tensor, FakeTensor) and not tensor.is_inference():
-                self._derived[id(tensor)] = _Value(tensor, tensor._version, value, buffers)
+            return asking(known.value)
+
+    def _numbers(self, sizes: Any) -> Any:
+        """Sizes that were given as tensors, as numbers where those are known."""
+
+        def number(size: Any) -> Any:
+            known = self._known(size) if isinstance(size, FakeTensor) and not size.dim() and not size.is_floating_point() else None
+            return size if known is None else self._told(Tensor.item, known)
+
+        return pytree.tree_map(number, sizes)
+
+    def _derive(self, answer: Any, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], written: _Value | None = None) -> None:
+        """Take note of what an answer holds, where all that it was computed of is known. written: what the first argument held, if it is the answer."""
+        answers = [v for v in pytree.tree_leaves(answer) if isinstance(v, Tensor)]
+        given, how = pytree.tree_flatten((args, dict(kwargs)))
+        if not answers or not all(map(_is_small, answers)) or not all(isinstance(v, Tensor) or _is_plain(v) for v in given):
+            return
+        known = [self._known(v) if isinstance(v, Tensor) else None for v in given]
+        with _disable_current_modes():
+            if written is not None:
+                known[0] = replace(written, value=written.value.clone())
+            elif _is_blank(function.__name__) and isinstance(given[0], Tensor):
+                known[0] = _Value(torch.empty(answers[0].shape, dtype=given[0].dtype))
+            if any(isinstance(v, Tensor) and k is None for v, k in zip(given, known, strict=True)):
+                return
+            moved, named = pytree.tree_unflatten([v if k is None else k.value for v, k in zip(given, known, strict=True)], how)
+            made = function(*moved, **named)
+        values = pytree.tree_leaves(made) if written is None else [moved[0]]
+        buffers = frozenset[str]().union(*(k.buffers for k in known if k is not None))
+        for tensor, value in zip(answers, values, strict=True):
+            self._derived[tensor] = _Value(value, tensor._version, buffers)
 
     def _known(self, value: Tensor) -> _Value | None:
         """What a tensor holds, where that is known: a small buffer, or one that was computed of such and not written to since."""
         if (name := self._name(value)) is not None:
-            return _Value(value, 0, self._buffers[name], frozenset({name}))
-        found = self._derived.get(id(value))
-        return found if found is not None and found.tensor._version == found.version else None
+            return _Value(self._buffers[name], buffers=frozenset({name}))
+        found = self._derived.get(value)
+        return found if found is not None and value._version == found.version else None
 
     def _name(self, value: Tensor) -> str | None:
         """The name of the buffer for which a tensor stands while the model is traced."""
         shape = tuple(value.shape)
         alike = self._places.get((shape, value.dtype), ()) if all(isinstance(size, int) for size in shape) else ()
         return next((name for name, buffers, own in alike if buffers.get(own) is value), None)
+
+
+def _is_small(value: Tensor) -> bool:
+    """Whether a tensor has a known number of entries, and few, and tells when it is written to."""
+    fixed = isinstance(value, FakeTensor) and all(isinstance(size, int) for size in value.shape)
+    return fixed and value.numel() <= _MANY and not value.is_inference()
+
+
+def _is_blank(name: str) -> bool:
+    """Whether a function looks at the shape and type of its first argument alone."""
+    return name.endswith("_like") or name.startswith("new_")
 
 
 def _is_plain(value: Any) -> bool:
