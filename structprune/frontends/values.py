@@ -116,7 +116,7 @@ class KnownValues(TorchFunctionMode):
         return pytree.tree_map(number, sizes)
 
     def _derive(self, answer: Any, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], written: _Value | None = None) -> None:
-        """Take note of what an answer holds, where all that it was computed of is known. written: what the first argument held, if it is the answer."""
+        """Take note of what an answer holds, where all that it was computed of is known. written: what the first argument held, where that is it."""
         answers = [v for v in pytree.tree_leaves(answer) if isinstance(v, Tensor)]
         given, how = pytree.tree_flatten((args, dict(kwargs)))
         if not answers or not all(map(_is_small, answers)) or not all(isinstance(v, Tensor) or _is_plain(v) for v in given):
