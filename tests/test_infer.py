@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import onnxruntime
 import oracle
 import pytest
 import torch
@@ -366,6 +367,45 @@ def test_vmap_is_resolved() -> None:
     result = sp.compress(model, (x,), target="channels=0.5")
     assert type(result.model) is Of and result.model.a.out_features == 8 and result.graph.dynamic_batch
     assert torch.allclose(result.model(x[:1]), result.small(x)[:1], atol=1e-5)
+
+
+class Packed(nn.Module):
+    """Pictures of several sizes in one row of patches, attention within each (Qwen-VL): its code asks for their `grid`."""
+
+    def __init__(self, decided: bool = False) -> None:
+        super().__init__()
+        self.first, self.mix, self.last, self.decided = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 2), decided
+
+    def forward(self, x: Tensor, grid: Tensor) -> Tensor:
+        sizes = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0])
+        ends = F.pad(sizes.cumsum(0), (1, 0))
+        rows = torch.cat([torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")[0].flatten().repeat(t) for t, h, w in grid.tolist()])
+        x = self.first(x) + rows[rows >= 0][:, None]
+        parts = [part.softmax(0) * part for part in x.split((ends[1:] - ends[:-1]).tolist())]
+        answer = self.last(self.mix(torch.cat(parts)).relu())
+        return answer.argmax(1) if self.decided else answer  # type: ignore[no-any-return]
+
+
+def test_an_input_by_which_the_code_decides_stays_what_it_is(tmp_path: Path) -> None:
+    """The user's class goes on with any other; the traced module and the ONNX file, which cannot, answer NaN."""
+    model, x, grid = Packed().eval(), torch.randn(10, 6), torch.tensor([[1, 2, 3], [2, 1, 2]])
+    result = sp.compress(model, (x, grid), target="channels=0.5")
+    assert type(result.model) is Packed and result.model.first.out_features == 8
+    assert any(note.startswith("grid is taken to stay [[1, 2, 3], [2, 1, 2]]") for note in result.graph.notes)
+    other = torch.tensor([[1, 2, 2], [2, 1, 3]])
+    assert torch.allclose(result.small(x, grid), result.model(x, grid), atol=1e-6)
+    assert result.small(x, other).isnan().all() and not result.model(x, other).isnan().any()
+    assert result.export_onnx(tmp_path / "model.onnx") < 1e-5
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    names = [i.name for i in session.get_inputs()]
+    for given, missing in ((grid, False), (other, True)):
+        (answer,) = session.run(None, dict(zip(names, (x.numpy(), given.numpy()), strict=True)))
+        assert torch.from_numpy(answer).isnan().all().item() is missing
+
+
+def test_an_input_by_which_the_code_decides_must_be_told_of() -> None:
+    with pytest.raises(sp.StructpruneError, match="no answer could tell that it has changed"):
+        sp.trace(Packed(decided=True), (torch.randn(10, 6), torch.tensor([[1, 2, 3], [2, 1, 2]])))
 
 
 def test_a_buffer_that_decides_and_is_changed_is_not_taken_to_stay() -> None:

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError, TraceError
 from structprune.frontends.definitions import spell_out
-from structprune.frontends.values import KnownValues
+from structprune.frontends.values import KnownValues, may_decide
 from structprune.ir.graph import Graph, attribute, held_by, is_dynamic, repeated, results_in, written_to
 from structprune.ir.operators import has_effect, operator_name
 from structprune.ir.signature import Signature, signature_of
@@ -58,13 +58,18 @@ def trace(
         wanted = [tuple(sorted(free.union(asked))) for free, asked in zip(promised.free(), wanted, strict=True)]
     users = args, kwargs
     with evaluation(model), KnownValues(model) as values:
-        for free, axes in _attempts(wanted, batch, promised):
+        attempts = [(*attempt, False) for attempt in _attempts(wanted, batch, promised)]
+        if any(map(may_decide, given)):
+            attempts.append((*attempts[-1][:2], True))
+        for free, axes, hold in attempts:
             example = users
+            values.held.clear()
             if free:
                 example = (promised.doubled(args), kwargs) if promised else pytree.tree_map_only(Tensor, _two_samples, (args, kwargs))
             doubled = [two is not one for one, two in zip(given, pytree.tree_leaves(example), strict=True)]
             try:
-                exported = _export(model, example[0], example[1], axes)
+                with values.of_inputs(model, *users) if hold else nullcontext():
+                    exported = _export(model, example[0], example[1], axes)
                 if promised is not None:
                     _check_against_file(promised, exported, example[0], any(doubled))
                 elif any(two and not free for two, free in zip(doubled, _first_axes(exported), strict=True)):
@@ -75,21 +80,28 @@ def trace(
                 break
             except Exception as error:  # torch.export raises whatever the model's code meets
                 _log.debug("traced with less freedom", exc_info=True)
-                if not any(axes):
+                if any(axes):
+                    notes.append(f"{'static sizes' if any(axes - {0} for axes in axes) else 'static batch'}: {_first_line(error)}")
+                elif hold or not (attempts[-1][2] and _is_of_values(error)):
                     raise error if isinstance(error, InputError) else _explained(error) from error
-                notes.append(f"{'static sizes' if any(axes - {0} for axes in axes) else 'static batch'}: {_first_line(error)}")
         if values.checked:
             _must_pass_its_checks(model, *users)
     _must_keep(exported, values.held)
-    notes += [f"{name} is taken to stay {number}: the model's code asks for its value" for name, number in values.held.items()]
     graph = from_exported(exported, args, kwargs, model=model, notes=tuple(notes), doubled=any(doubled))
+    stays = "{} is taken to stay {}: the model's code asks for its value"
+    held = [
+        f"{stays.format(graph.input_names[source], what)}; with another the traced module and the ONNX file answer NaN"
+        if isinstance(source, int)
+        else stays.format(source, what)
+        for source, what in values.held.items()
+    ]
     fixed = [
         f"axis {d} of {n} keeps its size: the model's code needs it"
         for n, w, g in zip(graph.input_names, wanted, graph.dynamic, strict=True)
         for d in w
         if d not in g
     ]
-    return replace(graph, notes=(*graph.notes, *fixed))
+    return replace(graph, notes=(*graph.notes, *held, *fixed))
 
 
 def _attempts(wanted: Sequence[Sequence[int]], batch: bool, promised: Signature | None) -> list[tuple[bool, list[set[int]]]]:
@@ -504,14 +516,18 @@ def _first_line(error: BaseException) -> str:
 def _explained(error: BaseException) -> TraceError:
     """One line: what failed, in which line of the user's code, and what to change."""
     text = str(error)
-    kind = type(error).__name__
-    if "DataDependent" in kind or "data-dependent" in text or "GuardOnDataDependent" in kind:
+    if _is_of_values(error):
         advice = "the code branches on values of tensors: use torch.where or torch.cond, or compress the part before it"
     elif isinstance(error, (RuntimeError, TypeError, ValueError)) and ("shape" in text or "size" in text or "argument" in text or "channels" in text):
         advice = "check the shapes and number of the example inputs (--input on the command line)"
     else:
         advice = "make that line traceable by torch.export, or pass the submodule that can be traced"
     return TraceError(f"the model cannot be traced{_users_line(error)}: {_first_line(error)}; {advice}")
+
+
+def _is_of_values(error: BaseException) -> bool:
+    """Whether code asked for what a tensor holds, which torch.export does not know."""
+    return "DataDependent" in type(error).__name__ or "data-dependent" in str(error)
 
 
 def _users_line(error: BaseException) -> str:

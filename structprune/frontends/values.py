@@ -13,7 +13,8 @@ import ast
 import linecache
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from types import FrameType
@@ -27,6 +28,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from structprune.errors import InputError
+
 _DATA: Any = Tensor.data
 _ASKING = frozenset({Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__})
 _MAKING = frozenset({  # of sizes and numbers alone
@@ -36,13 +39,14 @@ _MAKING = frozenset({  # of sizes and numbers alone
 _SIZED = frozenset({"expand", "narrow", "pad", "repeat", "reshape", "view"})  # by numbers behind the first argument
 _DERIVING = frozenset({
     "__getitem__", "select", "unbind", "view", "reshape", "flatten", "squeeze", "unsqueeze", "detach", "clone", "to", "bool", "int", "long", "float",
-    "expand", "repeat", "transpose", "permute", "flip", "pad", "cat", "stack", "tril", "triu", "where", "type_as", "cpu",
+    "expand", "repeat", "transpose", "permute", "flip", "pad", "cat", "stack", "meshgrid", "split", "chunk", "tril", "triu", "where", "type_as",
     "eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "logical_not", "logical_and", "logical_or", "bitwise_not", "bitwise_and", "bitwise_or",
     "__and__", "__or__", "__invert__", "all", "any",
     "add", "sub", "mul", "div", "floor_divide", "remainder", "pow", "neg", "abs", "ceil", "floor", "round", "trunc", "sqrt", "exp", "log", "log2",
     "__rsub__", "__rdiv__", "__floordiv__", "__rfloordiv__", "__rmod__", "__rpow__",
     "sum", "prod", "cumsum", "diff", "max", "min", "maximum", "minimum", "clamp",
 })  # fmt: skip
+_SHAPED = frozenset({"argwhere", "bincount", "masked_select", "nonzero", "repeat_interleave", "unique", "unique_consecutive"})  # by values
 _WRITING = frozenset({"__setitem__", "copy_", "fill_", "masked_fill_", "zero_"})
 _FEW = 64  # numbers of a buffer that is looked at
 _MANY = 1 << 20  # numbers of what code makes
@@ -50,29 +54,61 @@ _MANY = 1 << 20  # numbers of what code makes
 
 @dataclass(frozen=True)
 class _Value:
-    """What a tensor held at a version of it, and the buffers of which that was made."""
+    """What a tensor held at a version of it, and of which buffers and inputs that was made."""
 
     value: Tensor
     version: int = 0
-    buffers: frozenset[str] = frozenset()
+    sources: frozenset[str | int] = frozenset()
 
 
 class KnownValues(TorchFunctionMode):
     """While it is on, a tensor without values answers what is known of it without them. Code that asks for anything else goes on as it would.
 
-    `checked`: whether a check was taken to pass. `held`: the buffers whose values were asked for, by name, and what they hold.
+    `checked`: whether a check was taken to pass. `held`: what was asked of buffers, by name, and of inputs, by number: all that they hold.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.checked = False
-        self.held: dict[str, Any] = {}
-        self._buffers = {n: b.detach().clone() for n, b in model.named_buffers() if 0 < b.numel() <= _FEW and not (b.is_meta or b.is_sparse)}
+        self.held: dict[str | int, Any] = {}
+        self._held: dict[str | int, Tensor] = {}
         self._places: dict[Any, list[tuple[str, Mapping[str, Any], str]]] = defaultdict(list)
-        for name, buffer in self._buffers.items():
-            path, _, own = name.rpartition(".")
-            self._places[tuple(buffer.shape), buffer.dtype].append((name, model.get_submodule(path)._buffers, own))
+        for name, buffer in model.named_buffers():
+            if 0 < buffer.numel() <= _FEW and not (buffer.is_meta or buffer.is_sparse):
+                self._held[name] = buffer.detach().clone()
+                path, _, own = name.rpartition(".")
+                self._places[tuple(buffer.shape), buffer.dtype].append((name, model.get_submodule(path)._buffers, own))
         self._derived = WeakTensorKeyDictionary()
+
+    @contextmanager
+    def of_inputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """Take small inputs of whole numbers, by which code decides (the grid of a picture, lengths), to hold what they hold.
+
+        The trace answers NaN where one that was asked for holds anything else. Raises InputError where it could not, for none of its answers is
+        in floating point.
+        """
+        self._held |= {i: v.clone() for i, v in enumerate(pytree.tree_leaves((args, dict(kwargs)))) if may_decide(v)}
+
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            for i, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
+                if i in self._held:
+                    self._derived[leaf] = _Value(self._held[i], leaf._version, frozenset({i}))
+
+        def leave(_: nn.Module, args: Any, kwargs: Any, answer: Any) -> Any:
+            given = pytree.tree_leaves((args, kwargs))
+            if not any(_is_float(v) for v in pytree.tree_leaves(answer)):
+                raise InputError("the code decides by an input, and no answer could tell that it has changed")
+            for i in [source for source in self.held if isinstance(source, int)]:
+                same = (given[i] == torch.tensor(self.held[i], device=given[i].device)).all()
+                answer = pytree.tree_map(lambda v: torch.where(same, v, torch.nan) if _is_float(v) else v, answer)  # noqa: B023
+            return answer
+
+        hooks = model.register_forward_pre_hook(enter, with_kwargs=True), model.register_forward_hook(leave, with_kwargs=True)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         value = args[0] if args else None
@@ -95,14 +131,14 @@ class KnownValues(TorchFunctionMode):
                 return None
         written = self._derived.get(value) if name in _WRITING and isinstance(value, FakeTensor) and self._known(value) else None
         answer = function(*args, **(kwargs or {}))
-        if name in _MAKING | _DERIVING:
-            self._derive(answer, function, args, kwargs or {})
-        elif written is not None:
+        if name in _MAKING or name in _DERIVING or name in _SHAPED:
+            return self._derive(answer, function, args, kwargs or {})
+        if written is not None:
             self._derive(value, function, args, kwargs or {}, written)
         return answer
 
     def _told(self, asking: Any, known: _Value) -> Any:
-        self.held |= {name: self._buffers[name].tolist() for name in known.buffers}
+        self.held |= {source: self._held[source].tolist() for source in known.sources}
         with _disable_current_modes():
             return asking(known.value)
 
@@ -115,31 +151,43 @@ class KnownValues(TorchFunctionMode):
 
         return pytree.tree_map(number, sizes)
 
-    def _derive(self, answer: Any, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], written: _Value | None = None) -> None:
-        """Take note of what an answer holds, where all that it was computed of is known. written: what the first argument held, where that is it."""
-        answers = [v for v in pytree.tree_leaves(answer) if isinstance(v, Tensor)]
-        given, how = pytree.tree_flatten((args, dict(kwargs)))
-        if not answers or not all(map(_is_small, answers)) or not all(isinstance(v, Tensor) or _is_plain(v) for v in given):
-            return
+    def _derive(self, answer: Any, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], written: _Value | None = None) -> Any:
+        """The answer, of which is noted what it holds where all that it was computed of is known. Where values decide its size, a constant instead.
+
+        written: what the first argument held, where that is it.
+        """
+        answers, of_answers = pytree.tree_flatten(answer)
+        given, of_given = pytree.tree_flatten((args, dict(kwargs)))
+        if not all(isinstance(v, FakeTensor) and not v.is_inference() for v in answers):
+            return answer
+        if not all(isinstance(v, Tensor) or _is_plain(v) for v in given):
+            return answer
+        fixed = all(isinstance(size, int) for v in answers for size in v.shape)
         known = [self._known(v) if isinstance(v, Tensor) else None for v in given]
         with _disable_current_modes():
             if written is not None:
                 known[0] = replace(written, value=written.value.clone())
-            elif _is_blank(function.__name__) and isinstance(given[0], Tensor):
+            elif fixed and isinstance(given[0], Tensor) and _is_blank(function.__name__):
                 known[0] = _Value(torch.empty(answers[0].shape, dtype=given[0].dtype))
             if any(isinstance(v, Tensor) and k is None for v, k in zip(given, known, strict=True)):
-                return
-            moved, named = pytree.tree_unflatten([v if k is None else k.value for v, k in zip(given, known, strict=True)], how)
+                return answer
+            if fixed and sum(v.numel() for v in answers) > _MANY:
+                return answer
+            moved, named = pytree.tree_unflatten([v if k is None else k.value for v, k in zip(given, known, strict=True)], of_given)
             made = function(*moved, **named)
         values = pytree.tree_leaves(made) if written is None else [moved[0]]
-        buffers = frozenset[str]().union(*(k.buffers for k in known if k is not None))
+        sources = frozenset[str | int]().union(*(k.sources for k in known if k is not None))
+        if not fixed:
+            self.held |= {source: self._held[source].tolist() for source in sources}
+            answers = [torch.tensor(v.tolist(), dtype=v.dtype, device=a.device) for v, a in zip(values, answers, strict=True)]
         for tensor, value in zip(answers, values, strict=True):
-            self._derived[tensor] = _Value(value, tensor._version, buffers)
+            self._derived[tensor] = _Value(value, tensor._version, sources)
+        return pytree.tree_unflatten(answers, of_answers)
 
     def _known(self, value: Tensor) -> _Value | None:
         """What a tensor holds, where that is known: a small buffer, or one that was computed of such and not written to since."""
         if (name := self._name(value)) is not None:
-            return _Value(self._buffers[name], buffers=frozenset({name}))
+            return _Value(self._held[name], sources=frozenset({name}))
         found = self._derived.get(value)
         return found if found is not None and value._version == found.version else None
 
@@ -150,10 +198,13 @@ class KnownValues(TorchFunctionMode):
         return next((name for name, buffers, own in alike if buffers.get(own) is value), None)
 
 
-def _is_small(value: Tensor) -> bool:
-    """Whether a tensor has a known number of entries, and few, and tells when it is written to."""
-    fixed = isinstance(value, FakeTensor) and all(isinstance(size, int) for size in value.shape)
-    return fixed and value.numel() <= _MANY and not value.is_inference()
+def may_decide(value: Any) -> bool:
+    """Whether an input is a small one of whole numbers or truth values."""
+    return isinstance(value, Tensor) and 0 < value.numel() <= _FEW and not (value.is_floating_point() or value.is_complex() or value.is_sparse)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _is_blank(name: str) -> bool:
