@@ -129,7 +129,12 @@ def by_divided_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT / math.sqrt(k.shape[-1])).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("attend", [by_operator, by_scaled_queries, by_divided_product])
+def by_divided_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores of content and of position (Transformer-XL, Conformer), under one scale."""
+    return ((q @ k.mT + (q @ k.mT).flip(-1)) / math.sqrt(k.shape[-1])).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("attend", [by_operator, by_scaled_queries, by_divided_product, by_divided_sum])
 def test_a_class_with_hooks_can_be_saved_and_loaded(attend: Attend) -> None:
     torch.manual_seed(0)
     model, x = Fused(attend).eval(), torch.randn(2, 5, 12)

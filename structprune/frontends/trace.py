@@ -518,6 +518,8 @@ def _explained(error: BaseException) -> TraceError:
     text = str(error)
     if _is_of_values(error):
         advice = "the code branches on values of tensors: use torch.where or torch.cond, or compress the part before it"
+    elif "'NoneType'" in text:
+        advice = "give inputs that may be left out (masks, positions) all the same: some code makes none of its own while it is traced"
     elif isinstance(error, (RuntimeError, TypeError, ValueError)) and ("shape" in text or "size" in text or "argument" in text or "channels" in text):
         advice = "check the shapes and number of the example inputs (--input on the command line)"
     else:

@@ -64,9 +64,16 @@ def _query(node: fx.Node) -> fx.Node | None:
         source = node.args[0] if node.kwargs.get("scale") is None else None
     else:
         source = node.args[0] if _factor(node) else None
-        if isinstance(source, fx.Node) and operator_name(source) in _PRODUCTS:
-            source = source.args[0]
+        source = _of_product(source) or source
     return source if isinstance(source, fx.Node) and shape_of(source.meta["val"]) else None
+
+
+def _of_product(node: Any) -> fx.Node | None:
+    """The first factor of a matrix product, or of one that goes into a sum (scores of content and of position)."""
+    if isinstance(node, fx.Node) and operator_name(node) in _PRODUCTS:
+        return node.args[0]  # type: ignore[return-value]
+    terms = node.all_input_nodes if isinstance(node, fx.Node) and operator_name(node) == "add" else ()
+    return next((found for term in terms if (found := _of_product(term)) is not None), None)
 
 
 def _factor(node: fx.Node) -> float:
