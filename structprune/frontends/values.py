@@ -36,7 +36,7 @@ _MAKING = frozenset({  # of sizes and numbers alone
     "arange", "eye", "full", "full_like", "linspace", "new_full", "new_ones", "new_tensor", "new_zeros", "ones", "ones_like", "tensor", "zeros",
     "zeros_like",
 })  # fmt: skip
-_SIZED = frozenset({"expand", "narrow", "pad", "repeat", "reshape", "view"})  # by numbers behind the first argument
+_SIZED = frozenset({"expand", "interpolate", "narrow", "pad", "repeat", "reshape", "view"})  # by numbers behind the first argument
 _DERIVING = frozenset({
     "__getitem__", "select", "unbind", "view", "reshape", "flatten", "squeeze", "unsqueeze", "detach", "clone", "to", "bool", "int", "long", "float",
     "expand", "repeat", "transpose", "permute", "flip", "pad", "cat", "stack", "meshgrid", "split", "chunk", "tril", "triu", "where", "type_as",
@@ -44,7 +44,7 @@ _DERIVING = frozenset({
     "__and__", "__or__", "__invert__", "all", "any",
     "add", "sub", "mul", "div", "floor_divide", "remainder", "pow", "neg", "abs", "ceil", "floor", "round", "trunc", "sqrt", "exp", "log", "log2",
     "__rsub__", "__rdiv__", "__floordiv__", "__rfloordiv__", "__rmod__", "__rpow__",
-    "sum", "prod", "cumsum", "diff", "max", "min", "maximum", "minimum", "clamp",
+    "sum", "prod", "cumsum", "diff", "max", "min", "maximum", "minimum", "clamp", "interpolate",
 })  # fmt: skip
 _SHAPED = frozenset({"argwhere", "bincount", "masked_select", "nonzero", "repeat_interleave", "unique", "unique_consecutive"})  # by values
 _WRITING = frozenset({"__setitem__", "copy_", "fill_", "masked_fill_", "zero_"})
@@ -123,6 +123,8 @@ class KnownValues(TorchFunctionMode):
             if function is Tensor.__bool__ and (passes := _passes_where_asked()) is not None:
                 self.checked = True
                 return passes
+            if name == "__iter__" and value.dim():
+                return iter(self.__torch_function__(Tensor.unbind, types, args))
             if function == _DATA.__get__:
                 return value.detach()
             if function == _DATA.__set__ and (value.shape, value.dtype) == (args[1].shape, args[1].dtype):
@@ -179,7 +181,7 @@ class KnownValues(TorchFunctionMode):
         sources = frozenset[str | int]().union(*(k.sources for k in known if k is not None))
         if not fixed:
             self.held |= {source: self._held[source].tolist() for source in sources}
-            answers = [torch.tensor(v.tolist(), dtype=v.dtype, device=a.device) for v, a in zip(values, answers, strict=True)]
+            answers = [torch.tensor(v.tolist(), dtype=v.dtype, device=a.device).view(v.shape) for v, a in zip(values, answers, strict=True)]
         for tensor, value in zip(answers, values, strict=True):
             self._derived[tensor] = _Value(value, tensor._version, sources)
         return pytree.tree_unflatten(answers, of_answers)
