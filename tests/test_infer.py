@@ -395,6 +395,8 @@ def test_an_input_by_which_the_code_decides_stays_what_it_is(tmp_path: Path) -> 
     other = torch.tensor([[1, 2, 2], [2, 1, 3]])
     assert torch.allclose(result.small(x, grid), result.model(x, grid), atol=1e-6)
     assert result.small(x, other).isnan().all() and not result.model(x, other).isnan().any()
+    with pytest.raises(sp.StructpruneError, match="grid is not the example's, and the model's code decides by its values"):
+        sp.compress(model, (x, grid), calibration=[(x, grid), (x, other)])
     assert result.export_onnx(tmp_path / "model.onnx") < 1e-5
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     names = [i.name for i in session.get_inputs()]

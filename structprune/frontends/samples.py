@@ -94,5 +94,7 @@ def _checked(values: list[Any], graph: Graph, batch: str) -> list[Any]:
         value = value.to(traced.dtype)
         if value.is_floating_point() and not value.isfinite().all():
             raise InputError(f"{batch}: {name} holds values that are not finite")
+        if len(checked) in graph.held and not torch.equal(value, graph.flat_inputs()[len(checked)].to(value.device)):
+            raise InputError(f"{batch}: {name} is not the example's, and the model's code decides by its values; give batches with the same")
         checked.append(value)
     return checked

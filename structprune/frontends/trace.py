@@ -101,7 +101,8 @@ def trace(
         for d in w
         if d not in g
     ]
-    return replace(graph, notes=(*graph.notes, *held, *fixed))
+    inputs = tuple(source for source in values.held if isinstance(source, int))
+    return replace(graph, held=inputs, notes=(*graph.notes, *held, *fixed))
 
 
 def _attempts(wanted: Sequence[Sequence[int]], batch: bool, promised: Signature | None) -> list[tuple[bool, list[set[int]]]]:

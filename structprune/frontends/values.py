@@ -40,6 +40,7 @@ _SIZED = frozenset({"expand", "interpolate", "narrow", "pad", "repeat", "reshape
 _DERIVING = frozenset({
     "__getitem__", "select", "unbind", "view", "reshape", "flatten", "squeeze", "unsqueeze", "detach", "clone", "to", "bool", "int", "long", "float",
     "expand", "repeat", "transpose", "permute", "flip", "pad", "cat", "stack", "meshgrid", "split", "chunk", "tril", "triu", "where", "type_as",
+    "gather", "index_select", "masked_fill", "roll", "argmax", "argmin",
     "eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "logical_not", "logical_and", "logical_or", "bitwise_not", "bitwise_and", "bitwise_or",
     "__and__", "__or__", "__invert__", "all", "any",
     "add", "sub", "mul", "div", "floor_divide", "remainder", "pow", "neg", "abs", "ceil", "floor", "round", "trunc", "sqrt", "exp", "log", "log2",

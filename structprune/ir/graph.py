@@ -38,6 +38,7 @@ class Graph:
     output_names: tuple[str, ...]
     dynamic: tuple[tuple[int, ...], ...]  # of every input, the axes whose size may be another
     doubled: bool = False  # the example was a batch of one, which tracing would take for a constant: args hold it twice
+    held: tuple[int, ...] = ()  # inputs by whose values the model's code decides: they stay the example's
     signature: Signature | None = None  # of the file that the model was read from
     notes: tuple[str, ...] = ()  # what a user should know about how the model was traced
 
