@@ -321,7 +321,7 @@ class Windowed(nn.Module):
         hidden = torch.where(mask == 0, torch.zeros_like(mask), -1.0)
         if hidden.flatten().any().item() and not (mask > 1).any():
             x = x * mask[..., None]
-        x = F.pad(x, (0, 0, 0, -x.shape[1] % self.stride))
+        x = F.pad(x, (0, 0, 0, -x.shape[1] % self.stride))[:, : 2 * self.stride]
         return self.last(self.first(x).relu())  # type: ignore[no-any-return]
 
 

@@ -3,8 +3,9 @@
 A check (`assert (mask >= 0).all()`, or `if x.isnan().any(): raise ValueError(...)`) is taken to pass; whoever traces has to run the model on the
 example, which raises where it does not. A small buffer (`if not self.initialised: ...`, `for size in self.sizes.tolist()`), and what is computed of
 such alone (`if self.step > 3`), is taken to hold what it holds; whoever traces has to see that the code does not change it. What code makes of sizes
-and numbers (`torch.ones(2, 3)`, a mask that nobody gave) is known, too, where those sizes are. What is done to `weight.data`, as by a layer that
-keeps its weights within a norm, is done to the weight: torch.export does not see it otherwise.
+and numbers (`torch.ones(2, 3)`, a mask that nobody gave) is known, too, where those sizes are; where nothing else helps, so is a small input (the
+grid of a picture). What is done to `weight.data`, as by a layer that keeps its weights within a norm, is done to the weight: torch.export does not
+see it otherwise.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import ast
 import linecache
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -55,7 +56,7 @@ _MANY = 1 << 20  # numbers of what code makes
 
 @dataclass(frozen=True)
 class _Value:
-    """What a tensor held at a version of it, and of which buffers and inputs that was made."""
+    """What a tensor held at a version of it, and of which buffers (by name) and inputs (by number) that was made."""
 
     value: Tensor
     version: int = 0
@@ -96,13 +97,13 @@ class KnownValues(TorchFunctionMode):
                     self._derived[leaf] = _Value(self._held[i], leaf._version, frozenset({i}))
 
         def leave(_: nn.Module, args: Any, kwargs: Any, answer: Any) -> Any:
-            given = pytree.tree_leaves((args, kwargs))
-            if not any(_is_float(v) for v in pytree.tree_leaves(answer)):
+            given, asked = pytree.tree_leaves((args, kwargs)), [source for source in self.held if isinstance(source, int)]
+            if not asked:
+                return answer
+            if not any(map(_is_float, pytree.tree_leaves(answer))):
                 raise InputError("the code decides by an input, and no answer could tell that it has changed")
-            for i in [source for source in self.held if isinstance(source, int)]:
-                same = (given[i] == torch.tensor(self.held[i], device=given[i].device)).all()
-                answer = pytree.tree_map(lambda v: torch.where(same, v, torch.nan) if _is_float(v) else v, answer)  # noqa: B023
-            return answer
+            same = torch.stack([(given[i] == torch.tensor(self.held[i], device=given[i].device)).all() for i in asked]).all()
+            return pytree.tree_map(lambda v: torch.where(same, v, torch.nan) if _is_float(v) else v, answer)
 
         hooks = model.register_forward_pre_hook(enter, with_kwargs=True), model.register_forward_hook(leave, with_kwargs=True)
         try:
@@ -118,6 +119,8 @@ class KnownValues(TorchFunctionMode):
             kwargs = {key: v for key, v in kwargs.items() if key != "generator"}
         if name in _SIZED:
             args, kwargs = (value, *self._numbers(args[1:])), self._numbers(kwargs)
+        elif name == "__getitem__" and len(args) == 2:
+            args = value, pytree.tree_map(lambda part: self._numbers(part) if isinstance(part, slice) else part, args[1])
         if isinstance(value, FakeTensor):
             if function in _ASKING and (known := self._known(value)) is not None:
                 return self._told(function, known)
@@ -141,14 +144,19 @@ class KnownValues(TorchFunctionMode):
         return answer
 
     def _told(self, asking: Any, known: _Value) -> Any:
-        self.held |= {source: self._held[source].tolist() for source in known.sources}
+        self._hold(known.sources)
         with _disable_current_modes():
             return asking(known.value)
+
+    def _hold(self, sources: Iterable[str | int]) -> None:
+        self.held |= {source: self._held[source].tolist() for source in sources}
 
     def _numbers(self, sizes: Any) -> Any:
         """Sizes that were given as tensors, as numbers where those are known."""
 
         def number(size: Any) -> Any:
+            if isinstance(size, slice):
+                return slice(number(size.start), number(size.stop), number(size.step))
             known = self._known(size) if isinstance(size, FakeTensor) and not size.dim() and not size.is_floating_point() else None
             return size if known is None else self._told(Tensor.item, known)
 
@@ -181,7 +189,7 @@ class KnownValues(TorchFunctionMode):
         values = pytree.tree_leaves(made) if written is None else [moved[0]]
         sources = frozenset[str | int]().union(*(k.sources for k in known if k is not None))
         if not fixed:
-            self.held |= {source: self._held[source].tolist() for source in sources}
+            self._hold(sources)
             answers = [torch.tensor(v.tolist(), dtype=v.dtype, device=a.device).view(v.shape) for v, a in zip(values, answers, strict=True)]
         for tensor, value in zip(answers, values, strict=True):
             self._derived[tensor] = _Value(value, tensor._version, sources)
