@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import oracle
@@ -73,21 +74,75 @@ def test_a_place_known_only_at_run_time_keeps_the_axis() -> None:
     assert result.model(torch.randn(3, 40, 6)).shape == (3, 40, 4) == result.small(torch.randn(3, 40, 6)).shape
 
 
-def test_standardised_weights_keep_what_they_are_standardised_over_and_stay_standardised() -> None:
-    class Standardised(nn.Conv2d):
-        def forward(self, x: Tensor) -> Tensor:
-            weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True, eps=1e-6).reshape_as(self.weight)
-            return F.conv2d(x, weight, self.bias, 1, 1)
+class Standardised(nn.Conv2d):
+    """As in NF-Nets, with a gain for each output; or by mean and deviation, as it was published."""
+
+    def __init__(self, *sizes: int, by_norm: bool = True, **options: Any):
+        super().__init__(*sizes, **options)
+        self.by_norm, self.gain = by_norm, nn.Parameter(torch.rand(self.out_channels, 1, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.by_norm:
+            gain, flat = self.gain.view(-1), self.weight.reshape(1, self.out_channels, -1)
+            weight = F.batch_norm(flat, None, None, gain, training=True, eps=1e-6).reshape_as(self.weight)
+        else:
+            variance, mean = torch.var_mean(self.weight, (1, 2, 3), keepdim=True)
+            weight = self.gain * (self.weight - mean) / (variance + 1e-6).sqrt()
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+@pytest.mark.parametrize("by_norm", [True, False])
+def test_standardised_weights_are_folded(by_norm: bool) -> None:
+    """What is pruned answers as the dense model does without those channels; the statistics of the others do not change."""
+
+    def network(first: nn.Module, second: nn.Module, third: nn.Module) -> Of:
+        def run(m: Of, x: Tensor) -> Tensor:
+            return m.head(F.relu(m.c(F.relu(m.b(F.relu(m.a(x)))))).mean((2, 3)))  # type: ignore[no-any-return]
+
+        return Of(run, a=first, b=second, c=third, head=nn.Linear(12, 4)).eval()
 
     torch.manual_seed(0)
-    model = Of(lambda m, x: m.b(F.relu(m.a(x))), a=nn.Conv2d(3, 8, 3), b=Standardised(8, 12, 3))
-    model = Of(lambda m, x: m.head(F.relu(m.body(x)).mean((2, 3))), body=model, head=nn.Linear(12, 4))
-    x = torch.randn(2, 3, 8, 8)
-    assert frozen(model, [x], "body.b.weight", 1) == ["a norm takes statistics along this axis"]
-    assert pruned(model, [x])["body.b.weight"] == (6, 8, 3, 3)
-    small = sp.compress(model, (x,), target="channels=0.5").small
-    wanted = small(x)
-    assert torch.equal(small.train().eval()(x), wanted)
+    first, second = Standardised(3, 8, 3, by_norm=by_norm), Standardised(8, 8, 3, groups=8, padding=1, by_norm=by_norm)
+    model, x = network(first, second, Standardised(8, 12, 1, by_norm=by_norm)), torch.randn(2, 3, 8, 8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = sp.compress(model, (x,), target="channels=0.5")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and type(model.a) is Standardised
+    assert type(result.model) is Of and type(result.model.a) is nn.Conv2d and not hasattr(result.model.a, "gain")
+    assert [tuple(m.weight.shape) for m in (result.model.a, result.model.b, result.model.c)] == [(4, 3, 3, 3), (4, 1, 3, 3), (6, 4, 1, 1)]
+    assert {g["name"]: g["exact"] for g in result.plan.to_dict()["groups"]} == {"a": False, "c": True}
+
+    plain = network(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8, padding=1), nn.Conv2d(8, 12, 1))
+    with torch.no_grad():
+        for layer, mine in zip((model.a, model.b, model.c), (plain.a, plain.b, plain.c), strict=True):
+            flat = layer.weight.flatten(1)
+            deviation = (flat.var(1, keepdim=True, correction=int(not by_norm)) + 1e-6).sqrt()
+            mine.weight.copy_((layer.gain.flatten(1) * (flat - flat.mean(1, keepdim=True)) / deviation).view_as(layer.weight))
+            mine.bias.copy_(layer.bias)
+        plain.head.load_state_dict(model.head.state_dict())
+    assert torch.allclose(plain(x), model(x), atol=1e-6)
+    keep = {name: cut.keep for name, cut in result.plan.tensors.items()}
+    error, _ = oracle.error_of(plain, result.model, keep, (x,))
+    assert error < 1e-5
+    assert torch.equal(sp.apply(model, result.plan)(x), result.model(x))
+
+
+def test_a_weight_that_is_used_raw_as_well_is_not_folded() -> None:
+    def run(m: Of, x: Tensor) -> Tensor:
+        return m.last(F.linear(x, m.w - m.w.mean(1, keepdim=True)) + F.linear(x, m.w))  # type: ignore[no-any-return]
+
+    model = Of(run, w=nn.Parameter(torch.randn(8, 6)), last=nn.Linear(8, 2))
+    assert not sp.trace(model, torch.randn(3, 6)).standardised
+
+
+def test_a_layer_that_pads_before_a_standardised_weight_comes_back_as_a_graph() -> None:
+    class Padded(Standardised):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+    torch.manual_seed(0)
+    model = Of(lambda m, x: m.b(F.relu(m.a(x)).mean((2, 3))), a=Padded(3, 8, 2), b=nn.Linear(8, 4)).eval()
+    result = sp.compress(model, (torch.randn(2, 3, 6, 6),), target="channels=0.5")
+    assert isinstance(result.model, torch.fx.GraphModule) and result.model(torch.randn(5, 3, 6, 6)).shape == (5, 4)
 
 
 def test_widths_beside_each_other_take_the_same_share() -> None:

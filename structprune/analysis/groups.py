@@ -98,9 +98,14 @@ def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> Groups:
             for atom in dict.fromkeys(types.solver.atoms(axis)):
                 members.setdefault(atom, []).append(Member(name, dim))
     loud = read_where_loud(graph, types)
-    inexact = _inexact(types) | {
-        atom: f"{operator_name(node)} sums over these channels, and they are not zero where they are removed" for atom, node in loud["sum"].items()
-    }
+    inexact = (
+        _inexact(types)
+        | _standardised(graph, types)
+        | {
+            atom: f"{operator_name(node)} sums over these channels, and they are not zero where they are removed"
+            for atom, node in loud["sum"].items()
+        }
+    )
     work = tuple(tuple(map(types.solver.resolve, w.axes)) for w in types.work)
     _keep_unread_entries(types, axes, members)
     _keep_tables(types, work)
@@ -192,6 +197,13 @@ def _inexact(types: Types) -> dict[Atom, str]:
             for atom in types.solver.atoms(reading.axis):
                 found.setdefault(atom, f"a {reading.how} over these channels runs over the kept ones")
     return found
+
+
+def _standardised(graph: Graph, types: Types) -> dict[Atom, str]:
+    """The inputs of weights that the model's code standardises: zeros among the raw weights would change the statistics of the others."""
+    weights = [n for n in graph.nodes if n.op == "get_attr" and str(n.target) in graph.standardised]
+    why = "the weights that read these channels are standardised over them, and stay as they are"
+    return {atom: why for node in weights for axis in types.shape(node)[1:] for atom in types.solver.atoms(axis)}
 
 
 def _owner(members: Iterable[Member]) -> str:

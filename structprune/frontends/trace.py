@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError, TraceError
 from structprune.frontends.definitions import spell_out
+from structprune.frontends.standardised import fold_standardised
 from structprune.frontends.values import KnownValues, may_decide
 from structprune.ir.graph import Graph, attribute, held_by, is_dynamic, repeated, results_in, written_to
 from structprune.ir.operators import has_effect, operator_name
@@ -210,21 +211,23 @@ def from_exported(
     _inline_regions(module)
     spell_out(module)
     _drop_checks(module)
-    _sink_tensors(module)
     names: dict[int, list[str]] = {}
     holder = model if model is not None else module
     for name, tensor in held_by(holder).items():
         names.setdefault(id(tensor), []).append(name)
+    raw = fold_standardised(module)
+    _sink_tensors(module)
     attributes = {str(n.target): n for n in module.graph.nodes if n.op == "get_attr"}
-    aliases = {
-        target: tuple(names[id(tensor)]) for target in attributes if isinstance(tensor := attribute(module, target), Tensor) and id(tensor) in names
-    }
+    tensors = {target: raw.get(target, attribute(module, target)) for target in attributes}
+    aliases = {target: tuple(names[id(tensor)]) for target, tensor in tensors.items() if isinstance(tensor, Tensor) and id(tensor) in names}
     promised = signature_of(model) if model is not None else None
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     values = [n.meta.get("val") for n in placeholders]
     dynamic = tuple(tuple(d for d, size in enumerate(v.shape) if is_dynamic(size)) if isinstance(v, Tensor) else () for v in values)
     if not any(0 in axes for axes in dynamic) and not notes and promised is None:
         notes = (f"static batch: {_FIXED}",)
+    if raw:
+        notes += (f"weights that the model's code standardises are folded, {len(raw)} of them; {next(iter(raw))} is one",)
     return Graph(
         module=module,
         args=args,
@@ -235,6 +238,7 @@ def from_exported(
         output_names=promised.outputs if promised else _output_names(exported),
         dynamic=dynamic,
         doubled=doubled,
+        standardised=frozenset(raw),
         signature=promised,
         notes=notes,
     )

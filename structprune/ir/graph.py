@@ -25,8 +25,8 @@ _PASSES = "torch/fx/passes/"  # their lines stand in for the user's where a pass
 class Graph:
     """What tracing gives, and what every later stage reads. Nothing changes it.
 
-    `module` holds the user's own tensors, not copies, under their `state_dict` names: its `get_attr` nodes are
-    parameters, buffers and constants, its `placeholder` nodes the model's inputs.
+    `module` holds the user's own tensors, not copies, under their `state_dict` names, but for weights that are standardised: its `get_attr` nodes
+    are parameters, buffers and constants, its `placeholder` nodes the model's inputs.
     """
 
     module: fx.GraphModule
@@ -38,6 +38,7 @@ class Graph:
     output_names: tuple[str, ...]
     dynamic: tuple[tuple[int, ...], ...]  # of every input, the axes whose size may be another
     doubled: bool = False  # the example was a batch of one, which tracing would take for a constant: args hold it twice
+    standardised: frozenset[str] = frozenset()  # weights, by their names in the graph, that the model's code standardises: they are folded
     held: tuple[int, ...] = ()  # inputs by whose values the model's code decides: they stay the example's
     signature: Signature | None = None  # of the file that the model was read from
     notes: tuple[str, ...] = ()  # what a user should know about how the model was traced

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.errors import VerificationError
+from structprune.frontends.standardised import with_plain_layers
 from structprune.ir.graph import Graph, attribute, held_by, owners_of, repeated, results_in, shape_of
 from structprune.ir.samples import copies, samples_in
 from structprune.transform.attributes import Attributes, guesses
@@ -106,6 +107,8 @@ def own_class(
     """
     if came_as_graph(model, graph):
         return None, "the model came as a graph"
+    if graph.standardised:
+        model = with_plain_layers(model, graph)
     instead = _instead(graph, surgery)
     if instead is None:
         return None, "a branch without channels ends in the middle of a module's forward, which the user's class cannot leave out"

@@ -1,0 +1,109 @@
+"""Weights that a model's code standardises before it uses them (weight standardisation, in BiT and NF-Nets) become the weights that it uses.
+
+Statistics over a weight's inputs would tie all of these together: without one, every other changes. Folded, as parametrizations are, a weight is a
+plain one, whose inputs go as any others.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from structprune.ir.graph import Graph, attribute, held_by, owners_of, results_in, written_to
+from structprune.ir.operators import has_effect, is_random, operator_name
+from structprune.ops import RULES, contraction
+
+_STATISTICS = frozenset({"batch_norm", "instance_norm", "layer_norm", "mean", "std", "std_mean", "var", "var_mean"})
+_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_WEIGHED = (contraction.linear, contraction.conv, contraction.conv_transpose)
+
+
+@torch.no_grad()
+def fold_standardised(module: fx.GraphModule) -> dict[str, Tensor]:
+    """Give the graph, in place, each weight as its code computes it of parameters alone and by statistics of them.
+
+    Returns the raw weights by their names in the graph, under which the folded ones stand now. Weights that are used raw as well stay as they are.
+    """
+    constant = _computed_of_weights(module.graph)
+    folded: dict[str, Tensor] = {}
+    for reader in list(module.graph.nodes):
+        if reader.op != "call_function" or RULES.get(operator_name(reader)) not in _WEIGHED:
+            continue
+        weight = reader.args[1]
+        steps = _steps(weight) if weight in constant and weight.op == "call_function" else []
+        if not any(operator_name(n) in _STATISTICS for n in steps):
+            continue
+        raw = [n for n in steps if n.op == "get_attr" and n.meta["val"].shape == weight.meta["val"].shape]
+        if len(raw) != 1 or any(user not in steps for user in raw[0].users) or not isinstance(attribute(module, str(raw[0].target)), nn.Parameter):
+            continue
+        name = str(raw[0].target)
+        value = _value(module, steps)
+        folded[name] = attribute(module, name)
+        path, _, own = name.rpartition(".")
+        setattr(module.get_submodule(path), own, nn.Parameter(value.contiguous(), requires_grad=folded[name].requires_grad))
+        with module.graph.inserting_before(weight):
+            plain = module.graph.get_attr(name)
+        plain.meta = dict(weight.meta)
+        weight.replace_all_uses_with(plain)
+    if folded:
+        module.graph.eliminate_dead_code(has_effect)
+        module.recompile()
+    return folded
+
+
+def with_plain_layers(model: nn.Module, graph: Graph) -> nn.Module:
+    """The model with a plain convolution or linear layer, which holds the folded weight, for each layer that standardises its own.
+
+    All tensors are shared with the model and the graph. A layer that does more (pads its input by itself) stays, and no longer fits the graph.
+    """
+    shared = {id(tensor): tensor for tensor in held_by(model).values()}
+    model = copy.deepcopy(model, results_in(model) | shared)
+    for weight in graph.standardised:
+        for name in graph.aliases[weight]:
+            path, _, own = name.rpartition(".")
+            layer = model.get_submodule(path)
+            base = next((kind for kind in _PLAIN if isinstance(layer, kind)), None)
+            steps = [n for n in graph.nodes if n.op == "call_function" and path in owners_of(n)]
+            if base is None or own != "weight" or len(steps) != 1:
+                continue
+            plain = base.__new__(base)
+            nn.Module.__init__(plain)
+            vars(plain).update({key: value for key, value in vars(layer).items() if key not in vars(plain)})
+            plain.weight, plain.bias = attribute(graph.module, weight), layer.bias
+            model.set_submodule(path, plain.train(layer.training))
+    return model
+
+
+def _computed_of_weights(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on what the module holds and on nothing else; not what is drawn at random, or written to."""
+    written = written_to(list(graph.nodes))
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        computed = node.op == "call_function" and all(n in found for n in node.all_input_nodes) and not is_random(node)
+        if (node.op == "get_attr" or computed) and node not in written and isinstance(node.meta.get("val"), (Tensor, tuple, list)):
+            found.add(node)
+    return found
+
+
+def _steps(weight: fx.Node) -> list[fx.Node]:
+    """What a node is computed of and by, itself at the end."""
+    found: dict[fx.Node, None] = {}
+
+    def visit(node: fx.Node) -> None:
+        for n in node.all_input_nodes:
+            if n not in found:
+                visit(n)
+        found[node] = None
+
+    visit(weight)
+    return list(found)
+
+
+def _value(module: fx.GraphModule, steps: list[fx.Node]) -> Any:
+    run = fx.Interpreter(module)
+    for node in steps:
+        run.env[node] = run.run_node(node)
+    return run.env[steps[-1]]
