@@ -742,6 +742,32 @@ def dispatched_experts() -> Model:
     return DispatchedExperts(), (torch.randn(2, 6, 10),)
 
 
+class GroupedExperts(nn.Module):
+    """Tokens are sorted by their expert, and all experts multiply their rows in one operator (Mixtral and others, in transformers 5)."""
+
+    def __init__(self, d: int = 24, experts: int = 3) -> None:
+        super().__init__()
+        self.inp, self.router, self.out = nn.Linear(10, d), nn.Linear(d, experts), nn.Linear(d, 5)
+        self.up, self.down = nn.Parameter(torch.randn(experts, d, 32) / 5), nn.Parameter(torch.randn(experts, 16, d) / 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        rows = x.reshape(-1, x.shape[-1])
+        weight, chosen = self.router(rows).softmax(-1).max(-1)
+        order = chosen.argsort(stable=True)
+        ends = (chosen[:, None] == torch.arange(len(self.up))).sum(0).cumsum(0, dtype=torch.int32)
+        product = torch.ops.transformers.grouped_mm_fallback
+        gate, value = product(rows[order], self.up, ends).chunk(2, -1)
+        answer = product(F.silu(gate) * value, self.down, ends) * weight[order][:, None]
+        return self.out(x + answer[order.argsort()].view(x.shape))
+
+
+def grouped_experts() -> Model:
+    import transformers.integrations.moe  # noqa: F401  it registers the operator
+
+    return GroupedExperts(), (torch.randn(2, 6, 10),)
+
+
 class VisionLanguage(nn.Module):
     """What was seen of a picture stands in the places of a text that are marked for it."""
 
@@ -765,5 +791,5 @@ def vision_language() -> Model:
 ALL = (
     yolo, anchor_head, weighted_pyramid, detr, deformable_attention, detector, mask_head, unet, diffusion_unet, diffusion_transformer,
     super_resolution, translator, summariser, experts, expert_modules, dispatched_experts, vision_language, speech_ctc, conformer, wave, vocoder,
-    stepwise, state_space, point_net, contrastive, slow_fast, radiance,
+    stepwise, state_space, point_net, contrastive, slow_fast, radiance, grouped_experts,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import architectures
 import numpy as np
 import onnx
 import pytest
@@ -258,3 +259,17 @@ def test_a_pruned_model_answers_in_its_file_as_in_torch(net: type[nn.Module], sh
     torch.manual_seed(0)
     result = sp.compress(net().eval(), torch.randn(shape), "channels=0.5")
     assert result.export_onnx(tmp_path / "model.onnx") < 1e-5
+
+
+def test_experts_that_multiply_their_rows_in_one_operator(tmp_path: Path) -> None:
+    """Of any number of rows, and where an expert has none."""
+    torch.manual_seed(0)
+    model, inputs = architectures.grouped_experts()
+    with torch.no_grad():
+        model.router.bias[1] = -100  # type: ignore[union-attr, operator]
+    result = sp.compress(model.eval(), inputs, target="channels=0.5")
+    path = tmp_path / "model.onnx"
+    assert result.export_onnx(path) < 1e-5
+    x = torch.randn(5, 6, 10)
+    (answer,) = run(path, [x])
+    assert np.allclose(answer, result.model(x).detach().numpy(), atol=1e-5)

@@ -79,7 +79,7 @@ def export(
             external_data=False,
             optimize=optimize,
             opset_version=opset,
-            custom_translation_table=_TRANSLATIONS,
+            custom_translation_table=_translations(),
         )
 
     with _quiet(), _rules_left_out():
@@ -164,6 +164,27 @@ def _batch_norm(x: Any, weight: Any, bias: Any, mean: Any, variance: Any, traini
     return op.BatchNormalization(x, weight, bias, mean, variance, epsilon=eps)
 
 
+def _grouped_mm(x: Any, experts: Any, ends: Any, bias: Any = None, dtype: Any = None) -> Any:
+    """Each expert multiplies the rows from the end of the one before to its own; what comes behind the last is 0."""
+    if bias is not None:
+        raise NotImplementedError("a bias for each expert")
+    ends = op.Concat(_ints(0), op.Cast(ends, to=onnx.TensorProto.INT64), op.Shape(x, start=0, end=1), axis=0)
+    number = experts.shape[0]
+    end = [op.Slice(ends, _ints(i), _ints(i + 1)) for i in range(number + 2)]
+    rows = [op.Slice(x, end[i], end[i + 1], _ints(0)) for i in range(number + 1)]
+    weights = [op.Squeeze(op.Slice(experts, _ints(i), _ints(i + 1), _ints(0)), _ints(0)) for i in range(number)]
+    return op.Concat(*map(op.MatMul, rows, [*weights, op.Sub(weights[0], weights[0])]), axis=0)
+
+
+def _sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    """Of equal entries ONNX puts the first first."""
+    return op.TopK(x, op.Gather(op.Shape(x), _ints(dim), axis=0), axis=dim, largest=int(descending), sorted=1)
+
+
+def _ints(*values: int) -> Any:
+    return op.Constant(value_ints=values)
+
+
 # where torch's exporter is wrong, or has nothing
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.copy.default: _copy,
@@ -172,7 +193,15 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.squeeze.dims: _squeeze,
     torch.ops.prims.view_of.default: _same,
     torch.ops.aten.grid_sampler_3d.default: _grid_sample_3d,
+    torch.ops.aten.sort.stable: _sort,
+    torch.ops.aten._grouped_mm.default: _grouped_mm,
 }
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Those of operators that a library registers among them, where it has."""
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    return _TRANSLATIONS | ({} if fallback is None else {fallback.default: _grouped_mm})
 
 
 def size(path: Path) -> int:
