@@ -408,6 +408,19 @@ def test_noise_without_a_generator_leaves_the_batch_free() -> None:
     assert sp.trace(model, torch.randn(2, 6)).dynamic_batch
 
 
+def test_code_that_cannot_be_traced_when_it_knows_of_it_is_not_told() -> None:
+    """T5 of transformers makes no mask of its own then, and some of its kin read it all the same."""
+
+    def forward(m: Of, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None and not torch.compiler.is_compiling():
+            mask = torch.ones(x.shape[:2])
+        return m.b(m.a(x).relu() * mask[:, :, None])  # type: ignore[index, no-any-return]
+
+    model, x = Of(forward, a=nn.Linear(6, 16), b=nn.Linear(16, 4)).eval(), torch.randn(3, 5, 6)
+    result = sp.compress(model, (x,), target="channels=0.5")
+    assert type(result.model) is Of and result.graph.dynamic_batch and not torch.compiler.is_compiling()
+
+
 def test_vmap_is_resolved() -> None:
     """Masks of transformers are made so, and losses by sample. Between the calls that open and close it no node runs by itself."""
 

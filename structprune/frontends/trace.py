@@ -8,7 +8,7 @@ import io
 import logging
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -46,8 +46,18 @@ def trace(
     The first axis of every tensor input is dynamic where the model allows it (unless `batch` is False), and so are the axes in `dynamic`: of
     every input that has them, or of those that it names. Of a model that was read from a file with a signature the file says which axes are free,
     and what is traced must answer as the file does. Parametrizations (weight norm, spectral norm, ...) are folded into the weights that they
-    compute. Raises TraceError, with the user's source line, for a model that torch.export cannot trace.
+    compute. Where that fails, code that asks whether it is being traced is told that it is not. Raises TraceError, with the user's source line, for
+    a model that torch.export cannot trace.
     """
+    try:
+        return _traced(model, args, kwargs, dynamic, batch)
+    except TraceError:
+        with _unaware(), suppress(TraceError, InputError):
+            return _traced(model, args, kwargs, dynamic, batch)
+        raise
+
+
+def _traced(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[str, Any] | None, dynamic: Dynamic, batch: bool) -> Graph:
     model = fold_parametrizations(model)
     promised = signature_of(model)
     args = (args,) if isinstance(args, Tensor) else tuple(args)
@@ -406,6 +416,19 @@ def _masks_as_they_are() -> Iterator[None]:
         yield
     finally:
         layers._detect_is_causal_mask = detect
+
+
+@contextmanager
+def _unaware() -> Iterator[None]:
+    """Code that asks whether it is being traced (`torch.compiler.is_compiling()`, and then makes no mask of its own) goes the way that it goes else."""
+    asked = {name: getattr(torch.compiler, name) for name in ("is_compiling", "is_exporting", "is_dynamo_compiling")}
+    for name in asked:
+        setattr(torch.compiler, name, lambda: False)
+    try:
+        yield
+    finally:
+        for name, answer in asked.items():
+            setattr(torch.compiler, name, answer)
 
 
 @contextmanager
