@@ -420,7 +420,7 @@ def _masks_as_they_are() -> Iterator[None]:
 
 @contextmanager
 def _unaware() -> Iterator[None]:
-    """Code that asks whether it is being traced (`torch.compiler.is_compiling()`: then it makes no mask of its own) goes the way that it goes else."""
+    """Code that asks whether it is traced (`torch.compiler.is_compiling()`; then it makes no mask of its own) goes the way that it goes else."""
     asked = {name: getattr(torch.compiler, name) for name in ("is_compiling", "is_exporting", "is_dynamo_compiling")}
     for name in asked:
         setattr(torch.compiler, name, lambda: False)
