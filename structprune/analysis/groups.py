@@ -200,10 +200,10 @@ def _inexact(types: Types) -> dict[Atom, str]:
 
 
 def _standardised(graph: Graph, types: Types) -> dict[Atom, str]:
-    """The inputs of weights that the model's code standardises: zeros among the raw weights would change the statistics of the others."""
-    weights = [n for n in graph.nodes if n.op == "get_attr" and str(n.target) in graph.standardised]
-    why = "the weights that read these channels are standardised over them, and stay as they are"
-    return {atom: why for node in weights for axis in types.shape(node)[1:] for atom in types.solver.atoms(axis)}
+    """The axes over which the model's code standardises weights: zeros among the raw weights would change the statistics of the others."""
+    over = [types.shape(n)[d] for n in graph.nodes if n.op == "get_attr" for d in graph.standardised.get(str(n.target), ())]
+    why = "weights are standardised over these channels, and those of the others stay as they are"
+    return {atom: why for axis in over for atom in types.solver.atoms(axis)}
 
 
 def _owner(members: Iterable[Member]) -> str:

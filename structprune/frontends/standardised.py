@@ -7,7 +7,7 @@ plain one, whose inputs go as any others.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,14 +21,22 @@ _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _WEIGHED = (contraction.linear, contraction.conv, contraction.conv_transpose)
 
 
+@dataclass(frozen=True)
+class Folded:
+    """A weight as it was, and the axes along which its entries count for each other."""
+
+    raw: nn.Parameter
+    axes: tuple[int, ...]
+
+
 @torch.no_grad()
-def fold_standardised(module: fx.GraphModule) -> dict[str, Tensor]:
+def fold_standardised(module: fx.GraphModule) -> dict[str, Folded]:
     """Give the graph, in place, each weight as its code computes it of parameters alone and by statistics of them.
 
-    Returns the raw weights by their names in the graph, under which the folded ones stand now. Weights that are used raw as well stay as they are.
+    Returns what was folded, by the names in the graph. Weights that are used raw as well stay as they are.
     """
     constant = _computed_of_weights(module.graph)
-    folded: dict[str, Tensor] = {}
+    folded: dict[str, Folded] = {}
     for reader in list(module.graph.nodes):
         if reader.op != "call_function" or RULES.get(operator_name(reader)) not in _WEIGHED:
             continue
@@ -36,14 +44,15 @@ def fold_standardised(module: fx.GraphModule) -> dict[str, Tensor]:
         steps = _steps(weight) if weight in constant and weight.op == "call_function" else []
         if not any(operator_name(n) in _STATISTICS for n in steps):
             continue
-        raw = [n for n in steps if n.op == "get_attr" and n.meta["val"].shape == weight.meta["val"].shape]
-        if len(raw) != 1 or any(user not in steps for user in raw[0].users) or not isinstance(attribute(module, str(raw[0].target)), nn.Parameter):
+        alike = [n for n in steps if n.op == "get_attr" and n.meta["val"].shape == weight.meta["val"].shape]
+        raw = attribute(module, str(alike[0].target)) if len(alike) == 1 else None
+        if not isinstance(raw, nn.Parameter) or any(user not in steps for user in alike[0].users):
             continue
-        name = str(raw[0].target)
-        value = _value(module, steps)
-        folded[name] = attribute(module, name)
+        name = str(alike[0].target)
+        value = _value(module, steps, {alike[0]: raw})
+        folded[name] = Folded(raw, tuple(d for d in range(raw.dim()) if _ties(value, _value(module, steps, {alike[0]: _without_first(raw, d)}), d)))
         path, _, own = name.rpartition(".")
-        setattr(module.get_submodule(path), own, nn.Parameter(value.contiguous(), requires_grad=folded[name].requires_grad))
+        setattr(module.get_submodule(path), own, nn.Parameter(value.contiguous(), requires_grad=raw.requires_grad))
         with module.graph.inserting_before(weight):
             plain = module.graph.get_attr(name)
         plain.meta = dict(weight.meta)
@@ -102,8 +111,17 @@ def _steps(weight: fx.Node) -> list[fx.Node]:
     return list(found)
 
 
-def _value(module: fx.GraphModule, steps: list[fx.Node]) -> Any:
+def _value(module: fx.GraphModule, steps: list[fx.Node], given: dict[fx.Node, Tensor]) -> Tensor:
     run = fx.Interpreter(module)
     for node in steps:
-        run.env[node] = run.run_node(node)
-    return run.env[steps[-1]]
+        run.env[node] = given[node] if node in given else run.run_node(node)
+    return run.env[steps[-1]]  # type: ignore[no-any-return]
+
+
+def _without_first(weight: Tensor, axis: int) -> Tensor:
+    return weight.index_fill(axis, torch.zeros(1, dtype=torch.int64, device=weight.device), 0)
+
+
+def _ties(value: Tensor, other: Tensor, axis: int) -> bool:
+    """Whether entries beside the first along an axis differ where that was another."""
+    return not torch.equal(*(v.narrow(axis, 1, v.shape[axis] - 1) for v in (value, other)))

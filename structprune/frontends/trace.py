@@ -225,10 +225,10 @@ def from_exported(
     holder = model if model is not None else module
     for name, tensor in held_by(holder).items():
         names.setdefault(id(tensor), []).append(name)
-    raw = fold_standardised(module)
+    folded = fold_standardised(module)
     _sink_tensors(module)
     attributes = {str(n.target): n for n in module.graph.nodes if n.op == "get_attr"}
-    tensors = {target: raw.get(target, attribute(module, target)) for target in attributes}
+    tensors = {target: folded[target].raw if target in folded else attribute(module, target) for target in attributes}
     aliases = {target: tuple(names[id(tensor)]) for target, tensor in tensors.items() if isinstance(tensor, Tensor) and id(tensor) in names}
     promised = signature_of(model) if model is not None else None
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
@@ -236,8 +236,8 @@ def from_exported(
     dynamic = tuple(tuple(d for d, size in enumerate(v.shape) if is_dynamic(size)) if isinstance(v, Tensor) else () for v in values)
     if not any(0 in axes for axes in dynamic) and not notes and promised is None:
         notes = (f"static batch: {_FIXED}",)
-    if raw:
-        notes += (f"weights that the model's code standardises are folded, {len(raw)} of them; {next(iter(raw))} is one",)
+    if folded:
+        notes += (f"weights that the model's code standardises are folded, {len(folded)} of them; {next(iter(folded))} is one",)
     return Graph(
         module=module,
         args=args,
@@ -248,7 +248,7 @@ def from_exported(
         output_names=promised.outputs if promised else _output_names(exported),
         dynamic=dynamic,
         doubled=doubled,
-        standardised=frozenset(raw),
+        standardised={name: of_weight.axes for name, of_weight in folded.items()},
         signature=promised,
         notes=notes,
     )

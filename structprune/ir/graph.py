@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Graph:
     output_names: tuple[str, ...]
     dynamic: tuple[tuple[int, ...], ...]  # of every input, the axes whose size may be another
     doubled: bool = False  # the example was a batch of one, which tracing would take for a constant: args hold it twice
-    standardised: frozenset[str] = frozenset()  # weights, by their names in the graph, that the model's code standardises: they are folded
+    standardised: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # folded weights, by their names in the graph, and over which axes
     held: tuple[int, ...] = ()  # inputs by whose values the model's code decides: they stay the example's
     signature: Signature | None = None  # of the file that the model was read from
     notes: tuple[str, ...] = ()  # what a user should know about how the model was traced
