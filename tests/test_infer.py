@@ -74,6 +74,22 @@ def test_a_place_known_only_at_run_time_keeps_the_axis() -> None:
     assert result.model(torch.randn(3, 40, 6)).shape == (3, 40, 4) == result.small(torch.randn(3, 40, 6)).shape
 
 
+def test_a_constant_that_is_read_and_computed_with() -> None:
+    """A codebook that the class keeps as a plain tensor: its rows are looked up, and distances to it measured (Mimi). Who reads it reads the kept
+    entries; what is computed of it sees all.
+    """
+    table = torch.randn(20, 8)
+
+    def forward(m: Of, x: Tensor) -> Tensor:
+        nearest = torch.cdist(m.a(x), (table * 2.0)[None]).argmin(-1)
+        return m.c(m.b(F.embedding(nearest, table)).relu())  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model = Of(forward, a=nn.Linear(6, 8), b=nn.Linear(8, 40), c=nn.Linear(40, 4)).eval()
+    result = sp.compress(model, (torch.randn(2, 5, 6),), target="channels=0.5")
+    assert result.plan.tensors.keys() == {"b.weight", "b.bias", "c.weight"} and result.plan.tensors["b.weight"].keep.keys() == {0, 1}
+
+
 class Standardised(nn.Conv2d):
     """As in NF-Nets, with a gain for each output; or by mean and deviation, as it was published."""
 

@@ -59,7 +59,9 @@ def infer(graph: Graph) -> Types:
     by_tensor: dict[int, Shape] = {}
     work: list[Work] = []
     readings: list[Reading] = []
-    constants = frozenset(n for n in computed_constants(graph) if RULES.get(operator_name(n)) is not creation.uniform)
+    computed = frozenset(n for n in computed_constants(graph) if RULES.get(operator_name(n)) is not creation.uniform)
+    # what others are computed of is not cut, whoever else reads it
+    constants = computed | {n for n in graph.nodes if n.op == "get_attr" and str(n.target) not in graph.aliases and not computed.isdisjoint(n.users)}
 
     for node in graph.nodes:
         solver.site = source_of(node)

@@ -75,7 +75,8 @@ class Masked(Exact):
         if n.op == "get_attr":
             if n.users and all(_weighs(n, user) for user in n.users):  # zeros in their input silence it, and it is large: no copy
                 return fx.Interpreter.get_attr(self, n.target, (), {})  # type: ignore[arg-type]
-            return self._without(super().run_node(n), self._types.nodes.get(n))  # once for all readers
+            value = super().run_node(n)
+            return value if n in self._types.constants else self._without(value, self._types.nodes.get(n))  # once for all readers
         if n.op != "call_function" or name in _ENTRY_BY_ENTRY or n.target is operator.getitem:
             return super().run_node(n)
         if name in _LINEAR and (answer := self._shorter_sums(n)) is not None:
@@ -121,7 +122,8 @@ class Masked(Exact):
 
     def _read(self, node: fx.Node) -> Any:
         """A node's answer with the entries of removed channels set to zero."""
-        return self.env[node] if node.op == "get_attr" else self._without(self.env[node], self._types.nodes.get(node))
+        masked = node.op == "get_attr" and node not in self._types.constants
+        return self.env[node] if masked else self._without(self.env[node], self._types.nodes.get(node))
 
     def _without(self, value: Any, found: Any) -> Any:
         if isinstance(value, (list, tuple)) and isinstance(found, list):

@@ -171,7 +171,7 @@ def _small_tensors(graph: Graph, types: Types, keep: Keep, cuts: Mapping[str, Cu
     """The sliced tensors, by the identity of the original ones: a tensor under two names stays one."""
     sliced: dict[int, Tensor] = {}
     for node in graph.nodes:
-        tensor = graph.tensor(node) if node.op == "get_attr" else None
+        tensor = graph.tensor(node) if node.op == "get_attr" and node not in types.constants else None
         if isinstance(tensor, Tensor) and id(tensor) not in sliced:
             names = graph.aliases.get(str(node.target))
             sliced[id(tensor)] = _sliced(tensor, cuts.get(names[0]) if names else _cut_of(types.shape(node), keep))
