@@ -79,10 +79,10 @@ def with_plain_layers(model: nn.Module, graph: Graph) -> nn.Module:
             if base is None or own != "weight" or len(steps) != 1:
                 continue
             plain = base.__new__(base)
-            nn.Module.__init__(plain)
-            vars(plain).update({key: value for key, value in vars(layer).items() if key not in vars(plain)})
-            plain.weight, plain.bias = attribute(graph.module, weight), layer.bias
-            model.set_submodule(path, plain.train(layer.training))
+            vars(plain).update(
+                vars(layer) | {"_parameters": {"weight": attribute(graph.module, weight), "bias": layer.bias}, "_buffers": {}, "_modules": {}}
+            )
+            model.set_submodule(path, plain)
     return model
 
 
