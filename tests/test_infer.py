@@ -142,6 +142,18 @@ def test_standardised_weights_are_folded(by_norm: bool) -> None:
     assert torch.equal(sp.apply(model, result.plan)(x), result.model(x))
 
 
+def test_a_layer_that_is_called_twice_is_folded_once() -> None:
+    """A head over several levels of a pyramid."""
+    torch.manual_seed(0)
+
+    def run(m: Of, x: Tensor) -> Tensor:
+        return m.last(F.relu(m.head(F.relu(m.first(x)))).mean((2, 3)) + F.relu(m.head(F.relu(m.first(x[:, :, ::2, ::2])))).mean((2, 3)))  # type: ignore[no-any-return]
+
+    model = Of(run, first=nn.Conv2d(3, 8, 3), head=Standardised(8, 12, 3, padding=1), last=nn.Linear(12, 4)).eval()
+    result = sp.compress(model, (torch.randn(2, 3, 12, 12),), target="channels=0.5")
+    assert type(result.model) is Of and result.model.head.weight.shape == (6, 4, 3, 3)
+
+
 def test_a_weight_that_is_used_raw_as_well_is_not_folded() -> None:
     def run(m: Of, x: Tensor) -> Tensor:
         return m.last(F.linear(x, m.w - m.w.mean(1, keepdim=True)) + F.linear(x, m.w))  # type: ignore[no-any-return]

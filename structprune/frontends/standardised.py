@@ -33,34 +33,45 @@ class Folded:
 def fold_standardised(module: fx.GraphModule) -> dict[str, Folded]:
     """Give the graph, in place, each weight as its code computes it of parameters alone and by statistics of them.
 
-    Returns what was folded, by the names in the graph. Weights that are used raw as well stay as they are.
+    Returns what was folded, by the names in the graph. Weights that are used raw, or in two ways, stay as they are.
     """
-    constant = _computed_of_weights(module.graph)
     folded: dict[str, Folded] = {}
-    for reader in list(module.graph.nodes):
-        if reader.op != "call_function" or RULES.get(operator_name(reader)) not in _WEIGHED:
+    for source, weights in _standardised(module.graph).items():
+        name = str(source.target)
+        raw, inside = attribute(module, name), set[fx.Node]().union(*weights.values())
+        if not isinstance(raw, nn.Parameter) or any(user not in inside for user in source.users):
             continue
-        weight = reader.args[1]
-        steps = _steps(weight) if weight in constant and weight.op == "call_function" else []
-        if not any(operator_name(n) in _STATISTICS for n in steps):
+        value, *others = (_value(module, steps, {source: raw}) for steps in weights.values())  # several where a layer is called several times
+        if any(not torch.equal(value, other) for other in others):
             continue
-        alike = [n for n in steps if n.op == "get_attr" and n.meta["val"].shape == weight.meta["val"].shape]
-        raw = attribute(module, str(alike[0].target)) if len(alike) == 1 else None
-        if not isinstance(raw, nn.Parameter) or any(user not in steps for user in alike[0].users):
-            continue
-        name = str(alike[0].target)
-        value = _value(module, steps, {alike[0]: raw})
-        folded[name] = Folded(raw, tuple(d for d in range(raw.dim()) if _ties(value, _value(module, steps, {alike[0]: _without_first(raw, d)}), d)))
+        steps = next(iter(weights.values()))
+        tied = (d for d in range(raw.dim()) if _ties(value, _value(module, steps, {source: _without_first(raw, d)}), d))
+        folded[name] = Folded(raw, tuple(tied))
         path, _, own = name.rpartition(".")
         setattr(module.get_submodule(path), own, nn.Parameter(value.contiguous(), requires_grad=raw.requires_grad))
-        with module.graph.inserting_before(weight):
-            plain = module.graph.get_attr(name)
-        plain.meta = dict(weight.meta)
-        weight.replace_all_uses_with(plain)
+        for weight in weights:
+            with module.graph.inserting_before(weight):
+                plain = module.graph.get_attr(name)
+            plain.meta = dict(weight.meta)
+            weight.replace_all_uses_with(plain)
     if folded:
         module.graph.eliminate_dead_code(has_effect)
         module.recompile()
     return folded
+
+
+def _standardised(graph: fx.Graph) -> dict[fx.Node, dict[fx.Node, list[fx.Node]]]:
+    """The weights that are computed of a raw one, of its shape, by statistics; and by which steps each of them is."""
+    constant = _computed_of_weights(graph)
+    found: dict[fx.Node, dict[fx.Node, list[fx.Node]]] = {}
+    for reader in graph.nodes:
+        weighed = reader.op == "call_function" and RULES.get(operator_name(reader)) in _WEIGHED
+        if weighed and (weight := reader.args[1]) in constant and weight.op == "call_function":
+            steps = _steps(weight)
+            alike = [n for n in steps if n.op == "get_attr" and n.meta["val"].shape == weight.meta["val"].shape]
+            if len(alike) == 1 and any(operator_name(n) in _STATISTICS for n in steps):
+                found.setdefault(alike[0], {})[weight] = steps
+    return found
 
 
 def with_plain_layers(model: nn.Module, graph: Graph) -> nn.Module:
@@ -76,7 +87,7 @@ def with_plain_layers(model: nn.Module, graph: Graph) -> nn.Module:
             layer = model.get_submodule(path)
             base = next((kind for kind in _PLAIN if isinstance(layer, kind)), None)
             steps = [n for n in graph.nodes if n.op == "call_function" and path in owners_of(n)]
-            if base is None or own != "weight" or len(steps) != 1:
+            if base is None or own != "weight" or not all(_weighs_by(n, weight) for n in steps):
                 continue
             plain = base.__new__(base)
             vars(plain).update(
@@ -84,6 +95,10 @@ def with_plain_layers(model: nn.Module, graph: Graph) -> nn.Module:
             )
             model.set_submodule(path, plain)
     return model
+
+
+def _weighs_by(node: fx.Node, weight: str) -> bool:
+    return len(node.args) > 1 and isinstance(read := node.args[1], fx.Node) and read.op == "get_attr" and read.target == weight
 
 
 def _computed_of_weights(graph: fx.Graph) -> set[fx.Node]:
