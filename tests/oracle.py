@@ -1,7 +1,8 @@
 """An oracle that shares no code with structprune: the original module, with the removed slices set to zero, must answer as the small one.
 
 It reads nothing but the original and, for every tensor that shrank, the kept indices of each dimension; so it judges any pruner. Norms over
-a pruned axis (layer, group, RMS norm, and a mean over one axis, which is an RMS norm written by hand) run over the kept entries.
+a pruned axis (layer, group, RMS norm, and a mean over one axis, which is an RMS norm written by hand) run over the kept entries. A layer that
+standardises its weight uses the slices of the standardised one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ Kept = Mapping[str, Mapping[int, Sequence[int]]]  # tensor -> dimension -> the i
 TOLERANCE = 1e-6  # of what pruning changes; what float64 leaves is far below, one wrong channel among hundreds above
 TOLERANCE_SINGLE = 2e-2  # where the small model runs in float32 only
 
+_WEIGHED = (F.conv1d, F.conv2d, F.conv3d, F.linear)
+_STATISTICS = (F.batch_norm, torch.mean, torch.var, torch.std, torch.var_mean, torch.std_mean, Tensor.mean, Tensor.var, Tensor.std)
+
 
 def randomise_norms(model: nn.Module) -> nn.Module:
     """Give every norm statistics and affine terms of its own, so that a wrong slice shows."""
@@ -39,13 +43,18 @@ def randomise_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-def masked(model: nn.Module, tensors: Kept, *, means: bool = True, dtype: torch.dtype = torch.float64) -> Masked:
+def masked(
+    model: nn.Module, tensors: Kept, *, means: bool = True, dtype: torch.dtype = torch.float64, standardised: Mapping[str, Tensor] | None = None
+) -> Masked:
     """The original in float64, or another type, with zeros where `tensors` cuts, to be called like the original.
 
     means: a mean along one axis runs over the entries that are not zero everywhere, where so many are kept of an axis of that size.
+    standardised: see `standardised_weights`.
     """
     model = folded(copy.deepcopy(model).to(dtype).eval())
-    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    held: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    used = {name: weight.to(dtype, copy=True) for name, weight in (standardised or {}).items()}
+    held |= used
     kept_of: dict[int, Tensor] = {}
     widths = set()
     for name, keep in tensors.items():
@@ -59,7 +68,7 @@ def masked(model: nn.Module, tensors: Kept, *, means: bool = True, dtype: torch.
             if values.is_floating_point() and not name.endswith("running_var"):
                 removed = torch.ones(values.shape[dim], dtype=torch.bool).index_fill(0, kept, False)
                 values.index_fill_(dim, removed.nonzero().squeeze(1), 0)
-    return Masked(model, _OverKept(kept_of, widths if means else set()))
+    return Masked(model, _OverKept(kept_of, widths if means else set(), _Layer(model), used))
 
 
 class Masked:
@@ -87,15 +96,52 @@ def folded(model: nn.Module) -> nn.Module:
     return model
 
 
-class _OverKept(TorchFunctionMode):
-    """Runs norms over the kept entries of their axis, and leaves zeros elsewhere."""
+class _Layer:
+    """Which layer with a weight of its own runs: the last that was entered."""
 
-    def __init__(self, kept_of: Mapping[int, Tensor], widths: set[tuple[int, int]]):
+    def __init__(self, model: nn.Module):
+        self.name, self.weight = "", torch.zeros(0)
+        for name, module in model.named_modules():
+            if isinstance(weight := module._parameters.get("weight"), nn.Parameter) and weight.dim() > 1:
+                module.register_forward_pre_hook(lambda *_, name=name, weight=weight: self._enter(f"{name}.weight", weight))
+
+    def _enter(self, name: str, weight: Tensor) -> None:
+        self.name, self.weight = name, weight
+
+
+@torch.no_grad()
+def standardised_weights(model: nn.Module, inputs: Sequence[Any]) -> dict[str, Tensor]:
+    """What layers make of their own weights by statistics over these, and use instead, in the model's own type, by the names of the raw ones."""
+    model = folded(copy.deepcopy(model).eval())
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    if not any(isinstance(m, kinds) and type(m).forward not in [kind.forward for kind in kinds] for m in model.modules()):
+        return {}
+    layer, found, measured = _Layer(model), dict[str, Tensor](), set[str]()
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function in _STATISTICS and args[0].numel() == layer.weight.numel():
+                measured.add(layer.name)
+            if function in _WEIGHED and layer.name in measured and args[1] is not layer.weight and args[1].shape == layer.weight.shape:
+                found[layer.name] = args[1]
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        model(*(v.clone() if isinstance(v, Tensor) else v for v in inputs))
+    return found
+
+
+class _OverKept(TorchFunctionMode):
+    """Runs norms over the kept entries of their axis, and leaves zeros elsewhere; layers that standardise their weights with those of `used`."""
+
+    def __init__(self, kept_of: Mapping[int, Tensor], widths: set[tuple[int, int]], layer: _Layer, used: Mapping[str, Tensor]):
         super().__init__()
-        self._kept_of, self._widths = kept_of, widths
+        self._kept_of, self._widths, self._layer, self._used = kept_of, widths, layer, used
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function in _WEIGHED and self._layer.name in self._used:
+            args = args[0], self._used[self._layer.name], *args[2:]
         if function in (F.layer_norm, F.rms_norm, F.group_norm):
             call = inspect.signature(function).bind(*args, **kwargs).arguments
             x, weight = call["input"], call.get("weight")
@@ -149,12 +195,12 @@ def error_of(model: nn.Module, small: nn.Module, tensors: Kept, inputs: Sequence
     def model_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         return copy.deepcopy(module).to(dtype).eval()
 
-    wide, single = torch.float64, torch.float32
+    wide, single, used = torch.float64, torch.float32, standardised_weights(model, inputs)
     try:
-        wanted, dense = answers(masked(model, tensors), wide), answers(model_in(model, wide), wide)
+        wanted, dense = answers(masked(model, tensors, standardised=used), wide), answers(model_in(model, wide), wide)
     except RuntimeError:  # types are written into the original's code
         wide = single
-        wanted, dense = answers(masked(model, tensors, dtype=single), single), answers(model_in(model, single), single)
+        wanted, dense = answers(masked(model, tensors, dtype=single, standardised=used), single), answers(model_in(model, single), single)
     tolerance = TOLERANCE if wide == torch.float64 else TOLERANCE_SINGLE
     try:
         got = answers(model_in(small, wide), wide)
