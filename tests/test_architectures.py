@@ -348,3 +348,14 @@ def test_dynamic_axes_of_no_input_are_refused() -> None:
 def test_the_graph_is_handed_out_where_the_class_cannot_follow() -> None:
     _, _, result = compressed(architectures.detr)
     assert isinstance(result.model, TracedModule)
+
+
+def test_a_number_times_nothing_is_no_scale() -> None:
+    """Flows that split off no channels (VITS) multiply tensors without entries."""
+
+    class Splits(Paths):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(torch.cat([x, 0.5 * x[:, :0]], 1))
+
+    result = sp.compress(Splits().eval(), (torch.randn(2, 32, 4, 4),), "channels=0.5")
+    assert type(result.model) is Splits

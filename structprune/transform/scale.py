@@ -51,8 +51,10 @@ def changed_scales(graph: Graph, types: Types, keep: Keep) -> dict[str, Scale]:
         if query is None or not owners_of(node):
             continue
         width, left = shape_of(query.meta["val"])[-1], kept_size(types.shape(query)[-1], widths)
+        if not 0 < left < width:
+            continue
         in_code = _same(_factor(node), 1 / math.sqrt(width))
-        if 0 < left < width and (in_code or operator_name(node) == "scaled_dot_product_attention"):
+        if in_code or operator_name(node) == "scaled_dot_product_attention":
             owner = owners_of(node)[0]
             found[owner] = Scale(width, left, in_code or (owner in found and found[owner].in_code))
     return found
