@@ -355,7 +355,7 @@ def test_a_number_times_nothing_is_no_scale() -> None:
 
     class Splits(Paths):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(torch.cat([x, 0.5 * x[:, :0]], 1))
+            return super().forward(torch.cat([x, 0.5 * x[..., :0]], -1))
 
     result = sp.compress(Splits().eval(), (torch.randn(2, 32, 4, 4),), "channels=0.5")
     assert type(result.model) is Splits
