@@ -40,7 +40,6 @@ _ADDENDS = frozenset({"add", "sub", "subtract", "maximum", "minimum"})
 _CHOICES = {"where": (1, 2), "masked_fill": (0, 2)}
 _FILLING = {"pad": 3, "constant_pad_nd": 2, "index_fill": 3}  # the place of a value that is put beside the others
 _WHATEVER = frozenset({"logsumexp", "one_hot", "bucketize", "searchsorted"})  # a zero is to them a value like others
-_WEIGHTED = (contraction.linear, contraction.conv, contraction.conv_transpose)
 _AFFINE = {"batch_norm": (1, 2), "instance_norm": (1, 2), "layer_norm": (2, 3), "group_norm": (2, 3), "rms_norm": (2, None)}
 # zeros stay zeros; of a recurrent layer too, whose gates of zero weights halve the state
 _PASSING = frozenset({layout.__name__, joining.__name__, spatial.__name__, recurrent.__name__})
@@ -120,7 +119,7 @@ def _loud(
     if name in _ZERO_AT_ZERO or name in _QUOTIENTS or (name == "pow" and _positive(node.args[1])):
         first = operands[0]
         return frozenset(a for a in mine if a in loud[first] or a not in atoms[first])
-    if rule in _WEIGHTED:
+    if rule in contraction.WEIGHED:
         x, weight, *bias = [a for a in node.args[:3] if isinstance(a, fx.Node)]
         return frozenset(a for a in mine if _loud_output(a, x, weight, bias, atoms, loud))
     if name in _AFFINE:

@@ -7,6 +7,7 @@ plain one, whose inputs go as any others.
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,6 @@ from structprune.ops import RULES, contraction
 
 _STATISTICS = frozenset({"batch_norm", "instance_norm", "layer_norm", "mean", "std", "std_mean", "var", "var_mean"})
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_WEIGHED = (contraction.linear, contraction.conv, contraction.conv_transpose)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _standardised(graph: fx.Graph) -> dict[fx.Node, dict[fx.Node, list[fx.Node]]
     constant = _computed_of_weights(graph)
     found: dict[fx.Node, dict[fx.Node, list[fx.Node]]] = {}
     for reader in graph.nodes:
-        weighed = reader.op == "call_function" and RULES.get(operator_name(reader)) in _WEIGHED
+        weighed = reader.op == "call_function" and RULES.get(operator_name(reader)) in contraction.WEIGHED
         if weighed and (weight := reader.args[1]) in constant and weight.op == "call_function":
             steps = _steps(weight)
             alike = [n for n in steps if n.op == "get_attr" and n.meta["val"].shape == weight.meta["val"].shape]
@@ -81,13 +81,16 @@ def with_plain_layers(model: nn.Module, graph: Graph) -> nn.Module:
     """
     shared = {id(tensor): tensor for tensor in held_by(model).values()}
     model = copy.deepcopy(model, results_in(model) | shared)
+    made = defaultdict(list)
+    for node in graph.nodes:
+        for owner in owners_of(node) if node.op == "call_function" else ():
+            made[owner].append(node)
     for weight in graph.standardised:
         for name in graph.aliases[weight]:
             path, _, own = name.rpartition(".")
             layer = model.get_submodule(path)
             base = next((kind for kind in _PLAIN if isinstance(layer, kind)), None)
-            steps = [n for n in graph.nodes if n.op == "call_function" and path in owners_of(n)]
-            if base is None or own != "weight" or not all(_weighs_by(n, weight) for n in steps):
+            if base is None or own != "weight" or not all(_weighs_by(n, weight) for n in made[path]):
                 continue
             plain = base.__new__(base)
             vars(plain).update(

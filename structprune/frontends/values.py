@@ -33,12 +33,14 @@ from structprune.errors import InputError
 
 _DATA: Any = Tensor.data
 _ASKING = frozenset({Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__})
-_MAKING = frozenset({  # of sizes and numbers alone
-    "arange", "eye", "full", "full_like", "linspace", "new_full", "new_ones", "new_tensor", "new_zeros", "ones", "ones_like", "tensor", "zeros",
-    "zeros_like",
-})  # fmt: skip
 _SIZED = frozenset({"expand", "interpolate", "narrow", "pad", "repeat", "reshape", "view"})  # by numbers behind the first argument
 _DERIVING = frozenset({
+    # of sizes and numbers alone
+    "arange", "eye", "full", "full_like", "linspace", "new_full", "new_ones", "new_tensor", "new_zeros", "ones", "ones_like", "tensor", "zeros",
+    "zeros_like",
+    # of a size that values decide
+    "argwhere", "bincount", "masked_select", "nonzero", "repeat_interleave", "unique", "unique_consecutive",
+    # of others
     "__getitem__", "select", "unbind", "view", "reshape", "flatten", "squeeze", "unsqueeze", "detach", "clone", "to", "bool", "int", "long", "float",
     "expand", "repeat", "transpose", "permute", "flip", "pad", "cat", "stack", "meshgrid", "split", "chunk", "tril", "triu", "where", "type_as",
     "gather", "index_select", "masked_fill", "roll", "argmax", "argmin",
@@ -48,7 +50,6 @@ _DERIVING = frozenset({
     "__rsub__", "__rdiv__", "__floordiv__", "__rfloordiv__", "__rmod__", "__rpow__",
     "sum", "prod", "cumsum", "diff", "max", "min", "maximum", "minimum", "clamp", "interpolate",
 })  # fmt: skip
-_SHAPED = frozenset({"argwhere", "bincount", "masked_select", "nonzero", "repeat_interleave", "unique", "unique_consecutive"})  # by values
 _WRITING = frozenset({"__setitem__", "copy_", "fill_", "masked_fill_", "zero_"})
 _FEW = 64  # numbers of a buffer that is looked at
 _MANY = 1 << 20  # numbers of what code makes
@@ -137,7 +138,7 @@ class KnownValues(TorchFunctionMode):
                 return None
         written = self._derived.get(value) if name in _WRITING and isinstance(value, FakeTensor) and self._known(value) else None
         answer = function(*args, **(kwargs or {}))
-        if name in _MAKING or name in _DERIVING or name in _SHAPED:
+        if name in _DERIVING:
             return self._derive(answer, function, args, kwargs or {})
         if written is not None:
             self._derive(value, function, args, kwargs or {}, written)

@@ -104,6 +104,9 @@ def conv_transpose(
     return (*batch, out, *space)
 
 
+WEIGHED = (linear, conv, conv_transpose)  # each weighs its first argument by its second, channel by channel
+
+
 @rule("convolution")
 def convolution(
     eq: Equations, x: Shape, weight: Shape, bias: Shape | None, stride: Any, padding: Any, dilation: Any, transposed: bool,

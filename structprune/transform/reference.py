@@ -253,7 +253,7 @@ _OVER_KEPT: dict[str, Callable[..., Any]] = {
     "group_norm": _group_norm,
 }
 
-_LINEAR = frozenset(name for name, function in RULES.items() if function in (contraction.linear, contraction.conv, contraction.conv_transpose))
+_LINEAR = frozenset(name for name, function in RULES.items() if function in contraction.WEIGHED)
 
 _ENTRY_BY_ENTRY = frozenset(
     name

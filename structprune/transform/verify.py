@@ -255,7 +255,7 @@ def _unsafe_inputs(graph: Graph) -> set[int]:
     reaching: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         outside = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace != "aten"
-        weighted = RULES.get(operator_name(node)) in (contraction.linear, contraction.conv, contraction.conv_transpose)
+        weighted = RULES.get(operator_name(node)) in contraction.WEIGHED
         if node.op == "call_function" and (outside or (node in reaching and not weighted)):
             reaching.update(node.all_input_nodes)
     return {i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder") if n in reaching}
