@@ -465,6 +465,31 @@ def test_vmap_is_resolved() -> None:
     assert torch.allclose(result.model(x[:1]), result.small(x)[:1], atol=1e-5)
 
 
+def test_memory_that_is_freed_is_no_operator() -> None:
+    """Reversible blocks empty what they have read; a tensor that is read after it was emptied stays as the code has it."""
+
+    def forward(m: Of, x: Tensor) -> Tensor:
+        left, right = m.a(x).chunk(2, 1)
+        left, right = left.contiguous(), right.contiguous()
+        first = left + m.b(right)
+        right.set_()
+        return m.c(torch.cat([first, left], 1))  # type: ignore[no-any-return]
+
+    model, x = Of(forward, a=nn.Linear(6, 16), b=nn.Linear(8, 8), c=nn.Linear(16, 4)).eval(), torch.randn(3, 6)
+    with torch.no_grad():
+        result = sp.compress(model, (x,), target="channels=0.5")
+        assert type(result.model) is Of and result.model.b.in_features == 4 and not any("set_" in str(n.target) for n in result.graph.nodes)
+
+    def emptied(m: Of, x: Tensor) -> Tensor:
+        hidden = m.a(x)
+        hidden.contiguous().set_()  # the same tensor
+        return m.b(m.a(x)) * (torch.ones_like(hidden).sum() + 1)  # type: ignore[no-any-return]
+
+    read = Of(emptied, a=nn.Linear(6, 16), b=nn.Linear(16, 4)).eval()
+    with torch.no_grad():
+        assert torch.equal(sp.trace(read, (x,)).module(x), read(x))
+
+
 class Packed(nn.Module):
     """Pictures of several sizes in one row of patches, attention within each (Qwen-VL): its code asks for their `grid`."""
 

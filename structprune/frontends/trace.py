@@ -25,7 +25,7 @@ from structprune.frontends.definitions import spell_out
 from structprune.frontends.standardised import fold_standardised
 from structprune.frontends.values import KnownValues, may_decide
 from structprune.ir.graph import Graph, attribute, held_by, is_dynamic, repeated, results_in, written_to
-from structprune.ir.operators import has_effect, operator_name
+from structprune.ir.operators import has_effect, is_fresh, operator_name
 from structprune.ir.signature import Signature, signature_of
 
 _log = logging.getLogger(__name__)
@@ -496,15 +496,26 @@ def _inline_regions(module: fx.GraphModule) -> None:
 
 
 def _drop_checks(module: fx.GraphModule) -> None:
-    """Remove the assertions that torch.export leaves in the graph: they hold for the original sizes only."""
+    """Remove what computes nothing: the assertions that torch.export leaves in the graph, which hold for the original sizes only, and `x.set_()`,
+    which frees the memory of what nobody reads any more (reversible blocks).
+    """
     graph = module.graph
+    order = {node: place for place, node in enumerate(graph.nodes)}
     for node in reversed(list(graph.nodes)):
         name = str(node.target)
-        if (node.op == "call_module" and name == "_guards_fn") or ("_assert" in name and not node.users):
+        frees = node.target is torch.ops.aten.set_.default and all(order[user] <= order[node] for same in _may_be(node.args[0]) for user in same.users)
+        if (node.op == "call_module" and name == "_guards_fn") or (("_assert" in name or frees) and not node.users):
             graph.erase_node(node)
     graph.eliminate_dead_code(has_effect)
     graph.lint()
     module.recompile()
+
+
+def _may_be(node: Any) -> Iterator[fx.Node]:
+    """A node, and those before it whose answer it may hand on as it is."""
+    while isinstance(node, fx.Node):
+        yield node
+        node = node.args[0] if node.args and not is_fresh(node) else None
 
 
 def _free_views(module: fx.GraphModule) -> None:
