@@ -473,7 +473,9 @@ def test_memory_that_is_freed_is_no_operator() -> None:
         left, right = left.contiguous(), right.contiguous()
         first = left + m.b(right)
         right.set_()
-        return m.c(torch.cat([first, left], 1))  # type: ignore[no-any-return]
+        both = torch.cat([first, left], 1)
+        left.set_()
+        return m.c(both)  # type: ignore[no-any-return]
 
     model, x = Of(forward, a=nn.Linear(6, 16), b=nn.Linear(8, 8), c=nn.Linear(16, 4)).eval(), torch.randn(3, 6)
     with torch.no_grad():

@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 import logging
+import operator
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
@@ -515,7 +516,7 @@ def _may_be(node: Any) -> Iterator[fx.Node]:
     """A node, and those before it whose answer it may hand on as it is."""
     while isinstance(node, fx.Node):
         yield node
-        node = node.args[0] if node.args and not is_fresh(node) else None
+        node = node.args[0] if node.args and node.target is not operator.getitem and not is_fresh(node) else None
 
 
 def _free_views(module: fx.GraphModule) -> None:
