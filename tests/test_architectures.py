@@ -194,7 +194,23 @@ class Renamed(nn.Module):
         return self.head(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize(("model", "x"), [(Paths(), torch.randn(2, 32, 4, 4)), (Renamed(), torch.randn(2, 16, 8))])
+class Selecting(nn.Module):
+    """Selective kernels: the attribute has the name that torch's convolutions give to a size of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out_channels, self.paths = 32, nn.ModuleList(nn.Conv2d(8, 32, k, padding=k // 2) for k in (1, 3))
+        self.squeeze, self.choose, self.head = nn.Conv2d(32, 12, 1), nn.Conv2d(12, 64, 1), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.stack([path(x).relu() for path in self.paths], 1)
+        weights = self.choose(self.squeeze(y.sum(1).mean((2, 3), keepdim=True)).relu()).view(x.shape[0], 2, self.out_channels).softmax(1)
+        return self.head((y * weights[..., None, None]).sum(1).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("model", "x"), [(Paths(), torch.randn(2, 32, 4, 4)), (Renamed(), torch.randn(2, 16, 8)), (Selecting(), torch.randn(2, 8, 6, 6))]
+)
 def test_attributes_that_follow_are_told_from_those_that_stay(model: nn.Module, x: Tensor) -> None:
     result = sp.compress(model.eval(), (x,), "channels=0.5")
     assert type(result.model) is type(model), result.report.data["verification"]["module_note"]

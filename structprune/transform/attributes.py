@@ -96,10 +96,16 @@ def _explanations(modules: Mapping[str, nn.Module], literals: Mapping[fx.Node, l
                 children = [f"{owner}.{child}" if owner else child for child, _ in modules[owner].named_children()] if level == 0 else []
                 own = [c for c in children if c in modules and not type(modules[c]).__module__.startswith("torch.")]  # a shared child has one name
                 near = [owner, *own]
-                options += _holding({n: vars(modules[n]) for n in near}, code, level, old, new)
+                options += _holding({n: _held_by(modules[n]) for n in near}, code, level, old, new)
             if options:
                 found[tuple(options)] = None
     return list(found)
+
+
+def _held_by(module: nn.Module) -> Mapping[str, Any]:
+    """Its attributes; of a convolution not those that its weight tells."""
+    own = ("in_channels", "out_channels") if isinstance(module, nn.modules.conv._ConvNd) else ()
+    return {name: value for name, value in vars(module).items() if name not in own}
 
 
 def _holding(held: Mapping[str, Mapping[str, Any]], code: str, level: int, old: int, new: int) -> list[_Option]:
@@ -111,7 +117,7 @@ def _holding(held: Mapping[str, Mapping[str, Any]], code: str, level: int, old: 
     def mentioned(name: str) -> bool:
         return re.search(rf"\.{name}\b", code) is not None
 
-    found = [(m, a) for m, attributes in held.items() for a, v in attributes.items() if _holds(v, old) and a not in ("in_channels", "out_channels")]
+    found = [(m, a) for m, attributes in held.items() for a, v in attributes.items() if _holds(v, old)]
     sure = [_Option(level, m, a, old, new, _MENTIONED) for m, a in found if mentioned(a)]
     module, attributes = next(iter(held.items()))
     numbers = [(a, v) for a, v in attributes.items() if type(v) is int and v > 1 and v != old and mentioned(a)]
