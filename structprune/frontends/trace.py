@@ -504,7 +504,8 @@ def _drop_checks(module: fx.GraphModule) -> None:
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in reversed(list(graph.nodes)):
         name = str(node.target)
-        frees = node.target is torch.ops.aten.set_.default and all(order[user] <= order[node] for same in _may_be(node.args[0]) for user in same.users)
+        freed = _may_be(node.args[0]) if node.target is torch.ops.aten.set_.default else None
+        frees = freed is not None and all(order[user] <= order[node] for same in freed for user in same.users)
         if (node.op == "call_module" and name == "_guards_fn") or (("_assert" in name or frees) and not node.users):
             graph.erase_node(node)
     graph.eliminate_dead_code(has_effect)
