@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 import structprune as sp
 from structprune.ir.traced import TracedModule
+from structprune.pipeline import explain
 from structprune.result import Result
 
 # what stays of the multiply-accumulates, where the widths that users read and write leave more than a third
@@ -359,6 +360,45 @@ def test_axes_that_the_code_fixes_are_told() -> None:
 def test_dynamic_axes_of_no_input_are_refused() -> None:
     with pytest.raises(sp.StructpruneError, match="'y', which is no input; the inputs are x"):
         compressed(architectures.unet, dynamic={"y": (1,)})
+
+
+class TwoHeads(nn.Module):
+    """All of it runs, and only `head` is answered: a wrapper of a network with an auxiliary head, a norm and a pooler that others use."""
+
+    def __init__(self, second: bool = True) -> None:
+        super().__init__()
+        self.stem, self.mix, self.head = nn.Linear(6, 32), nn.Linear(32, 32), nn.Linear(32, 3)
+        if second:
+            self.norm, self.inner, self.last = nn.LayerNorm(32), nn.Linear(32, 12), nn.Linear(12, 5)
+        self.second = second
+
+    def answers(self, x: Tensor) -> tuple[Tensor, ...]:
+        hidden = self.stem(x).relu()
+        hidden = hidden + self.mix(hidden)
+        if not self.second:
+            return (self.head(hidden),)
+        return self.head(hidden), self.last(self.inner(hidden).relu()).sigmoid(), self.norm(hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.answers(x)[0]
+
+
+def test_layers_whose_answer_nobody_needs_follow_and_count_for_nothing() -> None:
+    model, x = TwoHeads().eval(), torch.randn(2, 4, 6)
+    result, alone = (sp.compress(m.eval(), (x,), "channels=0.5") for m in (model, TwoHeads(second=False)))
+    small = result.model
+    assert isinstance(small, TwoHeads) and len(result.plan.groups) == len(alone.plan.groups)
+    assert result.report.data["macs"] == alone.report.data["macs"] and result.report.data["params"] == alone.report.data["params"]
+    assert not any("inner" in name for name in result.small.state_dict())
+    keep = torch.tensor(next(g.keep for g in result.plan.groups if ("head.weight", 1) in g.members))
+    assert torch.equal(small.inner.weight, model.inner.weight[:, keep]) and torch.equal(small.norm.weight, model.norm.weight[keep])
+    assert [a.shape[-1] for a in small.train().answers(x)] == [3, 5, 16]  # what it answers keeps its channels
+    assert "share the 32 channels" in explain(model, (x,), "head.weight", "inner.weight")
+    assert "no output of the model needs these channels" in explain(model, (x,), "last.weight")
+    labelled = [(x, torch.zeros(2, 4, dtype=torch.long))] * 2
+    for criterion in ("bn_scale", "taylor", "fpgm", lambda groups, tensors: {g.name: tensors[g.members[-1].tensor].new_ones(g.size) for g in groups}):
+        again = sp.compress(model, (x,), "channels=0.5", criterion=criterion, calibration=labelled, compensate=False)
+        assert isinstance(again.model, TwoHeads)
 
 
 def test_the_graph_is_handed_out_where_the_class_cannot_follow() -> None:

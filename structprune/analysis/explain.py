@@ -57,14 +57,16 @@ def _tensors(groups: Groups, layer: str) -> list[str]:
 def couplings(graph: Graph, groups: Groups, atom: Atom) -> nx.Graph:
     """The values in which an atom stands, joined where one is computed from the other."""
     coupled = nx.Graph()
-    standing = {n for n in graph.nodes if atom in groups.types.atoms(n)}
-    for node in graph.nodes:  # a node that uses the axis up, a contraction, still joins its operands
+    standing = {n for n in graph.whole if atom in groups.types.atoms(n)}
+    named = {n.name: n for n in graph.nodes}
+    coupled.add_edges_from((n, named[n.name]) for n in graph.unneeded.nodes if n.op == "placeholder" and n in standing and n.name in named)
+    for node in graph.whole:  # a node that uses the axis up, a contraction, still joins its operands
         coupled.add_edges_from((node, operand) for operand in node.all_input_nodes if operand in standing)
     return coupled
 
 
 def _steps(graph: Graph, groups: Groups, atom: Atom, first: str, last: str) -> Iterator[str]:
-    by_name = {name: node for node in graph.nodes if node.op == "get_attr" for name in graph.aliases.get(str(node.target), ())}
+    by_name = {name: node for node in graph.whole if node.op == "get_attr" for name in graph.aliases.get(str(node.target), ())}
     path = nx.shortest_path(couplings(graph, groups, atom), by_name[first], by_name[last])
     for node in path:
         if node.op == "get_attr":

@@ -108,6 +108,7 @@ def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> Groups:
     )
     work = tuple(tuple(map(types.solver.resolve, w.axes)) for w in types.work)
     _keep_unread_entries(types, axes, members)
+    _keep_unneeded(graph, types)
     _keep_tables(types, work)
     for how in ("mean", "variance"):
         for atom, node in loud[how].items():
@@ -158,6 +159,14 @@ def _keep_unread_entries(types: Types, axes: Mapping[str, Shape], members: Mappi
             types.solver.freeze(atom, Reason("entries that the example does not reach"))
 
 
+def _keep_unneeded(graph: Graph, types: Types) -> None:
+    """Freeze what stands in layers alone whose answer nobody needs."""
+    needed = {atom for node in graph.nodes for atom in types.atoms(node)}
+    for node in graph.unneeded.nodes:
+        for atom in types.atoms(node) - needed:
+            types.solver.freeze(atom, Reason("no output of the model needs these channels", source_of(node)))
+
+
 def _keep_tables(types: Types, work: Sequence[Shape]) -> None:
     """Freeze what a table that the code computes (sines of positions) stands on, unless much of the model's work depends on it.
 
@@ -177,7 +186,7 @@ def _keep_tables(types: Types, work: Sequence[Shape]) -> None:
 def _named_shapes(graph: Graph, types: Types) -> dict[str, Shape]:
     return {
         name: types.nodes[node]
-        for node in graph.nodes
+        for node in graph.whole
         if node.op == "get_attr" and node in types.nodes
         for name in graph.aliases.get(str(node.target), ())
     }

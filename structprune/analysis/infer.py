@@ -86,7 +86,25 @@ def infer(graph: Graph) -> Types:
             types[node] = types[source][index]  # type: ignore[index]
         else:
             types[node] = _apply(solver, node, types, graph.constant, work, readings)
+    _follow_unneeded(graph, solver, types, by_tensor)
     return Types(solver, types, tuple(work), tuple(readings), constants)
+
+
+def _follow_unneeded(graph: Graph, solver: Solver, types: dict[fx.Node, Any], by_tensor: dict[int, Shape]) -> None:
+    """Layers whose answer nobody needs shrink with what they read, but past an operator without a rule, which freezes nothing here."""
+    named = {n.name: n for n in graph.nodes}
+    for node in graph.unneeded.nodes:
+        solver.site = source_of(node)
+        fresh = _sizes_map(node.meta.get("val"), lambda s: tuple(solver.fresh(n) for n in s))
+        if node.op == "placeholder":
+            types[node] = types[named[node.name]] if node.name in named else fresh
+        elif node.op == "get_attr":
+            tensor = graph.tensor(node)
+            types[node] = by_tensor.setdefault(id(tensor), tuple(solver.fresh(n) for n in tensor.shape)) if isinstance(tensor, Tensor) else None
+        elif node.target is operator.getitem:
+            types[node] = types[node.args[0]][node.args[1]]  # type: ignore[index]
+        else:
+            types[node] = _apply(solver, node, types, graph.constant, [], []) if operator_name(node) in RULES else fresh
 
 
 def _apply(solver: Solver, node: fx.Node, types: dict[fx.Node, Any], constant: Any, work: list[Work], readings: list[Reading]) -> Any:

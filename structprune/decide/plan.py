@@ -45,7 +45,7 @@ def plan_of(graph: Graph, groups: Groups, widths: Widths, scores: Scores, **orig
 
 def named_tensors(graph: Graph) -> dict[str, Tensor]:
     """The model's parameters and buffers under all their names."""
-    return {name: graph.tensor(n) for n in graph.nodes if n.op == "get_attr" for name in graph.aliases.get(str(n.target), ())}
+    return {name: graph.tensor(n) for n in graph.whole if n.op == "get_attr" for name in graph.aliases.get(str(n.target), ())}
 
 
 def best_channels(groups: Iterable[Group], widths: Widths, scores: Scores) -> Keep:

@@ -222,13 +222,14 @@ def from_exported(
     _inline_regions(module)
     spell_out(module)
     _drop_checks(module)
+    unneeded = _set_aside(module)
     names: dict[int, list[str]] = {}
     holder = model if model is not None else module
     for name, tensor in held_by(holder).items():
         names.setdefault(id(tensor), []).append(name)
     folded = fold_standardised(module)
     _sink_tensors(module)
-    attributes = {str(n.target): n for n in module.graph.nodes if n.op == "get_attr"}
+    attributes = {str(n.target): n for n in (*module.graph.nodes, *unneeded.nodes) if n.op == "get_attr"}
     tensors = {target: folded[target].raw if target in folded else attribute(module, target) for target in attributes}
     aliases = {target: tuple(names[id(tensor)]) for target, tensor in tensors.items() if isinstance(tensor, Tensor) and id(tensor) in names}
     promised = signature_of(model) if model is not None else None
@@ -249,6 +250,7 @@ def from_exported(
         output_names=promised.outputs if promised else _output_names(exported),
         dynamic=dynamic,
         doubled=doubled,
+        unneeded=unneeded,
         standardised={name: of_weight.axes for name, of_weight in folded.items()},
         signature=promised,
         notes=notes,
@@ -508,9 +510,35 @@ def _drop_checks(module: fx.GraphModule) -> None:
         frees = freed is not None and all(order[user] <= order[node] for same in freed for user in same.users)
         if (node.op == "call_module" and name == "_guards_fn") or (("_assert" in name or frees) and not node.users):
             graph.erase_node(node)
+
+
+def _set_aside(module: fx.GraphModule) -> fx.Graph:
+    """Take what no output needs out of the graph. Returns the layers among it (all that reads parameters, and what leads there), as a graph whose
+    placeholders stand for answers of the other.
+    """
+    graph, aside = module.graph, fx.Graph()
+    needed: set[fx.Node] = set()
+    leads: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if has_effect(node) or node in needed:
+            needed.update((node, *node.all_input_nodes))
+        elif node.op == "call_function" and (node in leads or any(_is_parameter(module, n) for n in node.all_input_nodes)):
+            leads.update((node, *node.all_input_nodes))
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node in leads and node in needed and node.op != "get_attr":
+            copies[node] = aside.create_node("placeholder", node.name, name=node.name)
+            copies[node].meta = dict(node.meta)
+        elif node in leads:
+            copies[node] = aside.node_copy(node, copies.__getitem__)
     graph.eliminate_dead_code(has_effect)
     graph.lint()
     module.recompile()
+    return aside
+
+
+def _is_parameter(module: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "get_attr" and isinstance(attribute(module, str(node.target)), nn.Parameter)
 
 
 def _may_be(node: Any) -> Iterator[fx.Node]:

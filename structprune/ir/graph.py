@@ -38,6 +38,7 @@ class Graph:
     output_names: tuple[str, ...]
     dynamic: tuple[tuple[int, ...], ...]  # of every input, the axes whose size may be another
     doubled: bool = False  # the example was a batch of one, which tracing would take for a constant: args hold it twice
+    unneeded: fx.Graph = field(default_factory=fx.Graph)  # layers whose answer nobody needs: see `whole`
     standardised: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # folded weights, by their names in the graph, and over which axes
     held: tuple[int, ...] = ()  # inputs by whose values the model's code decides: they stay the example's
     signature: Signature | None = None  # of the file that the model was read from
@@ -60,6 +61,13 @@ class Graph:
     @property
     def nodes(self) -> list[fx.Node]:
         return list(self.module.graph.nodes)
+
+    @property
+    def whole(self) -> list[fx.Node]:
+        """The nodes, and behind them those of `unneeded`: a second head, a pooler, which the user's class computes and whose answer no output needs.
+        Its layers count for nothing, but have to follow. Its placeholders are answers of the others, by their names.
+        """
+        return [*self.nodes, *self.unneeded.nodes]
 
     @property
     def lengths(self) -> tuple[tuple[int, ...], ...]:

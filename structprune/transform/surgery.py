@@ -170,7 +170,7 @@ def _copied(graph: Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
 def _small_tensors(graph: Graph, types: Types, keep: Keep, cuts: Mapping[str, Cut]) -> dict[int, Tensor]:
     """The sliced tensors, by the identity of the original ones: a tensor under two names stays one."""
     sliced: dict[int, Tensor] = {}
-    for node in graph.nodes:
+    for node in graph.whole:
         tensor = graph.tensor(node) if node.op == "get_attr" and node not in types.constants else None
         if isinstance(tensor, Tensor) and id(tensor) not in sliced:
             names = graph.aliases.get(str(node.target))
