@@ -401,6 +401,50 @@ def test_layers_whose_answer_nobody_needs_follow_and_count_for_nothing() -> None
         assert isinstance(again.model, TwoHeads)
 
 
+class Supervised(nn.Module):
+    """An auxiliary head that training alone reaches, beside operators that are like those it reads; and a layer that nothing reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 5)
+        self.auxiliary = nn.Sequential(
+            nn.Conv2d(16, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12 * 36, 5)
+        )
+
+    def forward(self, x: Tensor) -> Any:
+        first = self.stem(x)
+        noisy = first.sigmoid().relu() if self.training else first  # one more relu than in evaluation
+        first, second = first.relu(), self.other(first).relu()
+        answer = self.head(self.block(torch.cat([first, second], 1)).relu().mean((2, 3)))
+        return (answer, self.auxiliary(second) + 0 * noisy.mean()) if self.training else answer
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_heads_that_training_alone_reaches_follow(batch: int) -> None:
+    model, x = Supervised().train(), torch.randn(batch, 3, 6, 6)
+    statistics = model.auxiliary[1].running_mean.clone()
+    result = sp.compress(model, (x,), "channels=0.5")
+    small = result.model
+    assert isinstance(small, Supervised) and model.training and torch.equal(model.auxiliary[1].running_mean, statistics)
+    keep = torch.tensor(next(g.keep for g in result.plan.groups if ("other.weight", 0) in g.members))
+    assert keep.tolist() != next(list(g.keep) for g in result.plan.groups if ("stem.weight", 0) in g.members)
+    assert torch.equal(small.auxiliary[0].weight, model.auxiliary[0].weight[:, keep]) and small.auxiliary[4].in_features == 12 * 36
+    assert "stem.weight" in result.plan.tensors and [len(a[0]) for a in small.train()(torch.randn(2, 3, 6, 6))] == [5, 5]
+    assert torch.equal(sp.apply(model, result.plan).auxiliary[0].weight, small.auxiliary[0].weight)
+
+
+def test_what_cannot_run_in_training_is_traced_all_the_same() -> None:
+    class Labelled(Supervised):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+            if self.training and labels is None:
+                raise ValueError("labels are needed")
+            return super().forward(x)
+
+    model = Labelled().train()
+    result = sp.compress(model, (torch.randn(2, 3, 6, 6),), "channels=0.5")
+    assert isinstance(result.model, TracedModule) and model.training
+
+
 def test_the_graph_is_handed_out_where_the_class_cannot_follow() -> None:
     _, _, result = compressed(architectures.detr)
     assert isinstance(result.model, TracedModule)

@@ -59,7 +59,7 @@ def couplings(graph: Graph, groups: Groups, atom: Atom) -> nx.Graph:
     coupled = nx.Graph()
     standing = {n for n in graph.whole if atom in groups.types.atoms(n)}
     named = {n.name: n for n in graph.nodes}
-    coupled.add_edges_from((n, named[n.name]) for n in graph.unneeded.nodes if n.op == "placeholder" and n in standing and n.name in named)
+    coupled.add_edges_from((n, named[n.target]) for n in graph.unneeded.nodes if n.op == "placeholder" and n in standing and n.target in named)
     for node in graph.whole:  # a node that uses the axis up, a contraction, still joins its operands
         coupled.add_edges_from((node, operand) for operand in node.all_input_nodes if operand in standing)
     return coupled

@@ -97,7 +97,7 @@ def _follow_unneeded(graph: Graph, solver: Solver, types: dict[fx.Node, Any], by
         solver.site = source_of(node)
         fresh = _sizes_map(node.meta.get("val"), lambda s: tuple(solver.fresh(n) for n in s))
         if node.op == "placeholder":
-            types[node] = types[named[node.name]] if node.name in named else fresh
+            types[node] = types[named[node.target]] if node.target in named else fresh
         elif node.op == "get_attr":
             tensor = graph.tensor(node)
             types[node] = by_tensor.setdefault(id(tensor), tuple(solver.fresh(n) for n in tensor.shape)) if isinstance(tensor, Tensor) else None

@@ -24,9 +24,10 @@ from torch.utils import _pytree as pytree
 from structprune.errors import InputError, TraceError
 from structprune.frontends.definitions import spell_out
 from structprune.frontends.standardised import fold_standardised
+from structprune.frontends.unneeded import of_training, set_aside
 from structprune.frontends.values import KnownValues, may_decide
 from structprune.ir.graph import Graph, attribute, held_by, is_dynamic, repeated, results_in, written_to
-from structprune.ir.operators import has_effect, is_fresh, operator_name
+from structprune.ir.operators import is_fresh, operator_name
 from structprune.ir.signature import Signature, signature_of
 
 _log = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ def _traced(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[st
             _must_pass_its_checks(model, *users)
     _must_keep(exported, values.held)
     graph = from_exported(exported, args, kwargs, model=model, notes=tuple(notes), doubled=any(doubled))
+    if promised is None:
+        graph = _with_heads_of_training(graph, model)
     stays = "{} is taken to stay {}: the model's code asks for its value"
     held = [
         f"{stays.format(graph.input_names[source], what)}; with another the traced module and the ONNX file answer NaN"
@@ -222,16 +225,13 @@ def from_exported(
     _inline_regions(module)
     spell_out(module)
     _drop_checks(module)
-    unneeded = _set_aside(module)
-    names: dict[int, list[str]] = {}
-    holder = model if model is not None else module
-    for name, tensor in held_by(holder).items():
-        names.setdefault(id(tensor), []).append(name)
+    unneeded = set_aside(module)
+    names = _names_in(model if model is not None else module)
     folded = fold_standardised(module)
     _sink_tensors(module)
     attributes = {str(n.target): n for n in (*module.graph.nodes, *unneeded.nodes) if n.op == "get_attr"}
     tensors = {target: folded[target].raw if target in folded else attribute(module, target) for target in attributes}
-    aliases = {target: tuple(names[id(tensor)]) for target, tensor in tensors.items() if isinstance(tensor, Tensor) and id(tensor) in names}
+    aliases = {target: names[id(tensor)] for target, tensor in tensors.items() if isinstance(tensor, Tensor) and id(tensor) in names}
     promised = signature_of(model) if model is not None else None
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     values = [n.meta.get("val") for n in placeholders]
@@ -308,6 +308,69 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """The model in training mode, and afterwards each of its modules as it was."""
+    before = [(m, m.training) for m in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _with_heads_of_training(graph: Graph, model: nn.Module) -> Graph:
+    """The graph, with the layers that training alone reaches set aside, as far as the model runs in training on the example inputs."""
+    known = {id(graph.tensor(n)) for n in graph.whole if n.op == "get_attr"}
+    unseen = {id(p) for p in model.parameters()} - known
+    try:
+        with _training(model):
+            if not unseen or not _reaches(model, unseen, graph.args, graph.kwargs):
+                return graph
+            module = _unlifted(_export(model, graph.args, graph.kwargs, ()))
+    except Exception:  # training may want labels, or raise anything
+        _log.debug("not traced in training", exc_info=True)
+        return graph
+    _inline_regions(module)
+    spell_out(module)
+    unneeded, tensors = of_training(graph, module, unseen)
+    names = _names_in(model)
+    for name, tensor in tensors.items():
+        setattr(graph.module, name, tensor)
+    return replace(graph, unneeded=unneeded, aliases=graph.aliases | {name: names[id(t)] for name, t in tensors.items() if id(t) in names})
+
+
+def _names_in(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """All names of every tensor, by its identity."""
+    names: dict[int, tuple[str, ...]] = {}
+    for name, tensor in held_by(model).items():
+        names[id(tensor)] = (*names.get(id(tensor), ()), name)
+    return names
+
+
+@torch.no_grad()
+def _reaches(model: nn.Module, parameters: Container[int], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of the model calls a module that holds any of the parameters."""
+    called: list[nn.Module] = []
+    owners = [m for m in model.modules() if any(id(p) in parameters for p in m.parameters(recurse=False))]
+    hooks = [owner.register_forward_pre_hook(lambda module, _: called.append(module)) for owner in owners]
+    try:
+        _called_once(model, args, kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return bool(called)
+
+
+def _called_once(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Run the model as it is, on copies of what it may write to."""
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with _attributes_kept(model), torch.random.fork_rng(devices=[]):
+        torch.func.functional_call(model, buffers, args, kwargs)
+
+
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], axes: Sequence[set[int]]) -> ExportedProgram:
     """torch.export, silent; axes: those of each leaf of the arguments that are to be dynamic."""
     shapes: Any = None
@@ -330,16 +393,13 @@ def _alias(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _must_pass_its_checks(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise TraceError where the model raises on the user's example. It is run as it is, on copies of what it may write to."""
-    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with _attributes_kept(model), torch.random.fork_rng(devices=[]):
-        try:
-            torch.func.functional_call(model, buffers, args, kwargs)
-        except Exception as error:  # a check may raise anything
-            raise TraceError(
-                f"the model raises on the example inputs{_users_line(error)}: {_first_line(error)}; give inputs that pass its own checks"
-            ) from error
+    """Raise TraceError where the model raises on the user's example."""
+    try:
+        _called_once(model, args, kwargs)
+    except Exception as error:  # a check may raise anything
+        raise TraceError(
+            f"the model raises on the example inputs{_users_line(error)}: {_first_line(error)}; give inputs that pass its own checks"
+        ) from error
 
 
 def _must_keep(exported: ExportedProgram, held: Container[str]) -> None:
@@ -510,35 +570,6 @@ def _drop_checks(module: fx.GraphModule) -> None:
         frees = freed is not None and all(order[user] <= order[node] for same in freed for user in same.users)
         if (node.op == "call_module" and name == "_guards_fn") or (("_assert" in name or frees) and not node.users):
             graph.erase_node(node)
-
-
-def _set_aside(module: fx.GraphModule) -> fx.Graph:
-    """Take what no output needs out of the graph. Returns the layers among it (all that reads parameters, and what leads there), as a graph whose
-    placeholders stand for answers of the other.
-    """
-    graph, aside = module.graph, fx.Graph()
-    needed: set[fx.Node] = set()
-    leads: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if has_effect(node) or node in needed:
-            needed.update((node, *node.all_input_nodes))
-        elif node.op == "call_function" and (node in leads or any(_is_parameter(module, n) for n in node.all_input_nodes)):
-            leads.update((node, *node.all_input_nodes))
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node in leads and node in needed and node.op != "get_attr":
-            copies[node] = aside.create_node("placeholder", node.name, name=node.name)
-            copies[node].meta = dict(node.meta)
-        elif node in leads:
-            copies[node] = aside.node_copy(node, copies.__getitem__)
-    graph.eliminate_dead_code(has_effect)
-    graph.lint()
-    module.recompile()
-    return aside
-
-
-def _is_parameter(module: fx.GraphModule, node: fx.Node) -> bool:
-    return node.op == "get_attr" and isinstance(attribute(module, str(node.target)), nn.Parameter)
 
 
 def _may_be(node: Any) -> Iterator[fx.Node]:
