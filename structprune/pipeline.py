@@ -78,8 +78,8 @@ def compress(
         dense one until the target is hit.
     calibration: a few hundred samples of the model's inputs, unlabelled: one tensor, or an iterable of batches; of (inputs, labels) for a
         criterion that needs a loss. They tell which channels the others can stand in for, what narrowing each group loses, and the weights that
-        are left are fitted to them. Those that are alike (frames of one video, crops of one picture) belong side by side: what the first of them
-        teach is held against the last. 'synthetic' where there are no data: samples are made from what the model's batch norms remember of theirs.
+        are left are fitted to them. Those that are alike (frames of one video, crops of one picture) belong side by side: what some of them
+        teach is held against runs of others. 'synthetic' where there are no data: samples are made from what the model's batch norms remember.
     compensate: False leaves the weights as they are sliced from the original's.
     matching: so many steps follow in which all layers are fitted together, by gradients, to the original's answers inside and out; a few hundred help
         where much is removed. They take the time of a training, and change nothing unless an eighth of the samples, held back, says that it helps.

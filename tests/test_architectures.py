@@ -406,7 +406,8 @@ class Supervised(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.block, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 5)
+        self.stem, self.other, self.block = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(32, 16, 1)
+        self.head, self.unused = nn.Linear(16, 5), nn.Linear(16, 16)
         self.auxiliary = nn.Sequential(
             nn.Conv2d(16, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12 * 36, 5)
         )

@@ -224,7 +224,9 @@ def test_samples_are_spread_over_all_and_cut_between_neighbours() -> None:
     assert numbers(samples.spread(4)) == [0, 3, 6, 9] and numbers(samples.spread(0)) == [0] and samples.spread(12) is samples
     assert numbers(samples.spread(7, divisible=False)) == numbers(samples)[:5] and samples.spread(3).batches[0][1] == 7
     seen, held_out = samples.cut(0.75)
-    assert (numbers(seen), numbers(held_out)) == (list(range(9)), [9, 10, 11])
+    assert (numbers(seen), numbers(held_out)) == ([0, 1, 2, 4, 5, 6, 8, 9, 10], [3, 7, 11])
+    many = Samples([[torch.arange(64)]])
+    assert many.cut(0.75)[1].batches[0][0].tolist() == [n for run in (12, 28, 44, 60) for n in range(run, run + 4)]
     assert [len(part.batches) for part in samples.cut(0.75, divisible=False)] == [2, 1]
     alone = Samples([[torch.zeros(4)]])
     assert alone.cut(0.75, divisible=False) == (alone, alone)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_RUNS = 16  # of samples that are neighbours, of which `cut` holds back some
+
 
 def samples_in(batch: Sequence[Any]) -> int:
     """How many samples a batch of inputs holds: the first axis of the first tensor that has one."""
@@ -45,15 +47,19 @@ class Samples:
         return self.of(set(places.tolist()), divisible)
 
     def cut(self, share: float, divisible: bool = True) -> tuple[Samples, Samples]:
-        """The first of them, about that share, and the rest; all of them twice where one batch is all and is not divisible.
+        """About that share of them, and the rest; all of them twice where one batch is all and is not divisible.
 
-        Samples that are alike (frames of a video, parts of a picture) tend to be neighbours: so cut, the rest tells what is new.
+        Samples that are alike (frames of a video, parts of a picture) tend to be neighbours: the rest are runs of them, which tell what is new,
+        spread over all, for those at the end may be of another kind.
         """
         count = self.count(divisible)
         if count < 2:
             return self, self
-        place = min(count - 1, max(1, round(share * count)))
-        return self.of(set(range(place)), divisible), self.of(set(range(place, count)), divisible)
+        runs = min(count, _RUNS)
+        held = max(1, round((1 - share) * runs))
+        run = np.arange(count) * runs // count  # of each
+        rest = set(np.flatnonzero((run + 1) * held // runs > run * held // runs).tolist())
+        return self.of(set(range(count)) - rest, divisible), self.of(rest, divisible)
 
     def count(self, divisible: bool = True) -> int:
         """How many samples there are, or batches where those are not divisible."""

@@ -4,7 +4,7 @@ The refit of a layer knows the layers before it, and not what those after it nee
 has its target: the loss is the mean, over all readers (convolutions, linear layers), of the error of their answer from the entries that stay of the
 dense model's, as a share of its variance, plus that of the model's answers. The targets inside keep the model from learning few samples by heart.
 
-Batch norms keep their statistics and nothing is dropped: what learns is the model as it will be deployed. The last eighth of the samples takes no
+Batch norms keep their statistics and nothing is dropped: what learns is the model as it will be deployed. An eighth of the samples takes no
 part, and decides: where the loss on it has not fallen in the end, the weights stay as they were.
 """
 
