@@ -103,8 +103,10 @@ def _follow_unneeded(graph: Graph, solver: Solver, types: dict[fx.Node, Any], by
             types[node] = by_tensor.setdefault(id(tensor), tuple(solver.fresh(n) for n in tensor.shape)) if isinstance(tensor, Tensor) else None
         elif node.target is operator.getitem:
             types[node] = types[node.args[0]][node.args[1]]  # type: ignore[index]
+        elif _has_tensor(node.meta.get("val")) and operator_name(node) not in RULES:
+            types[node] = fresh
         else:
-            types[node] = _apply(solver, node, types, graph.constant, [], []) if operator_name(node) in RULES else fresh
+            types[node] = _apply(solver, node, types, graph.constant, [], [])
 
 
 def _apply(solver: Solver, node: fx.Node, types: dict[fx.Node, Any], constant: Any, work: list[Work], readings: list[Reading]) -> Any:

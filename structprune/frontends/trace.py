@@ -329,12 +329,12 @@ def _with_heads_of_training(graph: Graph, model: nn.Module) -> Graph:
             if not unseen or not _reaches(model, unseen, graph.args, graph.kwargs):
                 return graph
             module = _unlifted(_export(model, graph.args, graph.kwargs, ()))
+        _inline_regions(module)
+        spell_out(module)
+        unneeded, tensors = of_training(graph, module, unseen)
     except Exception:  # training may want labels, or raise anything
         _log.debug("not traced in training", exc_info=True)
         return graph
-    _inline_regions(module)
-    spell_out(module)
-    unneeded, tensors = of_training(graph, module, unseen)
     names = _names_in(model)
     for name, tensor in tensors.items():
         setattr(graph.module, name, tensor)
@@ -349,7 +349,6 @@ def _names_in(model: nn.Module) -> dict[int, tuple[str, ...]]:
     return names
 
 
-@torch.no_grad()
 def _reaches(model: nn.Module, parameters: Container[int], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call of the model calls a module that holds any of the parameters."""
     called: list[nn.Module] = []
@@ -363,12 +362,13 @@ def _reaches(model: nn.Module, parameters: Container[int], args: tuple[Any, ...]
     return bool(called)
 
 
+@torch.no_grad()
 def _called_once(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Run the model as it is, on copies of what it may write to."""
+    """Run the model as it is, on copies of what it may write to: in training of its parameters, too (codebooks that learn as they run)."""
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    own = held_by(model) if model.training else dict(model.named_buffers())
     with _attributes_kept(model), torch.random.fork_rng(devices=[]):
-        torch.func.functional_call(model, buffers, args, kwargs)
+        torch.func.functional_call(model, {name: tensor.detach().clone() for name, tensor in own.items()}, args, kwargs)
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], axes: Sequence[set[int]]) -> ExportedProgram:
@@ -391,7 +391,6 @@ def _alias(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-@torch.no_grad()
 def _must_pass_its_checks(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raise TraceError where the model raises on the user's example."""
     try:
