@@ -59,9 +59,9 @@ def couplings(graph: Graph, groups: Groups, atom: Atom) -> nx.Graph:
     coupled = nx.Graph()
     standing = {n for n in graph.whole if atom in groups.types.atoms(n)}
     named = {n.name: n for n in graph.nodes}
-    coupled.add_edges_from((n, named[n.target]) for n in graph.unneeded.nodes if n.op == "placeholder" and n in standing and n.target in named)
+    meant = {n: named.get(n.target, n) for n in graph.unneeded.nodes if n.op == "placeholder"}
     for node in graph.whole:  # a node that uses the axis up, a contraction, still joins its operands
-        coupled.add_edges_from((node, operand) for operand in node.all_input_nodes if operand in standing)
+        coupled.add_edges_from((node, meant.get(operand, operand)) for operand in node.all_input_nodes if operand in standing)
     return coupled
 
 
