@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from structprune import processes
 from structprune.errors import InputError
 from structprune.ir.graph import Graph, shape_of
 from structprune.ir.liveness import alive
-from structprune.ir.samples import Samples, samples_in
+from structprune.ir.samples import Samples, held_back, samples_in
 
 MEMORY = 2 << 30  # bytes of values that may be alive together
 _LEAST = 16  # samples
@@ -28,7 +27,7 @@ _TOGETHER = 32  # samples that catch up with the others at one time
 
 @dataclass(frozen=True)
 class Arrival:
-    """A batch that joins; `first`: the share of its samples that is of the first half of all."""
+    """A batch that joins; `first`: the share of its samples that is of the first half of all, on which the ridge is not judged."""
 
     batch: list[Any]
     first: float
@@ -65,10 +64,11 @@ def arrivals(graph: Graph, samples: Samples, memory: float = MEMORY) -> dict[fx.
 
 
 def _pieces(numbers: list[int], count: int) -> Iterator[tuple[float, set[int]]]:
-    """A few of the numbers at a time, with the share of each that lies in the first half."""
-    for first, same in groupby(numbers, lambda number: min(1.0, max(0.0, count / 2 - number))):
-        listed = list(same)
-        yield from ((first, set(listed[i : i + _TOGETHER])) for i in range(0, len(listed), _TOGETHER))
+    """A few of the numbers at a time, with the share of each that is of the first half."""
+    second = held_back(count, 1 / 2)
+    halves = [(1.0, [n for n in numbers if n not in second]), (0.0, [n for n in numbers if n in second])] if count > 1 else [(1 / 2, numbers)]
+    for first, some in halves:
+        yield from ((first, set(some[i : i + _TOGETHER])) for i in range(0, len(some), _TOGETHER))
 
 
 def _bytes_ahead(graph: Graph) -> list[tuple[fx.Node, float]]:

@@ -10,12 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_RUNS = 16  # of samples that are neighbours, of which `cut` holds back some
+_RUNS = 8  # of samples that are neighbours, of which some are held back
 
 
 def samples_in(batch: Sequence[Any]) -> int:
     """How many samples a batch of inputs holds: the first axis of the first tensor that has one."""
     return next((v.shape[0] for v in batch if isinstance(v, Tensor) and v.dim()), 1)
+
+
+def held_back(count: int, share: float) -> set[int]:
+    """The numbers of about that share of samples, on which what the others teach is judged.
+
+    Samples that are alike (frames of a video, parts of a picture) tend to be neighbours: those held back are runs, which tell what is new, spread
+    over all, for those at the end may be of another kind.
+    """
+    runs = min(count, _RUNS)
+    held = max(1, round(share * runs))
+    run = np.arange(count) * runs // count  # of each
+    return set(np.flatnonzero((run + 1) * held // runs > run * held // runs).tolist())
 
 
 def copies(batch: Iterable[Any]) -> list[Any]:
@@ -47,18 +59,11 @@ class Samples:
         return self.of(set(places.tolist()), divisible)
 
     def cut(self, share: float, divisible: bool = True) -> tuple[Samples, Samples]:
-        """About that share of them, and the rest; all of them twice where one batch is all and is not divisible.
-
-        Samples that are alike (frames of a video, parts of a picture) tend to be neighbours: the rest are runs of them, which tell what is new,
-        spread over all, for those at the end may be of another kind.
-        """
+        """About that share of them, and the rest, see `held_back`; all of them twice where one batch is all and is not divisible."""
         count = self.count(divisible)
         if count < 2:
             return self, self
-        runs = min(count, _RUNS)
-        held = max(1, round((1 - share) * runs))
-        run = np.arange(count) * runs // count  # of each
-        rest = set(np.flatnonzero((run + 1) * held // runs > run * held // runs).tolist())
+        rest = held_back(count, 1 - share)
         return self.of(set(range(count)) - rest, divisible), self.of(rest, divisible)
 
     def count(self, divisible: bool = True) -> int:

@@ -7,9 +7,9 @@ in which all readers before it have been fitted already:
     ΔW = C (G + λI)⁻¹,   Δb = E[r] − ΔW E[x]      G = E[(x − E[x])(x − E[x])ᵀ],   C = E[(r − E[r])(x − E[x])ᵀ]
 
 which is the regression of the dense answer on x, drawn towards the weights as they are. λ is the share of G's mean diagonal, among `_RIDGES`, that
-fits the second half of the samples best when it is fitted to the first; where none does better than no change at all, nothing changes, so that too
-few samples do not spoil. (The closed form is
-that of He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017, and of Frantar and Alistarh, Optimal Brain Compression, 2022.)
+fits one half of the samples best (`samples.held_back`) when it is fitted to the other; where none does better than no change at all, nothing
+changes, so that too few samples do not spoil. (The closed form is that of He et al., Channel Pruning for Accelerating Very Deep Neural Networks,
+2017, and of Frantar and Alistarh, Optimal Brain Compression, 2022.)
 
 Where the answer is added to another branch (a residual stream), what that branch is off by is part of r: the last layer of each block makes up for
 what the stream has lost so far. A convolution without a bias leaves Δb to the running mean of its batch norm. Norms over channels have their scales
