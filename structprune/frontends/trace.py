@@ -321,12 +321,15 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 
 def _with_heads_of_training(graph: Graph, model: nn.Module) -> Graph:
-    """The graph, with the layers that training alone reaches set aside, as far as the model runs in training on the example inputs."""
-    known = {id(graph.tensor(n)) for n in graph.whole if n.op == "get_attr"}
-    unseen = {id(p) for p in model.parameters()} - known
+    """The graph, with the layers that training alone reaches set aside, as far as the model runs in training on the example inputs.
+
+    Not of weights that are standardised: of those that are folded, the graph knows the raw ones no more.
+    """
+    known = {name for names in graph.aliases.values() for name in names}
+    unseen = {id(p) for name, p in model.named_parameters() if name not in known}
     try:
         with _training(model):
-            if not unseen or not _reaches(model, unseen, graph.args, graph.kwargs):
+            if graph.standardised or not unseen or not _reaches(model, unseen, graph.args, graph.kwargs):
                 return graph
             module = _unlifted(_export(model, graph.args, graph.kwargs, ()))
         _inline_regions(module)
