@@ -26,8 +26,9 @@ from structprune.decide.cost import Cost, memory
 from structprune.decide.saliency import Saliency
 from structprune.errors import InputError, TargetError
 from structprune.frontends.finite import must_be_finite
+from structprune.frontends.parametrizations import fold_parametrizations
 from structprune.frontends.samples import samples_of
-from structprune.frontends.trace import Dynamic, fold_parametrizations, trace
+from structprune.frontends.trace import Dynamic, trace
 from structprune.ir.axes import Atom
 from structprune.ir.graph import Graph, results_in
 from structprune.ir.plan import Plan

@@ -25,10 +25,11 @@ from structprune.backends.report import Report
 from structprune.backends.runtimes import Runtime
 from structprune.closed_loop import Built, Found
 from structprune.errors import InputError, VerificationError
+from structprune.frontends.exported import from_exported
 from structprune.frontends.onnx_in.check import runs as runs_in_onnxruntime
 from structprune.frontends.onnx_in.reading import read_again
 from structprune.frontends.program import save_program
-from structprune.frontends.trace import from_exported, retrace
+from structprune.frontends.trace import retrace
 from structprune.ir.graph import Graph, digest, held_by, resized, source_of
 from structprune.ir.operators import is_random, operator_name
 from structprune.ir.plan import Plan

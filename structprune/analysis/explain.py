@@ -58,8 +58,7 @@ def couplings(graph: Graph, groups: Groups, atom: Atom) -> nx.Graph:
     """The values in which an atom stands, joined where one is computed from the other."""
     coupled = nx.Graph()
     standing = {n for n in graph.whole if atom in groups.types.atoms(n)}
-    named = {n.name: n for n in graph.nodes}
-    meant = {n: named.get(n.target, n) for n in graph.unneeded.nodes if n.op == "placeholder"}
+    meant = graph.read_aside
     for node in graph.whole:  # a node that uses the axis up, a contraction, still joins its operands
         coupled.add_edges_from((node, meant.get(operand, operand)) for operand in node.all_input_nodes if operand in standing)
     return coupled

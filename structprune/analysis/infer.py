@@ -63,12 +63,21 @@ def infer(graph: Graph) -> Types:
     # what others are computed of is not cut, whoever else reads it
     constants = computed | {n for n in graph.nodes if n.op == "get_attr" and str(n.target) not in graph.aliases and not computed.isdisjoint(n.users)}
 
-    for node in graph.nodes:
+    read_aside = graph.read_aside
+
+    def fresh(node: fx.Node) -> Any:
+        return _sizes_map(node.meta.get("val"), lambda shape: tuple(solver.fresh(n) for n in shape))
+
+    for node in graph.whole:
         solver.site = source_of(node)
-        if node.op == "placeholder":
-            types[node] = _sizes_map(node.meta.get("val"), lambda s: tuple(solver.fresh(n) for n in s))
-            solver.site = next((source_of(user) for user in node.users), "")
-            _freeze(solver, types[node], INPUT)
+        aside = node.graph is graph.unneeded  # it counts for nothing, and an operator without a rule freezes nothing there
+        if node in read_aside:
+            types[node] = types[read_aside[node]]
+        elif node.op == "placeholder":
+            types[node] = fresh(node)
+            if not aside:
+                solver.site = next((source_of(user) for user in node.users), "")
+                _freeze(solver, types[node], INPUT)
         elif node.op == "get_attr":
             tensor = graph.tensor(node)
             if isinstance(tensor, Tensor):  # a tensor under two names, or a module called twice, is one variable
@@ -80,33 +89,16 @@ def infer(graph: Graph) -> Types:
                 solver.site = source_of(answer)
                 _freeze(solver, types[answer], OUTPUT)
         elif node in constants:  # any entry may go, for nobody else knows of it
-            types[node] = _sizes_map(node.meta.get("val"), lambda s: tuple(solver.fresh(n) for n in s))
+            types[node] = fresh(node)
         elif node.target is operator.getitem:
             source, index = node.args
             types[node] = types[source][index]  # type: ignore[index]
+        elif aside and operator_name(node) not in RULES and _has_tensor(node.meta.get("val")):
+            types[node] = fresh(node)
         else:
-            types[node] = _apply(solver, node, types, graph.constant, work, readings)
-    _follow_unneeded(graph, solver, types, by_tensor)
+            told: tuple[list[Work], list[Reading]] = ([], []) if aside else (work, readings)
+            types[node] = _apply(solver, node, types, graph.constant, *told)
     return Types(solver, types, tuple(work), tuple(readings), constants)
-
-
-def _follow_unneeded(graph: Graph, solver: Solver, types: dict[fx.Node, Any], by_tensor: dict[int, Shape]) -> None:
-    """Layers whose answer nobody needs shrink with what they read, but past an operator without a rule, which freezes nothing here."""
-    named = {n.name: n for n in graph.nodes}
-    for node in graph.unneeded.nodes:
-        solver.site = source_of(node)
-        fresh = _sizes_map(node.meta.get("val"), lambda s: tuple(solver.fresh(n) for n in s))
-        if node.op == "placeholder":
-            types[node] = types[named[node.target]] if node.target in named else fresh
-        elif node.op == "get_attr":
-            tensor = graph.tensor(node)
-            types[node] = by_tensor.setdefault(id(tensor), tuple(solver.fresh(n) for n in tensor.shape)) if isinstance(tensor, Tensor) else None
-        elif node.target is operator.getitem:
-            types[node] = types[node.args[0]][node.args[1]]  # type: ignore[index]
-        elif _has_tensor(node.meta.get("val")) and operator_name(node) not in RULES:
-            types[node] = fresh
-        else:
-            types[node] = _apply(solver, node, types, graph.constant, [], [])
 
 
 def _apply(solver: Solver, node: fx.Node, types: dict[fx.Node, Any], constant: Any, work: list[Work], readings: list[Reading]) -> Any:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError
 from structprune.frontends.archives import check_program
-from structprune.frontends.trace import from_exported
+from structprune.frontends.exported import from_exported
 from structprune.ir.graph import Graph
 from structprune.ir.traced import TracedModule
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError
-from structprune.frontends.trace import from_exported
+from structprune.frontends.exported import from_exported
 from structprune.ir.traced import TracedModule
 
 _SAME = 1e-4  # of the largest answer: the same operators, in float32

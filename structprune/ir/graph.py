@@ -70,6 +70,12 @@ class Graph:
         return [*self.nodes, *self.unneeded.nodes]
 
     @property
+    def read_aside(self) -> dict[fx.Node, fx.Node]:
+        """Of the placeholders of `unneeded`, the nodes whose answers they are."""
+        named = {n.name: n for n in self.nodes}
+        return {n: named[n.target] for n in self.unneeded.nodes if n.op == "placeholder" and n.target in named}  # type: ignore[index]
+
+    @property
     def lengths(self) -> tuple[tuple[int, ...], ...]:
         """Of every input, the axes that may have any size and are no batch: neither first, nor of one size with a first axis."""
         shapes: list[Sequence[Any]] = [getattr(n.meta.get("val"), "shape", ()) for n in self.nodes if n.op == "placeholder"]

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from structprune.analysis.infer import Types
 from structprune.errors import TraceError, VerificationError
-from structprune.frontends.trace import evaluation
+from structprune.frontends.torch_export import in_mode
 from structprune.ir.axes import Keep
 from structprune.ir.graph import Graph, results_in, shape_of
 from structprune.ir.operators import operator_name
@@ -117,7 +117,7 @@ def verify_trace(model: nn.Module, graph: Graph) -> None:
                 got = floats(run.run(*map(prepared, copies(inputs)), enable_io_processing=False))
             return difference(got, wanted, lambda: [torch.zeros((), dtype=torch.float64)] * len(wanted), graph.output_names)
 
-        with torch.no_grad(), evaluation(module):
+        with torch.no_grad(), in_mode(module, training=False):
             if graph.doubled and graph.dynamic_batch:
                 try:
                     return on(graph.given_inputs())  # of two equal samples one tells all

@@ -1,0 +1,144 @@
+"""torch.export, called so that it goes through where it can, says nothing, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.fx.traceback import preserve_node_meta
+from torch.utils import _pytree as pytree
+
+from structprune.ir.graph import held_by
+from structprune.ir.signature import signature_of
+
+
+def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], axes: Sequence[set[int]]) -> ExportedProgram:
+    """torch.export, silent; axes: those of each leaf of the arguments that are to be dynamic."""
+    shapes: Any = None
+    args, kwargs = pytree.tree_map_only(Tensor, _alias, (args, dict(kwargs)))
+    if any(axes):
+        collection = ShapesCollection()
+        for leaf, dims in zip(pytree.tree_leaves((args, kwargs)), axes, strict=True):
+            if isinstance(leaf, Tensor) and leaf.dim() and dims:
+                collection[leaf] = dict.fromkeys(sorted(dims), Dim.AUTO)
+        shapes = collection.dynamic_shapes(model, args, kwargs)
+    origins = preserve_node_meta() if signature_of(model) is not None else nullcontext()
+    with _quiet(), _masks_as_they_are(), _modules_where_they_are(), _attributes_kept(model), origins:
+        return torch.export.export(model, args, kwargs or None, dynamic_shapes=shapes, strict=False)
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """Another tensor of the same values: torch.export leaves marks on those that it fails with, and would take the same axes for dynamic again."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+@torch.no_grad()
+def called_once(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Run the model as it is, on copies of what it may write to: in training of its parameters, too (codebooks that learn as they run)."""
+    copies, named = pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
+    own = held_by(model) if model.training else dict(model.named_buffers())
+    with _attributes_kept(model), torch.random.fork_rng(devices=[]):
+        torch.func.functional_call(model, {name: tensor.detach().clone() for name, tensor in own.items()}, copies, named)
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in training or in evaluation, and afterwards each of its modules as it was."""
+    before = [(m, m.training) for m in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+@contextmanager
+def unaware() -> Iterator[None]:
+    """Code that asks whether it is traced (`torch.compiler.is_compiling()`; then it makes no mask of its own) goes the way that it goes else."""
+    asked = {name: getattr(torch.compiler, name) for name in ("is_compiling", "is_exporting", "is_dynamo_compiling")}
+    for name in asked:
+        setattr(torch.compiler, name, lambda: False)
+    try:
+        yield
+    finally:
+        for name, answer in asked.items():
+            setattr(torch.compiler, name, answer)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export prints the whole graph where it fails; what matters of it comes back as an error."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """What a model keeps for its next call (sizes that it has seen, tables by their sizes) is afterwards what it was.
+
+    torch.export puts back the attributes that a module had before, and takes away the tensors among those that came new, where the class has the
+    default, but not the note that they are there.
+    """
+    kept: dict[int, tuple[Any, Any]] = {}
+    waiting: list[Any] = [vars(module) for module in model.modules()]
+    for container in waiting:  # grows while it is walked
+        if id(container) not in kept:
+            kept[id(container)] = container, copy.copy(container)
+            inside = container.values() if isinstance(container, dict) else container
+            waiting.extend(value for value in inside if type(value) in (dict, list, set, tuple))
+    try:
+        yield
+    finally:
+        for container, before in kept.values():
+            if isinstance(container, list):
+                container[:] = before
+            elif not isinstance(container, tuple):
+                container.clear()
+                container.update(before)
+
+
+@contextmanager
+def _masks_as_they_are() -> Iterator[None]:
+    """torch's own transformer looks at the values of a mask to see whether it is causal, which cannot be traced.
+
+    It does so only to choose a kernel: taken as any other mask, it answers the same.
+    """
+    layers = nn.modules.transformer
+    detect = layers._detect_is_causal_mask
+    layers._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        layers._detect_is_causal_mask = detect
+
+
+@contextmanager
+def _modules_where_they_are() -> Iterator[None]:
+    """`self.layer.to(x.device)` in a forward, which torch.export cannot follow, does nothing where all of the layer is there already."""
+    move = nn.Module.to
+
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        tensors = [*module.parameters(), *module.buffers()]
+        there = all(device in (None, t.device) and (dtype in (None, t.dtype) or not t.is_floating_point()) for t in tensors)
+        return module if there else move(module, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = move  # type: ignore[method-assign]
