@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from structprune.ir.graph import Graph, attribute, held_by, owners_of, results_in, written_to
-from structprune.ir.operators import has_effect, is_random, operator_name
+from structprune.ir.graph import Graph, attribute, computed_of, held_by, owners_of, results_in
+from structprune.ir.operators import has_effect, operator_name
 from structprune.ops import RULES, contraction
 
 _STATISTICS = frozenset({"batch_norm", "instance_norm", "layer_norm", "mean", "std", "std_mean", "var", "var_mean"})
@@ -62,7 +62,8 @@ def fold_standardised(module: fx.GraphModule) -> dict[str, Folded]:
 
 def _standardised(graph: fx.Graph) -> dict[fx.Node, dict[fx.Node, list[fx.Node]]]:
     """The weights that are computed of a raw one, of its shape, by statistics; and by which steps each of them is."""
-    constant = _computed_of_weights(graph)
+    nodes = list(graph.nodes)
+    constant = computed_of({n for n in nodes if n.op == "get_attr" and isinstance(n.meta.get("val"), Tensor)}, nodes)
     found: dict[fx.Node, dict[fx.Node, list[fx.Node]]] = {}
     for reader in graph.nodes:
         weighed = reader.op == "call_function" and RULES.get(operator_name(reader)) in contraction.WEIGHED
@@ -102,17 +103,6 @@ def with_plain_layers(model: nn.Module, graph: Graph) -> nn.Module:
 
 def _weighs_by(node: fx.Node, weight: str) -> bool:
     return len(node.args) > 1 and isinstance(read := node.args[1], fx.Node) and read.op == "get_attr" and read.target == weight
-
-
-def _computed_of_weights(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that depend on what the module holds and on nothing else; not what is drawn at random, or written to."""
-    written = written_to(list(graph.nodes))
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        computed = node.op == "call_function" and all(n in found for n in node.all_input_nodes) and not is_random(node)
-        if (node.op == "get_attr" or computed) and node not in written and isinstance(node.meta.get("val"), (Tensor, tuple, list)):
-            found.add(node)
-    return found
 
 
 def _steps(weight: fx.Node) -> list[fx.Node]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,21 +161,20 @@ def attribute(root: torch.nn.Module, name: str) -> Any:
 
 
 def computed_constants(graph: Graph) -> frozenset[fx.Node]:
-    """Nodes whose value depends on no input, parameter or buffer: a table of sines, a mask of the window. Other constants are not among them.
+    """Nodes whose value depends on no input, parameter or buffer: a table of sines, a mask of the window. Other constants are not among them."""
+    constants = {n for n in graph.nodes if n.op == "get_attr" and str(n.target) not in graph.aliases and isinstance(graph.tensor(n), Tensor)}
+    return frozenset(computed_of(constants, graph.nodes) - constants)
 
-    What is drawn at random, or written to in place, is no constant.
-    """
-    written = written_to(graph.nodes)
+
+def computed_of(tensors: Collection[fx.Node], nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """The `get_attr` nodes given, and the nodes that are computed of such alone; not what is drawn at random, or written to in place."""
+    written = written_to(nodes)
     found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            constant = str(node.target) not in graph.aliases and isinstance(graph.tensor(node), Tensor)
-        else:
-            computed = node.op == "call_function" and not has_effect(node) and not is_random(node)
-            constant = computed and all(n in found for n in node.all_input_nodes)
-        if constant and node not in written:
+    for node in nodes:
+        computed = node.op == "call_function" and not has_effect(node) and not is_random(node) and all(n in found for n in node.all_input_nodes)
+        if (node in tensors or computed) and node not in written:
             found.add(node)
-    return frozenset(n for n in found if n.op == "call_function")
+    return found
 
 
 def written_to(nodes: Sequence[fx.Node]) -> set[fx.Node]:
