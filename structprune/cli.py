@@ -450,7 +450,7 @@ def _calibration(say: Callable[[str], None], spec: str | None, loaded: Loaded, s
 
 
 def _evaluation(spec: str) -> Callable[[Any], float]:
-    from structprune.frontends.load import called, named_object
+    from structprune.frontends.users_code import called, named_object
 
     form = "package.module:function; --evaluate names a function of the model"
     function = named_object(spec, form, "a function of the model that returns a number")

@@ -20,8 +20,8 @@ from structprune.backends.benchmark import place_of
 from structprune.backends.report import Report
 from structprune.backends.runtimes import runtime
 from structprune.errors import InputError
-from structprune.frontends.load import named_object, users_code
 from structprune.frontends.program import load_graph
+from structprune.frontends.users_code import named_object, users_code
 from structprune.ir.plan import Plan
 from structprune.recovery.finetune import Flat, Recipe, Train, Trained, answers_of, finetune, flat, teacher_of
 from structprune.result import Clock, Evaluate, Progress, Result

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from structprune.errors import InputError
-from structprune.frontends.load import Loaded, _candidates, load
+from structprune.frontends.example_inputs import candidates
+from structprune.frontends.load import Loaded, load
 
 BUILDERS = """
 import torch
@@ -136,7 +137,7 @@ def test_torchvision(name: str, shapes: list[tuple[int, ...]]) -> None:
 def test_optical_flow_needs_two_images() -> None:
     """Asked of the candidates themselves: a forward pass of RAFT takes seconds."""
     model = pytest.importorskip("torchvision").models.get_model("raft_small", weights=None)
-    assert [texts for texts, _ in _candidates(model)] == [("1x3x128x128", "1x3x128x128")]
+    assert [texts for texts, _ in candidates(model)] == [("1x3x128x128", "1x3x128x128")]
 
 
 def test_a_detector_becomes_its_backbone() -> None:

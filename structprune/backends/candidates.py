@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from structprune.errors import InputError
-from structprune.frontends.load import input_tensors
+from structprune.frontends.example_inputs import input_tensors
 from structprune.frontends.program import load_program
 from structprune.ir.graph import repeated
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from structprune.errors import InputError
 from structprune.frontends.archives import check_archive
-from structprune.frontends.load import called, named_object
+from structprune.frontends.users_code import called, named_object
 
 SAMPLES = 512  # that are taken where there are more
 _PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")

@@ -12,18 +12,12 @@ Every refusal is an InputError: one line that names the file or argument and the
 
 from __future__ import annotations
 
-import ast
 import importlib
 import inspect
-import operator
 import os
 import pickle
-import re
-import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,32 +25,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
-from structprune.errors import InputError, StructpruneError, did_you_mean
+from structprune.errors import InputError, did_you_mean
 from structprune.frontends.archives import check_archive
+from structprune.frontends.example_inputs import candidates, described, device_of, in_tuple, input_tensors, needed_inputs, own_inputs, why_not
 from structprune.frontends.torchscript import is_torchscript, load_torchscript
+from structprune.frontends.users_code import called, import_from_current_directory, named_object, one_line
 from structprune.frontends.weights import adapted, difference, unwrapped
 
 _CONSTRUCTORS = "demo, timm:NAME, torchvision:NAME or package.module:function"
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _SUFFIXES = (*_PICKLES, ".safetensors", ".pt2", ".onnx")
-
-_DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-_INPUT = re.compile(
-    r"(?:(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>[1-9]\d*(?:x[1-9]\d*)*)|:=(?P<number>-?\d+(?:\.\d+)?(?:e-?\d+)?|True|False))(?::(?P<dtype>\w+))?"
-)
-
-# Inputs of the models in torchvision.models, by where their class is defined; the first prefix that fits.
-_TORCHVISION_INPUTS = (
-    ("video.resnet", ("1x3x16x112x112",)),
-    ("video", ("1x3x16x224x224",)),
-    ("optical_flow", ("1x3x128x128", "1x3x128x128")),
-    ("detection", ("1x3x320x320",)),
-    ("inception", ("1x3x299x299",)),
-    ("quantization.inception", ("1x3x299x299",)),
-    ("", ("1x3x224x224",)),
-)
 
 
 @dataclass(frozen=True)
@@ -154,32 +133,7 @@ def _library(name: str, spec: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise InputError(f"{spec} needs {package}, which cannot be imported ({_reason(error)}): pip install {package}") from error
-
-
-def named_object(spec: str, form: str, wanted: str) -> Any:
-    """What `package.module:name` names, imported with the current directory on the path. form: what it is not, if it has another form, and advice;
-    wanted: what the name should be, both for the InputError.
-    """
-    module_name, _, attribute = spec.partition(":")
-    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*", spec):
-        raise InputError(f"{spec!r} is not {form}")
-    _import_from_current_directory()
-    try:
-        with torch.random.fork_rng(devices=[]):  # the weights shall not depend on whether this is the first import
-            module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything or end with sys.exit
-        if not isinstance(error, ModuleNotFoundError) or not f"{module_name}.".startswith(f"{error.name}."):
-            raise InputError(f"importing {module_name} failed: {_reason(error)}{_place(error)}; correct that, or name another one") from error
-        advice = (
-            f"did you mean {module_name[:-3]}:{attribute}?" if module_name.endswith(".py") else "install it, or start in the directory that holds it"
-        )
-        raise InputError(f"{spec}: there is no module {error.name}; {advice}") from error
-    try:
-        return operator.attrgetter(attribute)(module)
-    except AttributeError as error:
-        close = did_you_mean(attribute, dir(module))
-        raise InputError(f"{module_name} has no {attribute!r}{close}; name {wanted}") from error
+        raise InputError(f"{spec} needs {package}, which cannot be imported ({one_line(error)}): pip install {package}") from error
 
 
 def _from_function(spec: str) -> Loaded:
@@ -193,42 +147,12 @@ def _from_function(spec: str) -> Loaded:
     model, args, kwargs = value, (), {}
     if isinstance(value, tuple) and len(value) in (2, 3):
         model, args, kwargs = (*value, {})[:3]
-    positional = _positional(args)
+    positional = in_tuple(args)
     if not isinstance(model, nn.Module) or positional is None or not isinstance(kwargs, Mapping):
         what = f"({', '.join(type(v).__name__ for v in value)})" if isinstance(value, tuple) else f"a {type(value).__name__}"
         raise InputError(f"{spec} returned {what}; let it return a torch.nn.Module, or (module, args), or (module, args, kwargs)")
-    notes = (f"input {_described(positional, kwargs)} as returned by {spec}",) if positional or kwargs else ()
+    notes = (f"input {described(positional, kwargs)} as returned by {spec}",) if positional or kwargs else ()
     return Loaded(spec, model, positional, dict(kwargs), notes)
-
-
-def _import_from_current_directory() -> None:
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())
-
-
-def called(spec: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    try:
-        return function(*args, **kwargs)
-    except (Exception, SystemExit) as error:  # a constructor is someone else's code and may raise anything
-        raise InputError(f"{spec} failed: {_reason(error)}{_place(error)}; correct that, or name another constructor") from error
-
-
-@contextmanager
-def users_code(what: str) -> Iterator[None]:
-    """Whatever code of the user's own raises becomes an InputError that names `what` and the line."""
-    try:
-        yield
-    except StructpruneError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise InputError(f"{what} failed: {_reason(error)}{_place(error)}; correct that and run it again") from error
-
-
-def _positional(value: Any) -> tuple[Any, ...] | None:
-    """Positional inputs from a tensor or a tuple or list of inputs; None for anything else."""
-    if isinstance(value, Tensor):
-        return (value,)
-    return tuple(value) if isinstance(value, (tuple, list)) else None
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -266,7 +190,7 @@ def _onnx(path: Path, spec: str, arch: str | None, inputs: Sequence[str], seed: 
     if not _head(path):
         raise InputError(f"{path} is empty; export or copy it again")
     imported = load_onnx(path, inputs, seed)
-    return Loaded(spec, imported.model, imported.args, notes=(*imported.notes, f"input {_described(imported.args)}"))
+    return Loaded(spec, imported.model, imported.args, notes=(*imported.notes, f"input {described(imported.args)}"))
 
 
 def _torchscript(path: Path, arch: str | None, inputs: Sequence[str]) -> Loaded:
@@ -301,7 +225,7 @@ def _program(path: Path) -> nn.Module:
     except InputError:
         raise
     except Exception as error:  # torch.export.load raises whatever it meets in a damaged archive
-        raise InputError(f"{path} cannot be read as a torch.export program ({_reason(error)}); save it again with torch.export.save") from error
+        raise InputError(f"{path} cannot be read as a torch.export program ({one_line(error)}); save it again with torch.export.save") from error
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
@@ -311,7 +235,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except safetensors.SafetensorError as error:
-        raise InputError(f"{path} is damaged or no safetensors file ({_reason(error)}); save or copy it again") from error
+        raise InputError(f"{path} is damaged or no safetensors file ({one_line(error)}); save or copy it again") from error
 
 
 def _unpickled(path: Path, head: bytes, trust_pickle: bool) -> Any:
@@ -328,11 +252,11 @@ def _unpickled(path: Path, head: bytes, trust_pickle: bool) -> Any:
         # so does text whose first letters happen to be opcodes.
         if not isinstance(error, pickle.UnpicklingError) or not (entries or head.startswith(b"\x80")):
             # what ends the reading of text tells nothing ("pop from empty list"), and torch's own word is to switch the safe reader off
-            reason = f" ({_reason(error)})" if isinstance(error, (RuntimeError, OSError, EOFError)) else ""
+            reason = f" ({one_line(error)})" if isinstance(error, (RuntimeError, OSError, EOFError)) else ""
             raise InputError(f"{path} is damaged or was not written by torch.save{reason}; save or copy it again") from error
         if not trust_pickle:
             raise InputError(f"loading a pickled module runs code of whoever wrote it; pass --trust-pickle if you trust {path}") from error
-    _import_from_current_directory()
+    import_from_current_directory()
     naming = SimpleNamespace(__name__=__name__, Unpickler=_NamingUnpickler, load=pickle.load)
     try:
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=naming)
@@ -342,7 +266,7 @@ def _unpickled(path: Path, head: bytes, trust_pickle: bool) -> Any:
             "state_dict instead and pass --arch"
         ) from error
     except Exception as error:  # the unpickled classes' own code may raise anything
-        raise InputError(f"{path} cannot be unpickled ({_reason(error)}); save it again with torch.save") from error
+        raise InputError(f"{path} cannot be unpickled ({one_line(error)}); save it again with torch.save") from error
 
 
 class _MissingClass(Exception):
@@ -371,7 +295,7 @@ def _with_weights(path: Path, state: dict[str, Tensor], arch: str | None) -> Loa
     try:
         made.model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        reason = difference(state, expected) or _reason(error)
+        reason = difference(state, expected) or one_line(error)
         raise InputError(f"{path} does not fit --arch {arch}: {reason}; pass the constructor that made these weights") from error
     return _noted(made, *notes)
 
@@ -394,158 +318,23 @@ def _with_inputs(made: Loaded, texts: Sequence[str], generator: torch.Generator)
     """The same model with the inputs asked for, else its own, else the first invented ones that it accepts."""
     model = made.model
     if texts:
-        args, kwargs = input_tensors(texts, generator, _device(model))
+        args, kwargs = input_tensors(texts, generator, device_of(model))
         return replace(made, args=args, kwargs=kwargs)
     if made.args or made.kwargs:
         return made
-    own = _own_inputs(model)
+    own = own_inputs(model)
     if own is not None:
-        return _noted(replace(made, args=own[0], kwargs=own[1]), f"input {_described(*own)} from the model's example_inputs")
-    failures = []
-    for candidate, source in _candidates(model):
-        args, _ = input_tensors(candidate, generator, _device(model))
-        failure = _failure(model, args)
-        if failure is None:
-            return _noted(replace(made, args=args), f"input {_described(args)} from {source}")
-        failures.append(f"{' and '.join(candidate)} gives {failure}")
-    needed = _needed(model)
+        return _noted(replace(made, args=own[0], kwargs=own[1]), f"input {described(*own)} from the model's example_inputs")
+    refusals = []
+    for candidate, source in candidates(model):
+        args, _ = input_tensors(candidate, generator, device_of(model))
+        refused = why_not(model, args)
+        if refused is None:
+            return _noted(replace(made, args=args), f"input {described(args)} from {source}")
+        refusals.append(f"{' and '.join(candidate)} gives {refused}")
+    needed = needed_inputs(model)
     if len(needed) > 1:
         why = f"its forward needs {len(needed)} inputs ({', '.join(needed)})"
     else:
-        why = failures[0] if failures else "its first layer tells no shape"
+        why = refusals[0] if refusals else "its first layer tells no shape"
     raise InputError(f"the inputs of {made.name} cannot be inferred: {why}; pass --input for each, such as --input 1x3x224x224 or --input 1x16:int64")
-
-
-def input_tensors(
-    texts: Sequence[str], generator: torch.Generator, device: torch.device | str = "cpu"
-) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Positional and keyword inputs such as '1x3x224x224', '2x16:int64' and 'mask=1x16:bool'; ':=16000:int64' is that number.
-
-    Floating-point ones are normal noise, the others 0 and 1, which are valid as indices. Raises InputError.
-    """
-    args: list[Tensor] = []
-    kwargs: dict[str, Tensor] = {}
-    for text in texts:
-        match = _INPUT.fullmatch(text)
-        if match is None or match["dtype"] not in (None, *_DTYPES) or match["name"] in kwargs:
-            known = f"dtypes: {', '.join(_DTYPES)}; each keyword once"
-            raise InputError(f"--input {text!r} cannot be used; write 1x3x224x224, 2x16:int64 or, for a keyword, mask=1x16:bool ({known})")
-        dtype = getattr(torch, match["dtype"] or "float32")
-        if match["number"]:
-            args.append(torch.tensor(ast.literal_eval(match["number"]), dtype=dtype))
-            continue
-        shape = [int(size) for size in match["shape"].split("x")]
-        try:
-            value = torch.randn(shape, generator=generator) if dtype.is_floating_point else torch.randint(0, 2, shape, generator=generator)
-        except (RuntimeError, TypeError) as error:  # torch's words for sizes beyond memory, and beyond 64 bits
-            raise InputError(f"--input {text!r} cannot be allocated; give a smaller shape") from error
-        value = value.to(device=device, dtype=dtype)
-        if match["name"]:
-            kwargs[match["name"]] = value
-        else:
-            args.append(value)
-    return tuple(args), kwargs
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _own_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """`model.example_inputs`: (args, kwargs), or the positional inputs alone; None where there is nothing usable."""
-    value = getattr(model, "example_inputs", None)
-    match value:
-        case (tuple() | list() as args, Mapping() as kwargs):
-            own = (tuple(args), dict(kwargs))
-        case _:
-            own = (_positional(value) or (), {})
-    return own if any(own) else None
-
-
-def _candidates(model: nn.Module) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Inputs that the model may accept, as the user would write them, and where each comes from; the best known first."""
-    dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()), "float32")
-    suffix = f":{dtype}" if dtype != "float32" and dtype in _DTYPES else ""
-    config = getattr(model, "pretrained_cfg", None)
-    if isinstance(config, Mapping) and config.get("input_size"):
-        yield (f"1x{'x'.join(map(str, config['input_size']))}{suffix}",), "the model's pretrained_cfg"
-    home = type(model).__module__
-    if home.startswith("torchvision.models."):
-        texts = next(t for prefix, t in _TORCHVISION_INPUTS if home.removeprefix("torchvision.models.").startswith(prefix))
-        yield tuple(f"{text}{suffix}" for text in texts), f"its family in torchvision ({home})"
-    if len(_needed(model)) <= 1:
-        for name, layer in model.named_modules():
-            shapes = _shapes_for(layer)
-            if shapes:
-                source = f"its first layer, {name or 'itself'} ({type(layer).__name__})"
-                yield from (((text if ":" in text else f"{text}{suffix}",), source) for text in shapes)
-                return
-
-
-def _shapes_for(layer: nn.Module) -> list[str]:
-    """Inputs of a model that starts with this layer, the usual first; empty for a layer that tells no shape."""
-    match layer:
-        case LazyModuleMixin():
-            return []
-        case nn.Conv1d(in_channels=channels):
-            return [f"1x{channels}x{n}" for n in (1024, 16000, 512, 256, 128, 100, 64, 32, 28, 16, 10)]
-        case nn.Conv2d(in_channels=channels):
-            return [f"1x{channels}x{n}x{n}" for n in (224, 32, 28, 10, 64, 96, 128, 256, 299, 384, 48, 16, 8)]
-        case nn.Conv3d(in_channels=channels):
-            return [f"1x{channels}x{n}" for n in ("16x112x112", "16x224x224", "32x32x32", "16x64x64", "64x64x64", "16x16x16", "8x8x8")]
-        case nn.Linear(in_features=features):
-            return [f"1x{features}", f"1x16x{features}"]
-        case nn.MultiheadAttention(embed_dim=features) | nn.RNNBase(input_size=features):
-            return [f"1x16x{features}"]
-        case nn.Embedding() | nn.EmbeddingBag():
-            return ["1x16:int64", "1x8:int64", "1x4:int64"]
-    return []
-
-
-def _needed(model: nn.Module) -> list[str]:
-    """Names of the inputs without which `forward` cannot be called."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-
-
-def _failure(model: nn.Module, args: tuple[Tensor, ...]) -> str | None:
-    """Why the model, in evaluation mode, does not accept `args`; None where it does. Modes are left as they were."""
-    training = [m for m in model.modules() if m.training]
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(*args)
-    except Exception as error:
-        return _reason(error)
-    finally:
-        for module in training:
-            module.training = True
-    return None
-
-
-# Words ----------------------------------------------------------------------------------------------------------------
-
-
-def _described(args: Iterable[Any], kwargs: Mapping[str, Any] | None = None) -> str:
-    """Inputs as they are written for --input: `1x3x8x8, mask=1x16:bool`."""
-    return ", ".join([_written(a) for a in args] + [f"{name}={_written(v)}" for name, v in (kwargs or {}).items()])
-
-
-def _written(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    dtype = "" if value.dtype == torch.float32 else f":{str(value.dtype).removeprefix('torch.')}"
-    return ("x".join(map(str, value.shape)) or "scalar") + dtype
-
-
-def _reason(error: BaseException) -> str:
-    """An exception in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def _place(error: BaseException) -> str:
-    """The innermost line of the user's own code that an exception passed; empty where it never got there."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<") and "torch" not in Path(f.filename).parts]
-    own = [f for f in frames if f.filename not in (__file__, importlib.__file__)]
-    return f" at {own[-1].filename}:{own[-1].lineno}" if own else ""

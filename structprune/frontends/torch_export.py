@@ -49,18 +49,6 @@ def called_once(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 @contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The model in training or in evaluation, and afterwards each of its modules as it was."""
-    before = [(m, m.training) for m in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
-
-
-@contextmanager
 def unaware() -> Iterator[None]:
     """Code that asks whether it is traced (`torch.compiler.is_compiling()`; then it makes no mask of its own) goes the way that it goes else."""
     asked = {name: getattr(torch.compiler, name) for name in ("is_compiling", "is_exporting", "is_dynamo_compiling")}

@@ -19,12 +19,13 @@ from torch.utils import _pytree as pytree
 from structprune.errors import InputError, TraceError
 from structprune.frontends.exported import FIXED_BATCH, from_exported, names_in, operators_of, unlifted
 from structprune.frontends.parametrizations import fold_parametrizations
-from structprune.frontends.torch_export import called_once, export, in_mode, unaware
+from structprune.frontends.torch_export import called_once, export, unaware
 from structprune.frontends.unneeded import of_training
 from structprune.frontends.values import KnownValues, may_decide
 from structprune.ir.graph import Graph, is_dynamic, repeated, written_to
 from structprune.ir.operators import operator_name
 from structprune.ir.signature import Signature, signature_of
+from structprune.ir.traced import in_mode
 
 _log = logging.getLogger(__name__)
 _DROPPED = "the model's code drops the first axis of one sample (squeeze)"

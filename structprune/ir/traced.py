@@ -1,11 +1,13 @@
-"""`TracedModule`: a graph as an ordinary torch module, which trains, evaluates, copies and moves like any other."""
+"""`TracedModule`: a graph as an ordinary torch module, which trains, evaluates, copies and moves like any other; and the mode of any module."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from structprune.ir.operators import training_flag
 
@@ -61,3 +63,17 @@ class TracedModule(fx.GraphModule):
         if changed:
             self.recompile()
         return moved
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in training or in evaluation, and afterwards each of its modules as it was."""
+    before = [(module, module.training) for module in model.modules()]
+    switches = any(mode is not training for _, mode in before)
+    if switches:
+        model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before if switches else ():  # those within others after these
+            module.train(mode)

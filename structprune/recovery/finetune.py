@@ -16,7 +16,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,12 +28,12 @@ from torch.utils import _pytree as pytree
 
 from structprune import processes
 from structprune.errors import InputError
-from structprune.frontends.load import users_code
 from structprune.frontends.samples import batch_of, batch_size
+from structprune.frontends.users_code import users_code
 from structprune.ir.graph import Graph, owners_of
 from structprune.ir.operators import operator_name
 from structprune.ir.samples import copies
-from structprune.ir.traced import TracedModule
+from structprune.ir.traced import TracedModule, in_mode
 from structprune.recovery import distributed
 from structprune.recovery.checkpoint import Checkpoint
 from structprune.recovery.distil import DISTILL, losses
@@ -208,7 +208,7 @@ def teacher_of(model: Callable[..., Any], graph: Graph, features: Sequence[str] 
         seen: dict[str, Tensor] = {}
         hooks = [modules[name].register_forward_hook(lambda _module, _inputs, output, name=name: seen.update({name: output})) for name in features]
         try:
-            with users_code("teacher="), _evaluating(model):
+            with users_code("teacher="), in_mode(model, training=False) if isinstance(model, nn.Module) else nullcontext():
                 answers = pytree.tree_leaves(model(*args, **kwargs))
         finally:
             for hook in hooks:
@@ -427,19 +427,6 @@ def _digest(module: nn.Module) -> str:
 
 
 # Randomness -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """A module in evaluation mode; every flag is put back."""
-    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

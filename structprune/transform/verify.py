@@ -17,11 +17,11 @@ from torch.utils import _pytree as pytree
 
 from structprune.analysis.infer import Types
 from structprune.errors import TraceError, VerificationError
-from structprune.frontends.torch_export import in_mode
 from structprune.ir.axes import Keep
 from structprune.ir.graph import Graph, results_in, shape_of
 from structprune.ir.operators import operator_name
 from structprune.ir.samples import copies
+from structprune.ir.traced import in_mode
 from structprune.ops import RULES, contraction
 from structprune.transform.precision import type_of
 from structprune.transform.reference import Exact, Masked, in_double

@@ -1,0 +1,79 @@
+"""The user's own code: what a name stands for, and calls whose errors become one line that names the user's own."""
+
+from __future__ import annotations
+
+import importlib
+import operator
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from structprune.errors import InputError, StructpruneError, did_you_mean
+
+
+def named_object(spec: str, form: str, wanted: str) -> Any:
+    """What `package.module:name` names, imported with the current directory on the path. form: what it is not, if it has another form, and advice;
+    wanted: what the name should be, both for the InputError.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*", spec):
+        raise InputError(f"{spec!r} is not {form}")
+    import_from_current_directory()
+    try:
+        with torch.random.fork_rng(devices=[]):  # the weights shall not depend on whether this is the first import
+            module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything or end with sys.exit
+        if not isinstance(error, ModuleNotFoundError) or not f"{module_name}.".startswith(f"{error.name}."):
+            raise InputError(f"importing {module_name} failed: {one_line(error)}{_place(error)}; correct that, or name another one") from error
+        advice = (
+            f"did you mean {module_name[:-3]}:{attribute}?" if module_name.endswith(".py") else "install it, or start in the directory that holds it"
+        )
+        raise InputError(f"{spec}: there is no module {error.name}; {advice}") from error
+    try:
+        return operator.attrgetter(attribute)(module)
+    except AttributeError as error:
+        close = did_you_mean(attribute, dir(module))
+        raise InputError(f"{module_name} has no {attribute!r}{close}; name {wanted}") from error
+
+
+def called(spec: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return function(*args, **kwargs)
+    except (Exception, SystemExit) as error:  # a constructor is someone else's code and may raise anything
+        raise InputError(f"{spec} failed: {one_line(error)}{_place(error)}; correct that, or name another constructor") from error
+
+
+@contextmanager
+def users_code(what: str) -> Iterator[None]:
+    """Whatever code of the user's own raises becomes an InputError that names `what` and the line."""
+    try:
+        yield
+    except StructpruneError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{what} failed: {one_line(error)}{_place(error)}; correct that and run it again") from error
+
+
+def import_from_current_directory() -> None:
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of the user's own code that an exception passed; empty where it never got there."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<") and "torch" not in Path(f.filename).parts]
+    own = [f for f in frames if f.filename not in (__file__, importlib.__file__)]
+    return f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
