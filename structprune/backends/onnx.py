@@ -1,4 +1,4 @@
-"""ExportedProgram → ONNX file: simplified, checked, with the names of the model's inputs and outputs. The only user of onnx."""
+"""ExportedProgram → ONNX file: simplified, checked, with the names of the model's inputs and outputs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ import onnxscript.optimizer
 import onnxscript.rewriter
 import onnxslim
 import torch
-from onnxscript import opset18 as op
-from onnxscript import opset20
 from onnxscript.rewriter.rules.common import _min_max_to_clip, _no_op
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from structprune.backends import ties
 from structprune.backends.lowering import Lowered
+from structprune.backends.onnx_operators import translations
 from structprune.errors import StructpruneError, VerificationError
 from structprune.transform.reference import in_double
 
@@ -79,7 +78,7 @@ def export(
             external_data=False,
             optimize=optimize,
             opset_version=opset,
-            custom_translation_table=_translations(),
+            custom_translation_table=translations(),
         )
 
     with _quiet(), _rules_left_out():
@@ -135,73 +134,6 @@ def _rules_left_out() -> Iterator[None]:
         yield
     finally:
         onnxscript.rewriter._DEFAULT_REWRITE_RULES = rules
-
-
-def _squeeze(x: Any, dims: int | Sequence[int]) -> Any:
-    """torch leaves an axis that it cannot squeeze as it is; ONNX refuses the file, and torch's exporter does not look."""
-    axes = [dims] if isinstance(dims, int) else list(dims)
-    ones = [d for d in axes if len(x.shape) and x.shape[d] == 1]
-    return op.Squeeze(x, op.Constant(value_ints=ones)) if ones else op.Identity(x)  # type: ignore[arg-type]
-
-
-def _same(x: Any) -> Any:
-    return op.Identity(x)
-
-
-def _copy(x: Any, values: Any, non_blocking: bool = False) -> Any:
-    """torch's exporter forgets that the values are spread over all of what they overwrite."""
-    values = op.CastLike(values, x)
-    return values if x.shape is not None and x.shape == values.shape else op.Expand(values, op.Shape(x))
-
-
-def _grid_sample_3d(x: Any, grid: Any, interpolation: int, padding: int, align_corners: bool) -> Any:
-    """Numbers as torch counts them: bilinear, nearest; zeros, border, reflection."""
-    modes, paddings = ("linear", "nearest"), ("zeros", "border", "reflection")
-    return opset20.GridSample(x, grid, align_corners=int(align_corners), mode=modes[interpolation], padding_mode=paddings[padding])
-
-
-def _batch_norm(x: Any, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, momentum: float, eps: float, cudnn: bool) -> Any:
-    return op.BatchNormalization(x, weight, bias, mean, variance, epsilon=eps)
-
-
-def _grouped_mm(x: Any, experts: Any, ends: Any, bias: Any = None, dtype: Any = None) -> Any:
-    """Each expert multiplies the rows from the end of the one before to its own; what comes behind the last is 0."""
-    if bias is not None:
-        raise NotImplementedError("a bias for each expert")
-    ends = op.Concat(_ints(0), op.Cast(ends, to=onnx.TensorProto.INT64), op.Shape(x, start=0, end=1), axis=0)
-    number = experts.shape[0]
-    end = [op.Slice(ends, _ints(i), _ints(i + 1)) for i in range(number + 2)]
-    rows = [op.Slice(x, end[i], end[i + 1], _ints(0)) for i in range(number + 1)]
-    weights = [op.Squeeze(op.Slice(experts, _ints(i), _ints(i + 1), _ints(0)), _ints(0)) for i in range(number)]
-    return op.Concat(*map(op.MatMul, rows, [*weights, op.Sub(weights[0], weights[0])]), axis=0)
-
-
-def _sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
-    """Of equal entries ONNX puts the first first."""
-    return op.TopK(x, op.Gather(op.Shape(x), _ints(dim), axis=0), axis=dim, largest=int(descending), sorted=1)
-
-
-def _ints(*values: int) -> Any:
-    return op.Constant(value_ints=values)
-
-
-# where torch's exporter is wrong, or has nothing
-_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.aten.copy.default: _copy,
-    torch.ops.aten.batch_norm.default: _batch_norm,  # of evaluation, see lowering.py
-    torch.ops.aten.squeeze.dim: _squeeze,
-    torch.ops.aten.squeeze.dims: _squeeze,
-    torch.ops.prims.view_of.default: _same,
-    torch.ops.aten.grid_sampler_3d.default: _grid_sample_3d,
-    torch.ops.aten.sort.stable: _sort,
-    torch.ops.aten._grouped_mm.default: _grouped_mm,
-}
-
-
-def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Those of operators that a library registers among them, where it has."""
-    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
-    return _TRANSLATIONS | ({} if fallback is None else {fallback.default: _grouped_mm})
 
 
 def size(path: Path) -> int:
