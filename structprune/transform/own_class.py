@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -176,23 +177,35 @@ class _Judge:
     """How far the answers of a candidate are from the small graph's, in the model's own precision or in float64."""
 
     def __init__(self, graph: Graph, surgery: Surgery, answers: Sequence[Tensor] | None):
-        """answers: the small graph's to the example, where they are known."""
-        self.graph, self.small, self.batches = graph, surgery.module, _batches(graph)
+        """answers: the small graph's to the example, where they are known: of a heavy model."""
+        self.graph, self.small, self.batches, self.heavy = graph, surgery.module, _batches(graph), answers is not None
         self._wanted: dict[tuple[int, bool], Sequence[Tensor]] = {}  # the same for all candidates
         if answers and not graph.doubled:
             self._wanted[0, False] = answers
 
     def error_of(self, candidate: nn.Module, double: bool) -> float:
-        """As a share of the answer: on the example, and on one sample of it. Code may treat a single sample in its own way (squeeze): then on one
-        more or less.
+        """As a share of the answer: on the example, and on one sample of it; of a heavy model, on one sample alone.
+
+        Code may treat a single sample in its own way (squeeze): then on the example, and on one sample more or less.
         """
+        if len(self.batches) == 1:
+            return self._on(0, candidate, double)
+        single = self._on_one_sample(candidate, double) if self.heavy else None
+        if single is not None and single <= _TOLERANCE:
+            return single
         error = self._on(0, candidate, double)
-        if len(self.batches) == 1 or not error <= _TOLERANCE:
+        if not error <= _TOLERANCE:
             return error
-        with suppress(Exception):  # the user's code may raise anything
-            if (single := self._on(1, candidate, double)) <= _TOLERANCE:
-                return max(error, single)
-        return max(error, self._on(2, candidate, double))
+        if single is None:
+            single = self._on_one_sample(candidate, double)
+        return max(error, single if single <= _TOLERANCE else self._on(2, candidate, double))
+
+    def _on_one_sample(self, candidate: nn.Module, double: bool) -> float:
+        try:
+            return self._on(1, candidate, double)
+        except Exception:  # the user's code may raise anything
+            _log.debug("the user's class does not run on one sample", exc_info=True)
+            return math.inf
 
     def _on(self, number: int, candidate: nn.Module, double: bool) -> float:
         """Both hold the same tensors and call the same kernels, mostly in the same order."""

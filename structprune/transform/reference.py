@@ -1,14 +1,15 @@
 """The reference: the dense graph, run operator by operator, in which every removed channel counts for nothing.
 
 It knows axis types and which entries of each atom stay, but nothing of a plan's slices, of resized literals or of the small graph:
-wherever an operator reads across channels, it reads zeros for the removed ones. Convolutions and matrix products, in which nearly all of the time
-goes, leave the zeros out of their sums. Means, variances and norms over a pruned axis are computed from their definition, over the kept entries.
+wherever an operator reads across channels, it reads zeros for the removed ones. Convolutions and linear layers, in which most of the time goes,
+leave the zeros out of their sums, and attention leaves out whole heads. Means, variances and norms over a pruned axis are computed from their
+definition, over the kept entries.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -83,21 +84,22 @@ class Masked(Exact):
             return answer
         written = n.args[0] if n.args and has_effect(n) else None  # an operator in place needs the tensor itself
         silenced = n.args[1] if name in _LINEAR else None
-        args = fx.map_arg(n.args, lambda a: self.env[a] if a is written or a is silenced else self._read(a))
-        kwargs = fx.map_arg(n.kwargs, self._read)
+        alone = self._alone(n)
+        args = fx.map_arg(n.args, lambda a: self.env[a] if a is written or a is silenced else self._read(a, alone))
+        kwargs = fx.map_arg(n.kwargs, lambda a: self._read(a, alone))
         operand = n.args[0] if n.args else None
         if name in _OVER_KEPT and isinstance(operand, fx.Node):
             masks = self._masks_of(self._types.nodes[operand], self.env[operand])
             if any(mask is not None for mask in masks):
                 given = named_arguments(n, args, kwargs)
                 return _OVER_KEPT[name](masks, given.pop(next(iter(given))), **given)
-        return self.call_function(n.target, args, kwargs)
+        answer = self.call_function(n.target, args, kwargs)
+        for dim, mask in alone.items():
+            answer = _with_removed(answer, dim, mask)
+        return answer
 
     def _shorter_sums(self, n: fx.Node) -> Tensor | None:
-        """What a linear operator makes of the entries that stay; None where it has groups, or is no plain sum.
-
-        The answers that go are NaN: an operator that is wrongly taken not to read across channels gives itself away.
-        """
+        """What a linear operator makes of the entries that stay; None where it has groups, or is no plain sum."""
         given = named_arguments(n, n.args, n.kwargs)
         source, bias = given.pop("input"), given.pop("bias", None)
         x, weight = self.env[source], self.env[given.pop("weight")]
@@ -115,22 +117,38 @@ class Masked(Exact):
         if read is not None:
             x, weight = (v.index_select(d, read.nonzero()[:, 0]) for v, d in ((x, channels), (weight, 1)))
         answer = self.call_function(n.target, (x, weight, bias), given)
-        if made is None:
-            return answer  # type: ignore[no-any-return]
-        whole = answer.new_full([*answer.shape[:channels], len(made), *answer.shape[channels + 1 :]], torch.nan)
-        return whole.index_copy_(channels, stays, answer)
+        return answer if made is None else _with_removed(answer, channels, made)
 
-    def _read(self, node: fx.Node) -> Any:
-        """A node's answer with the entries of removed channels set to zero."""
-        masked = node.op == "get_attr" and node not in self._types.constants
-        return self.env[node] if masked else self._without(self.env[node], self._types.nodes.get(node))
+    def _alone(self, n: fx.Node) -> dict[int, Tensor]:
+        """Masks by axis, counted from the last, of heads that a product or a softmax treats each by itself: those that go are left out."""
+        name, answer = operator_name(n), n.meta["val"]
+        operands = [self.env[a] for a in n.all_input_nodes if isinstance(self.env[a], Tensor)]
+        if name in _SOFTMAX:
+            axes = set(range(-answer.dim(), 0)) - {n.args[1] % answer.dim() - answer.dim()}  # type: ignore[operator]
+        elif name in _OF_MATRICES and all(operand.dim() > 1 for operand in operands):
+            axes = set(range(-answer.dim(), -2))
+        else:
+            return {}
+        found: dict[int, Tensor] = {}
+        for d in sorted(axes) if answer.is_floating_point() else ():
+            mask = self._mask(self._types.nodes[n][d], max(operand.shape[d] for operand in operands if operand.dim() >= -d))
+            if mask is not None and mask.any() and not mask.all():
+                found[d] = mask
+        return found
 
-    def _without(self, value: Any, found: Any) -> Any:
+    def _read(self, node: fx.Node, alone: Collection[int] = ()) -> Any:
+        """A node's answer with the entries of removed channels set to zero; along the axes in `alone`, counted from the last, without them."""
+        masked = node.op == "get_attr" and node not in self._types.constants and not alone
+        return self.env[node] if masked else self._without(self.env[node], self._types.nodes.get(node), alone)
+
+    def _without(self, value: Any, found: Any, alone: Collection[int] = ()) -> Any:
         if isinstance(value, (list, tuple)) and isinstance(found, list):
             return type(value)(self._without(v, f) for v, f in zip(value, found, strict=True))
         if isinstance(value, Tensor) and isinstance(found, tuple):
             for dim, mask in enumerate(self._masks_of(found, value)):
-                if mask is not None:
+                if mask is not None and dim - value.dim() in alone:
+                    value = value.index_select(dim, mask.nonzero()[:, 0])
+                elif mask is not None:
                     value = torch.where(mask.view([-1 if d == dim else 1 for d in range(value.dim())]), value, torch.zeros((), dtype=value.dtype))
         return value
 
@@ -155,6 +173,16 @@ class Masked(Exact):
         if len(mask) % self._batch or size % len(one) or not torch.equal(one.repeat(self._batch), mask):
             raise RuntimeError(f"an axis of {len(mask)} entries has {size} at another batch")
         return one.repeat(size // len(one))
+
+
+def _with_removed(answer: Tensor, dim: int, stays: Tensor) -> Tensor:
+    """An answer that was computed for the entries that stay alone, with the others in their places.
+
+    These are NaN: an operator that is wrongly taken not to read across channels gives itself away.
+    """
+    dim %= answer.dim()
+    whole = answer.new_full([*answer.shape[:dim], len(stays), *answer.shape[dim + 1 :]], torch.nan)
+    return whole.index_copy_(dim, stays.nonzero()[:, 0], answer)
 
 
 def _weighs(weight: fx.Node, user: fx.Node) -> bool:
@@ -252,6 +280,10 @@ _OVER_KEPT: dict[str, Callable[..., Any]] = {
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
 }
+
+_OF_MATRICES = frozenset({"matmul", "bmm", "scaled_dot_product_attention"})
+
+_SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax"})
 
 _LINEAR = frozenset(name for name, function in RULES.items() if function in contraction.WEIGHED)
 
