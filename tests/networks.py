@@ -48,7 +48,8 @@ class Network(nn.Module):
         """Whether some step takes a mean or norm over channels for which a plain zero mask answers differently."""
         made = [step._get_name() for step in self.steps]
         copied = made.index("copied_channels") if "copied_channels" in made else len(made)
-        return any(step.inexact for step in self.steps) or "unit_length" in made[copied:]  # no weight of its own silences one copy
+        summed = {"unit_length", "gram_matrix"}.intersection(made[copied:])  # no weight of its own silences one copy
+        return any(step.inexact for step in self.steps) or bool(summed)
 
     def forward(self, x: Tensor) -> Tensor:
         values = [x]
