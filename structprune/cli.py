@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from structprune import settings, terminal
-from structprune.errors import InputError, StructpruneError
+from structprune.errors import InputError, StructpruneError, one_line
 
 if TYPE_CHECKING:  # torch is imported when a command runs, not for --help
     from structprune.backends.benchmark import Comparison
@@ -483,8 +483,7 @@ def main() -> None:
     except Exception as error:
         if is_out_of_memory(error):
             _fail(error, InputError.exit_status, _NO_MEMORY)
-        first = (str(error).splitlines() or [""])[0]
-        _fail(error, 1, f"internal error: {type(error).__name__}: {first}; run again with --debug and report it with the traceback")
+        _fail(error, 1, f"internal error: {one_line(error)}; run again with --debug and report it with the traceback")
 
 
 def _fail(error: BaseException, status: int, text: str = "") -> None:

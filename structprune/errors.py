@@ -1,4 +1,4 @@
-"""Everything that structprune raises on purpose.
+"""Everything that structprune raises on purpose, and the words of what others raise.
 
 StructpruneError              one line for the user; the command line turns it into an exit status
 ├── InputError         (2)    a file, argument or option that cannot be used
@@ -10,6 +10,8 @@ StructpruneError              one line for the user; the command line turns it i
 
 import difflib
 from collections.abc import Iterable, Mapping
+
+_LONGEST = 200  # characters of someone else's error
 
 
 class StructpruneError(Exception):
@@ -50,3 +52,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """What follows a name that is not known: names that are, and look like it, in brackets; or nothing."""
     close = difflib.get_close_matches(word, list(known), n=3)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first words of an exception, in a line that is not too long; its kind where it has none."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line[:_LONGEST] for line in lines if line), type(error).__name__)
+
+
+def one_line(error: BaseException) -> str:
+    """The kind of an exception, and its first words."""
+    kind, line = type(error).__name__, first_line(error)
+    return line if line == kind else f"{kind}: {line}"

@@ -24,7 +24,7 @@ from structprune.backends.quantize import quantize as quantized
 from structprune.backends.report import Report
 from structprune.backends.runtimes import Runtime
 from structprune.closed_loop import Built, Found
-from structprune.errors import InputError, VerificationError
+from structprune.errors import InputError, VerificationError, first_line
 from structprune.frontends.exported import from_exported
 from structprune.frontends.onnx_in.check import runs as runs_in_onnxruntime
 from structprune.frontends.onnx_in.reading import read_again
@@ -267,7 +267,7 @@ def _other_sizes(graph: Graph, module: nn.Module) -> list[tuple[tuple[Any, ...],
                 module(*args, **kwargs)
             found.append((args, kwargs))
         except RuntimeError as error:  # a window, a stride or a table of positions that does not fit
-            refused = str(error).splitlines()[0]
+            refused = first_line(error)
     if not found and refused:
         raise VerificationError(f"the small model runs at neither half nor twice the size of the dynamic axes: {refused}")
     return found

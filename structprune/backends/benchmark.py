@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from structprune.backends.resources import NO_ENERGY, NO_MEMORY, Resources, measure
-from structprune.errors import InputError
+from structprune.errors import InputError, first_line
 from structprune.ir.graph import results_in
 
 Runner = Callable[[], float]
@@ -307,7 +307,7 @@ def _evaluation_copy(name: str, module: nn.Module) -> nn.Module:
     try:
         duplicate = copy.deepcopy(module, results_in(module))
     except Exception as error:  # whatever the module's own attributes raise
-        raise InputError(f"{name}: the module cannot be copied (copy.deepcopy): {_first_line(error)}") from error
+        raise InputError(f"{name}: the module cannot be copied (copy.deepcopy): {first_line(error)}") from error
     with suppress(NotImplementedError):  # modules of torch.export were traced in one mode and refuse to change it
         duplicate.eval()
     return duplicate
@@ -319,7 +319,7 @@ def _load_exported(name: str, path: Path, place: torch.device) -> nn.Module:
         program = torch.export.load(path)
         return (program if place.type == "cpu" else move_to_device_pass(program, place)).module()
     except Exception as error:  # torch.export.load raises zip, pickle, key and assertion errors alike
-        raise InputError(f"{name}: {path}: torch.export cannot load it: {_first_line(error)}") from error
+        raise InputError(f"{name}: {path}: torch.export cannot load it: {first_line(error)}") from error
 
 
 def _torch_runner(module: nn.Module, inputs: Sequence[Tensor], place: torch.device, compiled: bool) -> Runner:
@@ -405,7 +405,7 @@ def _session(name: str, path: Path, kind: str, index: int, threads: int) -> Any:
     try:
         session = onnxruntime.InferenceSession(path, options, providers=[*providers, PROVIDERS["cpu"]])
     except Exception as error:  # the classes of ONNX Runtime have no common base of their own
-        raise InputError(f"{name}: {path}: ONNX Runtime cannot load it: {_first_line(error)}") from error
+        raise InputError(f"{name}: {path}: ONNX Runtime cannot load it: {first_line(error)}") from error
     if provider not in session.get_providers():  # ONNX Runtime falls back with a warning only
         raise InputError(f"{name}: device '{kind}': {provider} did not start; its libraries (CUDA, cuDNN, TensorRT) are missing or do not match")
     return session
@@ -457,7 +457,7 @@ def _warmed_up(name: str, run: Runner) -> tuple[Runner, int]:
         while len(durations) < WARMUP_RUNS or time.perf_counter() - started < WARMUP_SECONDS:
             durations.append(run())
     except Exception as error:  # whatever the candidate's own code raises
-        raise InputError(f"{name}: does not run on these inputs: {_first_line(error)}") from error
+        raise InputError(f"{name}: does not run on these inputs: {first_line(error)}") from error
     return run, math.ceil(SHORTEST_TIMING / max(min(durations), 1e-7))
 
 
@@ -536,8 +536,3 @@ def _cpu_model() -> str:
 
 def _shown(value: float | None, scale: float) -> str:
     return "" if value is None else f"{value * scale:.1f}"
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's text, or its class where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -9,7 +9,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from structprune.errors import InputError
+from structprune.errors import InputError, first_line
 from structprune.frontends.example_inputs import input_tensors
 from structprune.frontends.program import load_program
 from structprune.ir.graph import repeated
@@ -65,7 +65,7 @@ def _inputs(path: Path) -> list[onnxruntime.NodeArg]:
     try:
         return list(onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).get_inputs())
     except Exception as error:  # ONNX Runtime has an exception type for each status, and no common base
-        raise InputError(f"{path} cannot be loaded by ONNX Runtime: {(str(error).splitlines() or [''])[0]}") from error
+        raise InputError(f"{path} cannot be loaded by ONNX Runtime: {first_line(error)}") from error
 
 
 def _tensor(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from structprune.backends import ties
 from structprune.backends.lowering import Lowered
 from structprune.backends.onnx_operators import translations
-from structprune.errors import StructpruneError, VerificationError
+from structprune.errors import StructpruneError, VerificationError, first_line
 from structprune.transform.reference import in_double
 
 _log = logging.getLogger(__name__)
@@ -88,8 +88,7 @@ def export(
             except onnx_ir.passes.PassError:  # of the optimizer, which does not know a split into parts as large as the batch
                 exported = translated(optimize=False)
         except Exception as error:  # the exporter wraps whatever it meets
-            reason = next((line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()), type(error).__name__)
-            raise ExportError(f"the model cannot be written as ONNX: {reason[:200]}") from error
+            raise ExportError(f"the model cannot be written as ONNX: {first_line(error.__cause__ or error)}") from error
         assert exported is not None
         if sizes:  # folding what is constant is part of the optimisation that was left out, and changes no weight
             onnxscript.optimizer.fold_constants(exported.model)

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from structprune.analysis.groups import Groups
 from structprune.calibrate.divergence import answers_of, are_logits
 from structprune.decide.weights import Scores, summed
-from structprune.errors import InputError
+from structprune.errors import InputError, first_line
 from structprune.ir.graph import Graph
 from structprune.ir.operators import operator_name
 from structprune.ir.samples import Samples, copies, samples_in
@@ -263,8 +263,9 @@ def _derivatives() -> Iterator[None]:
         with torch.inference_mode(False), torch.enable_grad():
             yield
     except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
-        line = next((line.strip().removesuffix(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"the model cannot be differentiated: {line[:200]}; use criterion='l2', or 'reconstruction'") from error
+        raise InputError(
+            f"the model cannot be differentiated: {first_line(error).removesuffix('.')}; use criterion='l2', or 'reconstruction'"
+        ) from error
 
 
 def _batches(samples: Samples) -> Iterator[tuple[list[Any], Tensor | None]]:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from structprune.errors import InputError
+from structprune.errors import InputError, first_line
 from structprune.frontends.archives import check_archive
 from structprune.frontends.users_code import called, named_object
 
@@ -103,8 +103,7 @@ def _arrays(path: Path, samples: int, seed: int) -> list[Any]:
                 arrays = {name: opened[name] for name in opened.files}
         tensors = {name: torch.as_tensor(value) for name, value in arrays.items()}
     except (OSError, ValueError, TypeError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"--calibration {path} cannot be read ({reason}); {_EXPECTED}") from error
+        raise InputError(f"--calibration {path} cannot be read ({first_line(error)}); {_EXPECTED}") from error
     labels = next((tensors.pop(name) for name in _LABELS if name in tensors and len(tensors) > 1), None)
     sizes = {len(t) if t.dim() else 0 for t in (*tensors.values(), *([] if labels is None else [labels]))}
     if len(sizes) != 1 or not tensors or not min(sizes):

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from structprune.errors import InputError
-from structprune.frontends.users_code import one_line
+from structprune.errors import InputError, one_line
 from structprune.ir.traced import in_mode
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structprune.errors import InputError, did_you_mean
+from structprune.errors import InputError, did_you_mean, one_line
 from structprune.frontends.archives import check_archive
 from structprune.frontends.example_inputs import candidates, described, device_of, in_tuple, input_tensors, needed_inputs, own_inputs, why_not
 from structprune.frontends.torchscript import is_torchscript, load_torchscript
-from structprune.frontends.users_code import called, import_from_current_directory, named_object, one_line
+from structprune.frontends.users_code import called, import_from_current_directory, named_object
 from structprune.frontends.weights import adapted, difference, unwrapped
 
 _CONSTRUCTORS = "demo, timm:NAME, torchvision:NAME or package.module:function"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from structprune.errors import InputError
+from structprune.errors import InputError, one_line
 from structprune.frontends.exported import from_exported
 from structprune.ir.traced import TracedModule
 
@@ -35,19 +35,19 @@ def load_torchscript(path: Path, args: tuple[Any, ...]) -> TracedModule:
         try:
             script = torch.jit.load(str(path), map_location="cpu").eval()
         except Exception as error:  # torch raises anything from a RuntimeError to a pickle error for a damaged archive
-            raise InputError(f"{path} is damaged or no TorchScript file ({_first_line(error)}); {_ADVICE}") from error
+            raise InputError(f"{path} is damaged or no TorchScript file ({one_line(error)}); {_ADVICE}") from error
         with torch.no_grad():
             try:
                 wanted = script(*_copied(args))
             except Exception as error:
-                raise InputError(f"{path} does not run on these inputs ({_first_line(error)}); check their shapes (--input)") from error
+                raise InputError(f"{path} does not run on these inputs ({one_line(error)}); check their shapes (--input)") from error
             try:
                 program = TS2EPConverter(script, args, {}).convert()
                 graph = from_exported(program, args, {})
                 module = TracedModule(graph.module, graph.module.graph).eval()
                 got = module(*_copied(args))
             except Exception as error:  # an operator that the converter does not know, or control flow
-                raise InputError(f"{path} is a TorchScript archive, which cannot be converted ({_first_line(error)}); {_ADVICE}") from error
+                raise InputError(f"{path} is a TorchScript archive, which cannot be converted ({one_line(error)}); {_ADVICE}") from error
     if not _close(got, wanted):
         raise InputError(f"{path} is a TorchScript archive, and what it is converted to answers otherwise; {_ADVICE}")
     for name, parameter in script.named_parameters():  # the converter makes buffers of them
@@ -74,8 +74,3 @@ def _close(got: Any, wanted: Any) -> bool:
         for a, b in zip(*pairs, strict=True)
         if a.numel()
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

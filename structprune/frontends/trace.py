@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from structprune.errors import InputError, TraceError
+from structprune.errors import InputError, TraceError, first_line
 from structprune.frontends.exported import FIXED_BATCH, from_exported, names_in, operators_of, unlifted
 from structprune.frontends.parametrizations import fold_parametrizations
 from structprune.frontends.torch_export import called_once, export, unaware
@@ -87,7 +87,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[st
             except Exception as error:  # torch.export raises whatever the model's code meets
                 _log.debug("traced with less freedom", exc_info=True)
                 if any(axes):
-                    notes.append(f"{'static sizes' if any(axes - {0} for axes in axes) else 'static batch'}: {_first_line(error)}")
+                    notes.append(f"{'static sizes' if any(axes - {0} for axes in axes) else 'static batch'}: {first_line(error)}")
                 elif hold or not (attempts[-1][2] and _is_of_values(error)):
                     raise error if isinstance(error, InputError) else _explained(error) from error
         if values.checked:
@@ -249,7 +249,7 @@ def _must_pass_its_checks(model: nn.Module, args: tuple[Any, ...], kwargs: Mappi
         called_once(model, args, kwargs)
     except Exception as error:  # a check may raise anything
         raise TraceError(
-            f"the model raises on the example inputs{_users_line(error)}: {_first_line(error)}; give inputs that pass its own checks"
+            f"the model raises on the example inputs{_users_line(error)}: {first_line(error)}; give inputs that pass its own checks"
         ) from error
 
 
@@ -284,11 +284,6 @@ def _two_samples(tensor: Tensor) -> Tensor:
     return torch.cat([tensor, tensor]) if tensor.dim() and tensor.shape[0] == 1 else tensor
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
-
-
 def _explained(error: BaseException) -> TraceError:
     """One line: what failed, in which line of the user's code, and what to change."""
     text = str(error)
@@ -300,7 +295,7 @@ def _explained(error: BaseException) -> TraceError:
         advice = "check the shapes and number of the example inputs (--input on the command line)"
     else:
         advice = "make that line traceable by torch.export, or pass the submodule that can be traced"
-    return TraceError(f"the model cannot be traced{_users_line(error)}: {_first_line(error)}; {advice}")
+    return TraceError(f"the model cannot be traced{_users_line(error)}: {first_line(error)}; {advice}")
 
 
 def _is_of_values(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structprune.errors import InputError
+from structprune.errors import InputError, first_line
 from structprune.frontends.weights import few
 
 SOURCE = "transformers:"
@@ -46,8 +46,7 @@ def load_folder(path: Path, arch: str | None, trust_pickle: bool) -> tuple[nn.Mo
             str(path), local_files_only=True, trust_remote_code=False, use_safetensors=safe, dtype="auto", output_loading_info=True
         )
     except Exception as error:  # the library raises whatever it meets in a config or a damaged file
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"{path} cannot be loaded as {name}: {reason[:200]}; check the folder and --arch") from error
+        raise InputError(f"{path} cannot be loaded as {name}: {first_line(error)}; check the folder and --arch") from error
     problems = {kind.replace("_keys", ""): list(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
     if problems.get("missing") or problems.get("mismatched"):
         told = ", ".join(f"{kind}: {few(map(str, names))}" for kind, names in problems.items())

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from structprune.errors import InputError, StructpruneError, did_you_mean
+from structprune.errors import InputError, StructpruneError, did_you_mean, one_line
 
 
 def named_object(spec: str, form: str, wanted: str) -> Any:
@@ -64,12 +64,6 @@ def users_code(what: str) -> Iterator[None]:
 def import_from_current_directory() -> None:
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())
-
-
-def one_line(error: BaseException) -> str:
-    """An exception in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def _place(error: BaseException) -> str:

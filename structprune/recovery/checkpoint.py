@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from structprune.errors import InputError
+from structprune.errors import InputError, first_line
 
 _FORMAT = "structprune-recovery/1"
 _SECONDS = 60.0  # of work that may be lost
@@ -61,5 +61,5 @@ class Checkpoint:
         except OSError as error:
             with suppress(OSError):  # there may be no such folder
                 beside.unlink(missing_ok=True)
-            raise InputError(f"the checkpoint {self.path} cannot be written: {str(error).splitlines()[0]}; give another path") from error
+            raise InputError(f"the checkpoint {self.path} cannot be written: {first_line(error)}; give another path") from error
         self._written = time.monotonic()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from structprune.errors import VerificationError
+from structprune.errors import VerificationError, one_line
 from structprune.frontends.standardised import with_plain_layers
 from structprune.ir.graph import Graph, attribute, held_by, owners_of, repeated, results_in, shape_of
 from structprune.ir.samples import copies, samples_in
@@ -145,8 +145,7 @@ def own_class(
                 note = note or f"the user's class does not follow the new sizes: {differs}"
             except Exception as raised:  # the user's code may raise anything when its sizes change
                 _log.debug("the user's class does not run at the new sizes", exc_info=True)
-                reason = f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:160]}"
-                note = note or f"the user's class does not run at the new sizes: {reason}"
+                note = note or f"the user's class does not run at the new sizes: {one_line(raised)}"
     return None, note
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from structprune.analysis.infer import Types
-from structprune.errors import TraceError, VerificationError
+from structprune.errors import TraceError, VerificationError, first_line
 from structprune.ir.axes import Keep
 from structprune.ir.graph import Graph, results_in, shape_of
 from structprune.ir.operators import operator_name
@@ -177,7 +177,7 @@ def _on_inputs(
         try:
             return compared(wide)[1]
         except _DOES_NOT_RUN as raised:
-            raise VerificationError(f"the small model does not run: {str(raised).splitlines()[0]}") from raised
+            raise VerificationError(f"the small model does not run: {first_line(raised)}") from raised
 
 
 def _compared(

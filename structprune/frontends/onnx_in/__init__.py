@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from structprune.errors import InputError
+from structprune.errors import InputError, first_line
 from structprune.frontends.onnx_in import check
 from structprune.frontends.onnx_in.example import draws, parse, sizes_for, written
 from structprune.frontends.onnx_in.module import OnnxModule
@@ -69,7 +69,7 @@ def _failure(answer: check.Answer, inputs: Sequence[Tensor]) -> str | None:
     try:
         answer(inputs)
     except Exception as error:  # ONNX Runtime has an exception type for each status, and no common base
-        return (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return first_line(error)
     return None
 
 

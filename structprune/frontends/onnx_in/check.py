@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from structprune.errors import InputError
+from structprune.errors import InputError, first_line
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest answer
 CLEAR = 1e-4  # an error up to which nothing needs to be explained
@@ -33,7 +33,7 @@ def runner(path: Path, *, optimised: bool = True) -> Answer:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has an exception type for each status, and no common base
-        raise InputError(f"{path} cannot be loaded by ONNX Runtime, which imports are checked against: {_line(error)}") from error
+        raise InputError(f"{path} cannot be loaded by ONNX Runtime, which imports are checked against: {first_line(error)}") from error
     names = [i.name for i in session.get_inputs()]
 
     def answer(inputs: Sequence[Any]) -> list[Tensor]:
@@ -112,7 +112,3 @@ def _wrong(path: Path, name: str, how: str) -> InputError:
 
 def _described(tensor: Tensor) -> str:
     return f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.traceback import annotate
 
-from structprune.errors import InputError
+from structprune.errors import InputError, first_line
 from structprune.frontends.onnx_in import operators
 from structprune.frontends.onnx_in.reading import Body, Node, Program
 from structprune.frontends.onnx_in.table import OPERATORS, Call, run
@@ -107,9 +107,8 @@ class OnnxModule(nn.Module):
             if torch.compiler.is_exporting():  # torch.export reads the errors of symbolic sizes itself
                 raise
             shapes = ", ".join("x".join(map(str, v.shape)) or "scalar" for v in inputs if isinstance(v, Tensor))
-            line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
             raise InputError(
-                f"{self.program.path}: {node} cannot be run on {shapes}: {line[:160]}; give inputs that the model takes with --input"
+                f"{self.program.path}: {node} cannot be run on {shapes}: {first_line(error)}; give inputs that the model takes with --input"
             ) from error
 
     def _branch(self, node: Node, condition: Value | None, values: Mapping[str, Value]) -> list[Value | None]:

@@ -19,7 +19,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from onnx.inliner import inline_local_functions
 from torch import Tensor
 
-from structprune.errors import InputError
+from structprune.errors import InputError, first_line
 from structprune.ir.signature import Signature
 
 OPSETS = range(7, 27)
@@ -140,7 +140,7 @@ def _loaded(path: Path) -> ModelProto:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from error
     except Exception as error:  # protobuf has an exception of its own for what it cannot read
-        raise InputError(f"{path} is damaged or no ONNX file ({_line(error)}); export or copy it again") from error
+        raise InputError(f"{path} is damaged or no ONNX file ({first_line(error)}); export or copy it again") from error
     if not model.graph.node:
         raise InputError(f"{path} is damaged or no ONNX file (it holds no graph); export or copy it again")
     external = [t for t in _tensors(model) if t.data_location == TensorProto.EXTERNAL]
@@ -156,7 +156,7 @@ def _loaded(path: Path) -> ModelProto:
         if model.functions:
             model = inline_local_functions(model)
     except Exception as error:  # onnx raises its own types, RuntimeError and ValueError, for what it does not like
-        raise InputError(f"{path} is no valid ONNX model: {_line(error)}; export it again") from error
+        raise InputError(f"{path} is no valid ONNX model: {first_line(error)}; export it again") from error
     return model
 
 
@@ -288,9 +288,6 @@ class _Reader:
                 return torch.from_numpy(values.view(np.int16).copy()).view(torch.bfloat16)
             return torch.from_numpy(np.array(values))  # a copy, in the machine's byte order
         except (ValueError, TypeError) as error:
-            raise InputError(f"{self._path}: the tensor {name!r} does not hold what it claims ({_line(error)}); export or copy it again") from error
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+            raise InputError(
+                f"{self._path}: the tensor {name!r} does not hold what it claims ({first_line(error)}); export or copy it again"
+            ) from error
