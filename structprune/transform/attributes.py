@@ -96,13 +96,13 @@ def _explanations(modules: Mapping[str, nn.Module], literals: Mapping[fx.Node, l
                 children = [f"{owner}.{child}" if owner else child for child, _ in modules[owner].named_children()] if level == 0 else []
                 own = [c for c in children if c in modules and not type(modules[c]).__module__.startswith("torch.")]  # a shared child has one name
                 near = [owner, *own]
-                options += _holding({n: _held_by(modules[n]) for n in near}, code, level, old, new)
+                options += _holding({n: _values_in(modules[n]) for n in near}, code, level, old, new)
             if options:
                 found[tuple(options)] = None
     return list(found)
 
 
-def _held_by(module: nn.Module) -> Mapping[str, Any]:
+def _values_in(module: nn.Module) -> Mapping[str, Any]:
     """Its attributes; of a convolution not those that its weight tells."""
     own = ("in_channels", "out_channels") if isinstance(module, nn.modules.conv._ConvNd) else ()
     return {name: value for name, value in vars(module).items() if name not in own}
