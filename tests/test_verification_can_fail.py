@@ -426,6 +426,40 @@ def test_an_operator_that_is_wrongly_taken_not_to_read_across_channels_gives_its
     assert caught(known, known.small())
 
 
+def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.repeat_interleave(2, 1).transpose(-2, -1)).softmax(-1) @ v.repeat_interleave(2, 1)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+@pytest.mark.parametrize("attend", [by_hand, fused])
+def test_heads_that_are_left_out_answer_as_heads_that_are_zero(attend: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch):
+    """Eight heads of queries, two to each head of keys and values."""
+
+    def build() -> tuple[nn.Module, Tensor]:
+        def run(m: Any, x: Tensor) -> Tensor:
+            q, k, v = (layer(x).view(2, 5, -1, 3).transpose(1, 2) for layer in (m.q, m.k, m.v))
+            return m.head(attend(q, k, v).transpose(1, 2).flatten(2))
+
+        return Of(run, q=nn.Linear(7, 24), k=nn.Linear(7, 12), v=nn.Linear(7, 12), head=nn.Linear(24, 3)), torch.randn(2, 5, 7)
+
+    known = made(build)
+
+    def answer() -> Tensor:
+        masked = reference.Masked(known.graph, known.groups.types, known.keep)
+        return masked.run(*map(reference.in_double, known.graph.flat_inputs()), enable_io_processing=False)[0]
+
+    alone = reference.Masked._alone
+    left_out: list[Mapping[int, Tensor]] = []
+    monkeypatch.setattr(reference.Masked, "_alone", lambda self, node: left_out.append(alone(self, node)) or left_out[-1])
+    quick = answer()
+    assert any(left_out)
+    monkeypatch.setattr(reference.Masked, "_alone", lambda self, node: {})
+    torch.testing.assert_close(quick, answer(), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(("pool", "sides"), [(nn.AdaptiveAvgPool2d(2), [64]), (nn.AvgPool2d(48), [64, 96])])
 def test_of_heavy_pictures_a_smaller_one_is_compared_where_the_model_takes_it(pool: nn.Module, sides: list[int], monkeypatch: pytest.MonkeyPatch):
     def build() -> tuple[nn.Module, Tensor]:

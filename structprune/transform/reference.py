@@ -123,8 +123,9 @@ class Masked(Exact):
         """Masks by axis, counted from the last, of heads that a product or a softmax treats each by itself: those that go are left out."""
         name, answer = operator_name(n), n.meta["val"]
         operands = [self.env[a] for a in n.all_input_nodes if isinstance(self.env[a], Tensor)]
-        if name in _SOFTMAX:
-            axes = set(range(-answer.dim(), 0)) - {n.args[1] % answer.dim() - answer.dim()}  # type: ignore[operator]
+        if name in _SOFTMAX and answer.dim():
+            along = named_arguments(n, n.args, n.kwargs)["dim"]
+            axes = set(range(-answer.dim(), 0)) - {along % answer.dim() - answer.dim()}
         elif name in _OF_MATRICES and all(operand.dim() > 1 for operand in operands):
             axes = set(range(-answer.dim(), -2))
         else:
