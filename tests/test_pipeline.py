@@ -427,6 +427,37 @@ def test_a_model_that_keeps_the_features_of_its_last_call_comes_back_as_itself()
     assert kept.grad_fn is not None, "the user's own was detached"
 
 
+def test_what_a_class_keeps_until_its_mode_is_set_is_made_anew() -> None:
+    """As the attention of LeViT, EfficientFormer and TinyViT does with its biases."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias, self.index, self.kept = nn.Parameter(torch.randn(8, 5)), torch.randint(0, 5, (16,)), {}
+            self.q, self.k, self.head = nn.Conv1d(3, 32, 1), nn.Conv1d(3, 32, 1), nn.Linear(16, 4)
+
+        def train(self, mode: bool = True) -> nn.Module:
+            self.kept = {}
+            return super().train(mode)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                biases = self.bias[:, self.index]
+            else:
+                if "biases" not in self.kept:
+                    self.kept["biases"] = self.bias[:, self.index]
+                biases = self.kept["biases"]
+            q, k = (layer(x).view(len(x), -1, 4, 16) for layer in (self.q, self.k))
+            return self.head(((q * k).sum(2) + biases).relu()).sum(1)
+
+    model, x = Biased().eval(), torch.randn(2, 3, 16)
+    with torch.no_grad():
+        before = model(x)
+    result = sp.compress(model, x, target="channels=0.5")
+    assert isinstance(result.model, Biased) and result.model.bias.shape == (4, 5)
+    assert torch.equal(model(x), before)
+
+
 def test_an_epsilon_stays_in_the_onnx_file(tmp_path: Path) -> None:
     """For silence, all of whose channels are zero, the model answers zeros, and a file without the epsilon NaN."""
 

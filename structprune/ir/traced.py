@@ -69,11 +69,9 @@ class TracedModule(fx.GraphModule):
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """The model in training or in evaluation, and afterwards each of its modules as it was."""
     before = [(module, module.training) for module in model.modules()]
-    switches = any(mode is not training for _, mode in before)
-    if switches:
-        model.train(training)
+    model.train(training)  # in that mode already, too: classes drop what they keep for later calls then (LeViT its table of biases)
     try:
         yield
     finally:
-        for module, mode in before if switches else ():  # those within others after these
+        for module, mode in before if any(mode is not training for _, mode in before) else ():  # those within others after these
             module.train(mode)
