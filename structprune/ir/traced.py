@@ -73,5 +73,6 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, mode in before if any(mode is not training for _, mode in before) else ():  # those within others after these
-            module.train(mode)
+        if any(mode is not training for _, mode in before):
+            for module, mode in before:  # those within others after these
+                module.train(mode)
