@@ -1,9 +1,9 @@
 """Is the latency that was asked for the latency of the file, and what does it cost?
 
-    python bench/latency.py [--write] [--models SPEC ...] [--threads N ...] [--targets R ...]
+    python bench/latency.py [--write] [--models SPEC ...] [--threads N ...] [--targets R ...] [--again]
 
 --write keeps each row in bench/results/latency.json as soon as it is there, and the table in docs/latency.md; rows that are there are not
-measured again (remove the file for that).
+measured again unless --again.
 
 Every model is compressed by the command line, `structprune compress MODEL --target latency=R --threads N`: for the first target with an
 empty cache of tables (cold), for the others with what that left (warm). Then a fresh process, which knows nothing of the loop
@@ -12,7 +12,9 @@ said before the loop's first measurement, beside what that measurement gave. *Ef
 multiply-accumulates. *Importance* is the share of its summed scores that a group keeps, the mean over all groups; beside it that of
 uniform pruning with aligned widths at the same measured latency, found by the same loop. torch-pruning prunes by L2 magnitude, with widths in
 multiples of 16: 30 % of the channels beside our target 0.5, as usual, and the share that leaves about as many multiply-accumulates as the target
-asks for beside the others; its files are measured in the same way. Weights are random but for EfficientNet-Lite0.
+asks for beside the others; its files are measured in the same way. Whoever removes more has less efficiency, for what does not shrink weighs more
+then; so each model is compressed once more to the latency of torch-pruning's file of 30 % fewer channels. Weights are random but for
+EfficientNet-Lite0.
 
 Run it on an idle machine; each row notes the machine's load average.
 """
@@ -119,21 +121,27 @@ def export_pruned(spec: str, share: float, work: Path) -> float:
     return after / before
 
 
-def rows_of(spec: str, threads: int, targets: tuple[float, ...], known: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every row of a model that is not known yet, under its key."""
+def rows_of(spec: str, threads: int, targets: tuple[float, ...], rows: dict[str, Any], again: bool) -> Iterator[tuple[str, Any]]:
+    """Every row of a model under its key, to be put among `rows` before the next is asked for: those that are not there yet, or all of them."""
+
+    def owed(key: str) -> bool:
+        return again or key not in rows
+
     with tempfile.TemporaryDirectory() as folder:
         work, cache = Path(folder), Path(folder) / "cache"
         for target in targets:
-            key = f"{spec} {threads} {target}"
-            if key not in known:
+            if owed(key := f"{spec} {threads} {target}"):
                 cold = not cache.exists()
                 yield key, compressed(spec, target, threads, work, cache) | {"cold": cold}
-        if f"{spec} {threads} uniform" not in known and UNIFORM_AT in targets:
-            yield f"{spec} {threads} uniform", compressed(spec, UNIFORM_AT, threads, work, cache, "uniform")
+        if owed(key := f"{spec} {threads} uniform") and UNIFORM_AT in targets:
+            yield key, compressed(spec, UNIFORM_AT, threads, work, cache, "uniform")
         for share in (SHARES[target] for target in targets if target in SHARES):
-            if (key := _theirs(spec, threads, share)) not in known:
-                gave_up = next((row for k, row in known.items() if k.startswith(f"{spec} ") and "torch-pruning" in k and "failed" in row), None)
+            if owed(key := _theirs(spec, threads, share)):
+                gave_up = next((row for k, row in rows.items() if k.startswith(f"{spec} ") and "torch-pruning" in k and "failed" in row), None)
                 yield key, gave_up or torch_pruning(spec, share, threads, work)  # what fails does so with any number of threads, and any share
+        theirs = rows.get(_theirs(spec, threads, USUAL), {})
+        if owed(key := _as_fast(spec, threads)) and "measured" in theirs:
+            yield key, compressed(spec, round(theirs["measured"]["median"], 3), threads, work, cache)
 
 
 def _theirs(spec: str, threads: int | str, share: float) -> str:
@@ -141,8 +149,14 @@ def _theirs(spec: str, threads: int | str, share: float) -> str:
     return f"{spec} {threads} torch-pruning:{share}"
 
 
-def _is_ours(key: str) -> bool:
-    return not key.endswith(" uniform") and " torch-pruning:" not in key
+def _as_fast(spec: str, threads: int | str) -> str:
+    """The key of ours to the latency of torch-pruning's usual file."""
+    return f"{spec} {threads} as-fast"
+
+
+def has_target(key: str) -> bool:
+    """Whether a row is one of ours to a target of TARGETS."""
+    return key.rsplit(" ", 1)[1].replace(".", "", 1).isdigit()
 
 
 def table(rows: dict[str, Any]) -> str:
@@ -151,7 +165,7 @@ def table(rows: dict[str, Any]) -> str:
             "torch-pruning's (MACs kept)", "importance", "uniform's", "rounds", "s")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for key, row in rows.items():
-        if not _is_ours(key):
+        if not has_target(key):
             continue
         spec, threads, target = key.rsplit(" ", 2)
         if "failed" in row:
@@ -171,9 +185,22 @@ def table(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def as_fast(rows: dict[str, Any]) -> str:
+    """As Markdown, what is left at the latency of torch-pruning's usual file, ours beside theirs."""
+    head = ("model", "threads", "torch-pruning's latency", "ours", "MACs kept", "ours", "efficiency", "ours")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for key, theirs in rows.items():
+        spec, threads, kind = key.rsplit(" ", 2)
+        mine = rows.get(_as_fast(spec, threads), {})
+        if kind == f"torch-pruning:{USUAL}" and "measured" in mine:
+            pairs = [(r["measured"]["median"], r["macs_kept"], r["efficiency"]) for r in (theirs, mine)]
+            lines.append(f"| {spec} | {threads} | " + " | ".join(f"{a:.3f} | {b:.3f}" for a, b in zip(*pairs, strict=True)) + " |")
+    return "\n".join(lines)
+
+
 def summary(rows: dict[str, Any]) -> str:
     """The medians and the worst."""
-    ours = {k: r for k, r in rows.items() if _is_ours(k)}
+    ours = {k: r for k, r in rows.items() if has_target(k)}
     right = {k: r for k, r in ours.items() if "failed" not in r}
     off = {k: abs(r["measured"]["median"] / float(k.rsplit(" ", 1)[1]) - 1) for k, r in right.items()}
     missed = {k: abs(r["predicted"] / r["first_measured"] - 1) for k, r in right.items()}
@@ -188,6 +215,7 @@ def summary(rows: dict[str, Any]) -> str:
     usual = [e for k, e in theirs.items() if k.endswith(f":{USUAL}")]
     below = _below(efficiency, dict.fromkeys(SHARES, USUAL), theirs)
     below_beside = _below(efficiency, SHARES, theirs)
+    pairs = {k: (r["efficiency"], theirs[_theirs(*k.split(" ")[:2], USUAL)]) for k, r in rows.items() if k.endswith(" as-fast") and "efficiency" in r}
     lines = [
         f"- {len(right)} of {len(ours)} targets reached; off by {median(off.values()):.1%} in the median, {max(off.values()):.1%} at most "
         f"({max(off, key=lambda k: off[k])}); slower than the dense model: {', '.join(slower) or 'none'}",
@@ -196,6 +224,8 @@ def summary(rows: dict[str, Any]) -> str:
         f"({min(efficiency, key=lambda k: efficiency[k])}); torch-pruning's at {USUAL:.0%} of the channels "
         f"{median(usual) if usual else float('nan'):.2f} in the median; below it: {', '.join(below) or 'none'}",
         f"- efficiency below that of torch-pruning's file with about as many multiply-accumulates: {', '.join(below_beside) or 'none'}",
+        f"- efficiency at the same latency as torch-pruning's file of {USUAL:.0%} fewer channels: better for "
+        f"{sum(mine > other for mine, other in pairs.values())} of {len(pairs)}",
         "- importance kept, beside uniform pruning at the same latency: "
         + ", ".join(f"{k.rsplit(' ', 1)[0]} {ratio:.2f}×" for k, ratio in more.items()),
         f"- seconds: cold at most {max((r['seconds'] for r in right.values() if r['cold']), default=0):.0f}, "
@@ -231,7 +261,8 @@ def page(results: dict[str, Any]) -> str:
     description = (__doc__ or "").strip().split("\n\n")
     text = "\n\n".join([description[0], description[3]])
     rows = results["rows"]
-    return f"# Latency\n\nWritten by `bench/latency.py --write`.\n\n{text}\n\n{summary(rows)}\n\n{table(rows)}\n\n{results['ran_on']}\n"
+    tables = f"{table(rows)}\n\nAs fast as torch-pruning's file of {USUAL:.0%} fewer channels:\n\n{as_fast(rows)}"
+    return f"# Latency\n\nWritten by `bench/latency.py --write`.\n\n{text}\n\n{summary(rows)}\n\n{tables}\n\n{results['ran_on']}\n"
 
 
 def _now() -> float:
@@ -255,6 +286,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
     parser.add_argument("--targets", nargs="+", type=float, default=TARGETS)
     parser.add_argument("--write", action="store_true", help="keep the results in bench/results and docs")
+    parser.add_argument("--again", action="store_true", help="measure rows anew that are there")
     given = parser.parse_args()
     if given.one:
         spec, share, folder = given.one
@@ -266,7 +298,7 @@ def main() -> None:
     )
     for threads in given.threads:
         for spec in given.models:
-            for key, row in rows_of(spec, threads, tuple(given.targets), results["rows"]):
+            for key, row in rows_of(spec, threads, tuple(given.targets), results["rows"], given.again):
                 results["rows"][key] = row | {"load": os.getloadavg()[0]}
                 print(key, json.dumps(row), file=sys.stderr, flush=True)
                 if given.write:

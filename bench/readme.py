@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from latency import has_target
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PICTURE = ROOT / "docs/images/report.png"
@@ -33,7 +35,7 @@ def table() -> str:
     rows.append(("a wrong answer without a word", *(str(sum(bool(m[t].get("ran")) and not _right(m[t]) for m in models)) for t in tools)))
     times = latency["rows"]
     theirs = [r["efficiency"] for k, r in times.items() if "efficiency" in r and " torch-pruning:" in k]
-    ours = [r["efficiency"] for k, r in times.items() if "efficiency" in r and not k.endswith(" uniform") and " torch-pruning:" not in k]
+    ours = [r["efficiency"] for k, r in times.items() if "efficiency" in r and has_target(k)]
     rows.append(("speed-up, as a share of the operations saved (median)", f"{median(ours):.2f}", f"{median(theirs):.2f}"))
     for name, words in NETWORKS.items():
         of = accuracy["rows"]
