@@ -89,6 +89,15 @@ class Found:
         return {"asked": self.share, "predicted": mine.predicted, "measured": mine.measured, "rounds": [asdict(r) for r in self.rounds]}
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """A plan that was built and measured, and its widths."""
+
+    plan: Plan
+    widths: Widths
+    round: Round
+
+
 def measure_dense(graph: Graph, groups: Groups, where: Runtime, align: int | None, say: Callable[[str], None]) -> Dense:
     """Save the model as it is for the runtime, and time its operators over the widths that they may have.
 
@@ -120,27 +129,23 @@ def plan_for_latency(
 
     Raises TargetError, with the closest that was reached, where that cannot be.
     """
-    inputs = tuple(v for v in graph.given_inputs() if isinstance(v, Tensor))
     targets = decide.parse_target(target)
     asked = next(t for t in targets if t.key == "latency")
     costs = decide.costs_of(graph, groups, targets)
     latency = dense.latency
     whole = latency.cost()
     share = limit = asked.value / whole if asked.absolute else asked.value
-    rounds: list[Round] = []
-    plans: list[Plan] = []
-    tried: list[Widths] = []
+    tried: list[_Tried] = []
     best, built = -1, None
     between: tuple[Widths, Widths] = ({}, {})
     with BenchProcess() as bench:
         bench.start()  # its imports take as long as the first solution
         for _ in range(2 * _MOST_ROUNDS):
-            say(f"round {len(rounds) + 1}: solve for {limit:.3f} of the dense model's time")
-            corrected = [replace(t, value=limit * whole, absolute=True) if t.key == "latency" else t for t in targets]
+            say(f"round {len(tried) + 1}: solve for {limit:.3f} of the dense model's time")
             try:
                 found = decide.allocate(
                     groups,
-                    corrected,
+                    [replace(t, value=limit * whole, absolute=True) if t is asked else t for t in targets],
                     saliency.scores,
                     costs=costs | {"latency": [latency.cost]},
                     steps=dense.latency.steps,
@@ -155,38 +160,34 @@ def plan_for_latency(
                     continue
                 least = unreachable.least.get("latency", 0.0) / whole
                 beyond = least * (1 + _MISSED)  # so the tables say; the file may be faster
-                if rounds and beyond >= min(r.predicted for r in _foretold(rounds, tried, latency)):
+                if tried and beyond >= min(r.predicted for r in _foretold(tried, latency)):
                     break
                 if least <= limit:
                     raise
                 limit = beyond
                 continue
             plan = decide.plan_of(graph, groups, found.widths, saliency.scores, target=target, criterion=saliency.criterion, ignore=tuple(ignore))
-            known = next((number for number, other in enumerate(plans) if other.tensors == plan.tensors), None)
+            known = next((number for number, other in enumerate(tried) if other.plan.tensors == plan.tensors), None)
             if known is not None:  # the correction was smaller than a step
-                limit = _beyond(limit, _foretold(rounds, tried, latency), known, share)
+                limit = _beyond(limit, _foretold(tried, latency), known, share)
                 continue
             file, weights, keeper, small = _build(graph, groups, plan, dense)
-            say(f"round {len(rounds) + 1}: measure")
-            for seconds in (_GLANCE, _FULL):
-                compared = runtimes.compare(dense.runtime, dense.original, file, inputs, bench, seconds)
-                share = asked.value / (compared.latencies[0].median_ms * 1e-3) if asked.absolute else asked.value
-                ratio = compared.ratios[file.name]
-                if not (close := _is_close(ratio.median / share, len(rounds))):
-                    break
-            plans.append(plan)
-            tried.append(found.widths)
-            rounds.append(Round(latency.cost(found.widths) / whole, ratio.median, ratio.low, ratio.high, found.gap))
+            say(f"round {len(tried) + 1}: measure")
+            compared, share = _measured(graph, dense, file, bench, asked, len(tried))
+            ratio = compared.ratios[file.name]
+            tried.append(_Tried(plan, found.widths, Round(latency.cost(found.widths) / whole, ratio.median, ratio.low, ratio.high, found.gap)))
+            rounds = [t.round for t in tried]
             if min(rounds, key=lambda r: _miss(r.measured, share)) is rounds[-1]:
                 best, built = len(rounds) - 1, Built(file, weights, keeper, compared)  # the file of the one before goes
-            if close or _is_near(rounds, share) or len(rounds) == _MOST_ROUNDS:
+            if _is_close(ratio.median / share, len(rounds) - 1) or _is_near(rounds, share) or len(rounds) == _MOST_ROUNDS:
                 break
             latency = dense.latency.taught(found.widths, runtimes.ran(dense.runtime, small, file), ratio.median * whole)
-            limit = _corrected(_foretold(rounds, tried, latency), share)
-            between = _between(rounds, tried, share)
-    if built is None or rounds[best].measured > share * (1 + _MISSED):
-        raise TargetError(f"latency={share:.3g} of the dense model's time cannot be reached: the closest took {rounds[best].measured:.3g} of it")
-    return Found(plans[best], share, tuple(rounds), best, dense, built)
+            limit = _corrected(_foretold(tried, latency), share)
+            between = _between(tried, share)
+    if built is None or tried[best].round.measured > share * (1 + _MISSED):
+        closest = tried[best].round.measured
+        raise TargetError(f"latency={share:.3g} of the dense model's time cannot be reached: the closest took {closest:.3g} of it")
+    return Found(tried[best].plan, share, tuple(t.round for t in tried), best, dense, built)
 
 
 def _build(graph: Graph, groups: Groups, plan: Plan, dense: Dense) -> tuple[Path, str, Any, Graph]:
@@ -199,6 +200,20 @@ def _build(graph: Graph, groups: Groups, plan: Plan, dense: Dense) -> tuple[Path
     return file, digest(surgery.module), keeper, small
 
 
+def _measured(graph: Graph, dense: Dense, file: Path, bench: BenchProcess, asked: decide.Target, before: int) -> tuple[Comparison, float]:
+    """A file beside the dense model's, for longer where that is close to what was asked for; and what share of the dense model's time that is."""
+    inputs = tuple(v for v in graph.given_inputs() if isinstance(v, Tensor))
+    compared = runtimes.compare(dense.runtime, dense.original, file, inputs, bench, _GLANCE)
+    if _is_close(compared.ratios[file.name].median / _share(asked, compared), before):
+        compared = runtimes.compare(dense.runtime, dense.original, file, inputs, bench, _FULL)
+    return compared, _share(asked, compared)
+
+
+def _share(asked: decide.Target, compared: Comparison) -> float:
+    """Of the dense model's time, as it was measured just now where seconds were asked for."""
+    return asked.value / (compared.latencies[0].median_ms * 1e-3) if asked.absolute else asked.value
+
+
 def _is_close(reached: float, before: int) -> bool:
     """Whether a round is what was asked for, by its time as a share of that; after the first, a bit too fast will do."""
     return -_CLOSE * min(before + 1, 2) <= reached - 1 <= _CLOSE
@@ -209,22 +224,22 @@ def _is_near(rounds: Sequence[Round], share: float) -> bool:
     return len(rounds) >= _ROUNDS and min(abs(r.measured / share - 1) for r in rounds) <= _NEAR
 
 
-def _between(rounds: Sequence[Round], tried: Sequence[Widths], share: float) -> tuple[Widths, Widths]:
+def _between(tried: Sequence[_Tried], share: float) -> tuple[Widths, Widths]:
     """The widths of the last round that was too fast, and of the last that was too slow, of those that were well foretold; none where there was none.
 
     The tables are a little wrong about every kernel, and two plans of one predicted time may have little in common, and differ by 3 % when measured.
     Between two that were measured they can be wrong only about the difference. A plan that they were very wrong about is no good one to stay near.
     """
-    good = [(widths, r.measured <= share) for widths, r in zip(tried, rounds, strict=True) if abs(r.predicted / r.measured - 1) <= _WELL]
-    faster = [widths for widths, fast in good if fast]
-    slower = [widths for widths, fast in good if not fast]
+    good = [t for t in tried if abs(t.round.predicted / t.round.measured - 1) <= _WELL]
+    faster = [t.widths for t in good if t.round.measured <= share]
+    slower = [t.widths for t in good if t.round.measured > share]
     return faster[-1] if faster else {}, slower[-1] if slower else {}
 
 
-def _foretold(rounds: Sequence[Round], tried: Sequence[Widths], latency: LatencyModel) -> list[Round]:
+def _foretold(tried: Sequence[_Tried], latency: LatencyModel) -> list[Round]:
     """The rounds as they would be predicted now."""
     whole = latency.cost()
-    return [replace(r, predicted=latency.cost(widths) / whole) for r, widths in zip(rounds, tried, strict=True)]
+    return [replace(t.round, predicted=latency.cost(t.widths) / whole) for t in tried]
 
 
 def _corrected(rounds: Sequence[Round], share: float) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -48,6 +49,36 @@ def chain(width: int = 64) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     return models.Of(run, layers=layers, head=nn.Linear(width, 10)).eval(), (torch.randn(2, 3, 16, 16),)
 
 
+def decoder() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """Transposed convolutions: with an activation, in groups, and with a larger answer than its window asks for."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ConvTranspose2d(32, 32, 4, stride=2, padding=1), nn.ReLU(),
+                           nn.ConvTranspose2d(32, 16, 3, stride=2, output_padding=1, groups=2), nn.ReLU(), nn.Conv2d(16, 4, 1))  # fmt: skip
+    return layers.eval(), (torch.randn(2, 3, 10, 10),)
+
+
+def recurrent() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """Recurrent layers: two in two directions, and of two kinds."""
+    return in_a_row(nn.LSTM(24, 32, 2, bidirectional=True), nn.GRU(64, 16, batch_first=True))
+
+
+def plain() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """Recurrent layers that ONNX is given step by step."""
+    return in_a_row(nn.RNN(24, 32, nonlinearity="relu"), nn.RNN(32, 16))
+
+
+def in_a_row(*layers: nn.Module) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    def run(m: Any, x: torch.Tensor) -> torch.Tensor:
+        for layer in m.layers:
+            x = layer(x)[0]
+        return m.head(x)
+
+    return models.Of(run, layers=nn.ModuleList(layers), head=nn.Linear(16, 10)).eval(), (torch.randn(7, 2, 24),)
+
+
+OF_MINE = {"chain": chain, "decoder": decoder, "recurrent": recurrent, "plain": plain}
+
+
 class Known:
     """Tables that know the time of every contraction: blocks of `filters` and `inputs` of a convolution, plain products of matrices."""
 
@@ -80,19 +111,36 @@ def modelled(folder: Path, known: Known, align: int | None = None) -> tuple[Any,
     return graph, groups, latency.latency_model(groups, ran, known, align)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["residual", "attention", "joined", "chain"])
+@pytest.mark.parametrize("name", ["residual", "attention", "joined", "chain", "decoder", "recurrent"])
 def test_every_contraction_is_found_in_the_kernel_that_runs_it(name: str, tmp_path: Path) -> None:
-    graph, groups, path, origins = prepared(*(chain() if name == "chain" else models.build(name)), tmp_path)
+    graph, groups, path, origins = prepared(*(OF_MINE[name]() if name in OF_MINE else models.build(name)), tmp_path)
     found = kernels.profile(path, [v.numpy() for v in graph.given_inputs()], threads=1)
     claimed = [(k, c) for k, _, c in latency.attributed(graph, groups, found, origins) if c is not None]
     assert len(claimed) == sum(map(len, latency.contractions(groups).values())) > 0
     for kernel, contraction in claimed:
         sizes = [kept_size(a, groups.batch) for a in contraction.axes]
-        if contraction.kind == "conv":
+        if contraction.kind in ("conv", "conv_transpose"):
             for told, channels in ((kernel.outputs[0][1], sizes[0] * sizes[1]), (kernel.inputs[0][1], sizes[0] * sizes[2])):
                 assert told == channels or (told % 8 == 0 and 0 < told - channels < 16)  # filled up to whole blocks
+        elif contraction.kind == "recurrent":
+            assert [kernel.inputs[0][-1], kernel.outputs[0][-1]] == sizes
         else:
             assert np.prod(kernel.outputs[0]) == sizes[0] * sizes[1] * sizes[3]
+
+
+@pytest.mark.parametrize("where", [ONNX_RUNTIME, TORCH])
+def test_transposed_convolutions_and_recurrent_layers_take_time_by_their_tables(where: Runtime, tmp_path: Path) -> None:
+    for build, number in ((decoder, 2), (recurrent, 3)):
+        graph, groups, path, origins = prepared(*build(), tmp_path)
+        model = latency.latency_model(groups, runtimes.kernels_of(where, graph, groups, path, origins), Known(), align=4)  # type: ignore[arg-type]
+        half = {g.atom: g.size // 2 for g in groups}
+        kept = [
+            (term(half) / term({}), np.prod([kept_size(axis, half) / axis.size for axis in term.axes]))
+            for term, kernel in zip(model.cost.terms, model.kernels, strict=True)
+            if kernel.operator.lower().startswith(("lstm", "gru", "convtranspose", "conv_transpose"))
+        ]
+        assert len(kept) == number
+        assert all(share == pytest.approx(size) and size < 1 for share, size in kept)
 
 
 def test_a_kernel_knows_what_was_fused_into_it(tmp_path: Path) -> None:
@@ -162,12 +210,16 @@ def test_the_layers_that_did_not_shrink_are_named(tmp_path: Path) -> None:
 def test_time_grows_with_work() -> None:
     settings = {"type": "float", "batch": 1, "space": [32, 32], "window": [3, 3], "strides": [1, 1], "pads": [1] * 4, "dilations": [1, 1],
                 "activation": "Relu", "sum": True, "blocked": True}  # fmt: skip
-    conv, linear, product = (kernels.signature(kind, given) for kind, given in (("conv", settings), ("linear", settings), ("matmul", settings)))
-    points = [(conv, (1, 16, 16)), (conv, (1, 256, 256)), (conv, (64, 1, 1)), (linear, (1, 8, 64, 64)), (linear, (1, 512, 512, 512)),
-              (product, (4, 16, 16, 16)), (product, (4, 256, 256, 256))]  # fmt: skip
+    upwards = settings | {"strides": [2, 2], "output_padding": [1, 1], "blocked": False}
+    steps = {"type": "float", "operator": "GRU", "steps": 16, "batch": 1, "direction": "bidirectional", "linear_before_reset": 1}
+    kinds = {"conv": settings, "linear": settings, "matmul": settings, "conv_transpose": upwards, "recurrent": steps}
+    conv, linear, product, transposed, layer = (kernels.signature(kind, given) for kind, given in kinds.items())
+    points = [(conv, (1, 16, 16)), (conv, (1, 256, 256)), (linear, (1, 8, 64, 64)), (linear, (1, 512, 512, 512)),
+              (product, (4, 16, 16, 16)), (product, (4, 256, 256, 256)), (transposed, (1, 8, 8)), (transposed, (1, 128, 128)),
+              (layer, (16, 16)), (layer, (256, 256)), (conv, (64, 1, 1))]  # fmt: skip
     times = dict(kernels.time_contractions(points, threads=1))
     assert sorted(times) == list(range(len(points)))
-    assert times[1] > 3 * times[0] and times[4] > 3 * times[3] and times[6] > 3 * times[5]
+    assert all(times[large] > 3 * times[small] for small, large in ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9)))
 
 
 @pytest.mark.parametrize(("filters", "inputs", "step"), [(16, 16, 16), (8, 8, 8), (16, 4, 4), (4, 16, 4), (1, 1, 2)])
@@ -341,17 +393,17 @@ def test_many_writers_share_one_file(tmp_path: Path) -> None:
 # --- torch as the runtime -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["residual", "attention", "joined", "chain"])
+@pytest.mark.parametrize("name", ["residual", "attention", "joined", *OF_MINE])
 def test_torch_is_timed_node_by_node(name: str, tmp_path: Path) -> None:
-    graph, groups, path, origins = prepared(*(chain() if name == "chain" else models.build(name)), tmp_path)
+    graph, groups, path, origins = prepared(*(OF_MINE[name]() if name in OF_MINE else models.build(name)), tmp_path)
     ran = runtimes.kernels_of(TORCH, graph, groups, path, origins)
     assert [c for _, _, c in ran if c is not None] == [c for several in latency.contractions(groups).values() for c in several]
     assert {n.name for _, n, _ in ran} == {n.name for n in graph.nodes if n.op == "call_function"}
     assert all(k.seconds > 0 for k, _, _ in ran)
     for kernel, _, contraction in ran:
-        if contraction is not None and contraction.kind == "conv":
+        if contraction is not None:
             sizes = [kept_size(a, groups.batch) for a in contraction.axes]
-            point = kernels.signature("conv", kernel.settings), tuple(sizes)
+            point = kernels.signature(contraction.kind, kernel.settings), tuple(sizes)
             assert [index for index, _ in eager.time_contractions([point], torch.device("cpu"), threads=1, runs=1)] == [0]
 
 
@@ -484,14 +536,16 @@ def test_a_round_is_close_enough_where_it_is_a_bit_too_fast_after_the_first() ->
 
 
 def test_the_next_plan_lies_between_the_last_that_was_too_fast_and_the_last_that_was_too_slow() -> None:
-    rounds = [closed_loop.Round(m, m, m, m, None) for m in (0.6, 0.4, 0.55, 0.45)]
-    tried: list[Any] = [{"a": 60}, {"a": 40}, {"a": 55}, {"a": 45}]
-    assert closed_loop._between([], [], 0.5) == ({}, {})
-    assert closed_loop._between(rounds[:1], tried[:1], 0.5) == ({}, {"a": 60})
-    assert closed_loop._between(rounds[:3], tried[:3], 0.5) == ({"a": 40}, {"a": 55})
-    assert closed_loop._between(rounds, tried, 0.5) == ({"a": 45}, {"a": 55})
-    surprising = closed_loop.Round(0.5, 0.54, 0.54, 0.54, None)
-    assert closed_loop._between([*rounds, surprising], [*tried, {"a": 50}], 0.5) == ({"a": 45}, {"a": 55})  # a plan that was ill foretold
+    def tried(width: int, measured: float, predicted: float) -> Any:
+        return SimpleNamespace(widths={"a": width}, round=closed_loop.Round(predicted, measured, measured, measured, None))
+
+    well = [tried(width, width / 100, width / 100) for width in (60, 40, 55, 45)]
+    assert closed_loop._between([], 0.5) == ({}, {})
+    assert closed_loop._between(well[:1], 0.5) == ({}, {"a": 60})
+    assert closed_loop._between(well[:3], 0.5) == ({"a": 40}, {"a": 55})
+    assert closed_loop._between(well, 0.5) == ({"a": 45}, {"a": 55})
+    ill = tried(50, 0.54, predicted=0.5)
+    assert closed_loop._between([*well, ill], 0.5) == ({"a": 45}, {"a": 55})
 
 
 def test_between_a_round_that_is_too_fast_and_one_that_is_too_slow_lies_the_next() -> None:

@@ -17,14 +17,14 @@ ROOT = Path(structprune.__file__).parent
 # from the bottom up: a layer may import itself and what stands before it
 LAYERS = [
     "errors", "notebook", "limits", "processes",
-    "demo", "ir", "ops", "analysis", "frontends", "transform", "calibrate", "decide", "recovery", "backends",
+    "ir", "demo", "ops", "analysis", "frontends", "transform", "calibrate", "decide", "recovery", "backends",
     "closed_loop", "result", "pipeline", "teaching", "settings", "terminal", "cli",
 ]  # fmt: skip
 
 # foreign libraries behind one door
 DOORS = {
     "networkx": {"analysis/explain.py", "calibrate/logits.py"},
-    "onnx": {"backends/onnx.py", "backends/benchmark.py", "backends/kernels.py", "frontends/onnx_in/reading.py"},
+    "onnx": {"backends/onnx.py", "backends/benchmark.py", "backends/kernels.py", "backends/microbenchmarks.py", "frontends/onnx_in/reading.py"},
     "onnxslim": {"backends/onnx.py"},
     "onnxruntime": {f"backends/{n}.py" for n in ("onnx", "benchmark", "candidates", "kernels", "quantize", "tables")}
     | {"frontends/onnx_in/check.py"},

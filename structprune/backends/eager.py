@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from structprune.analysis.contractions import contractions
@@ -18,11 +18,14 @@ from structprune.analysis.groups import Groups
 from structprune.backends.benchmark import steady, stopwatch
 from structprune.backends.kernels import RUNS, Kernel
 from structprune.backends.latency import Attributed
-from structprune.ir.axes import kept_size
+from structprune.backends.tables import Point
 from structprune.ir.graph import Graph
-from structprune.ir.operators import operator_name
+from structprune.ir.operators import named_arguments, operator_name
 
 _WARM_UP = 2
+_HOW = {"strides": ("stride", 1), "pads": ("padding", 0), "dilations": ("dilation", 1), "output_padding": ("output_padding", 0)}
+"""What is told of a convolution: the name of torch's argument, and its default along each axis."""
+_RECURRENT: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn_tanh": nn.RNN, "rnn_relu": partial(nn.RNN, nonlinearity="relu")}
 
 
 def profile(graph: Graph, groups: Groups, place: torch.device, threads: int, runs: int = 2 * RUNS) -> list[Attributed]:
@@ -32,7 +35,7 @@ def profile(graph: Graph, groups: Groups, place: torch.device, threads: int, run
     found: list[Attributed] = []
     for kernel in kernels(graph, place, threads, runs):
         several = known.get(kernel.name, [])
-        work = [math.prod(kept_size(a, groups.batch) for a in one.axes) for one in several]
+        work = [one.volume(groups.batch) for one in several]
         for one, own in zip(several, work, strict=True):  # an attention is one node and two products
             found.append((replace(kernel, seconds=kernel.seconds * own / sum(work)), nodes[kernel.name], one))
         if not several:
@@ -52,9 +55,7 @@ def kernels(graph: Graph, place: torch.device, threads: int, runs: int = 2 * RUN
     return [Kernel(name, operator_name(nodes[name]), taken, (), (), timers[-1].settings[name]) for name, taken in seconds.items()]
 
 
-def time_contractions(
-    points: Sequence[tuple[str, tuple[int, ...]]], place: torch.device, threads: int, runs: int = RUNS
-) -> Iterator[tuple[int, float]]:
+def time_contractions(points: Sequence[Point], place: torch.device, threads: int, runs: int = RUNS) -> Iterator[tuple[int, float]]:
     """points: (signature, sizes of its axes as in contractions.ROLES). Yields (index, seconds), the shortest of some runs."""
     with steady(threads), torch.inference_mode():
         for index, (key, sizes) in enumerate(points):
@@ -83,23 +84,25 @@ class _Timer(fx.Interpreter):
         stop = stopwatch(self.place)
         answer = self.call_function(n.target, args, kwargs)  # type: ignore[arg-type]
         self.seconds[n.name] = stop()
-        self.settings[n.name] = _settings(operator_name(n), args)
+        known = isinstance(n.target, torch._ops.OpOverload)
+        self.settings[n.name] = _settings(operator_name(n), named_arguments(n, args, kwargs)) if known else {}
         return answer
 
 
-def _settings(name: str, args: Sequence[Any]) -> dict[str, Any]:
-    """What a convolution's time depends on beside its channels; of a product of matrices, the type."""
-    first = next((a for a in args if isinstance(a, Tensor)), None)
+def _settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the time of a convolution or a recurrent layer depends on beside its widths; of all else, the type. given: its arguments by name."""
+    first = next((v for v in given.values() if isinstance(v, Tensor)), None)
     if first is None:
         return {}
     found = {"type": str(first.dtype).removeprefix("torch.")}
-    if not name.startswith("conv") or len(args) < 2 or not isinstance(args[1], Tensor):
+    if name in _RECURRENT and first.dim() > 1:
+        return {**found, "operator": name, "rows": list(first.shape[:-1]), **{k: given[k] for k in ("has_biases", "bidirectional", "batch_first")}}
+    if not name.startswith("conv") or not isinstance(given.get("weight"), Tensor):
         return found
-    rank = args[1].dim() - 2
-    given = dict(zip(("strides", "pads", "dilations"), args[3:6], strict=False))
+    rank = given["weight"].dim() - 2
     batch, space = (first.shape[0], first.shape[2:]) if first.dim() == rank + 2 else (1, first.shape[1:])
-    defaults = {"strides": [1] * rank, "pads": [0] * rank, "dilations": [1] * rank}
-    return {**found, "batch": batch, "space": list(space), "window": list(args[1].shape[2:]), **defaults, **given}
+    how = {key: given.get(argument, [default] * rank) for key, (argument, default) in _HOW.items()}
+    return {**found, "batch": batch, "space": list(space), "window": list(given["weight"].shape[2:]), **how}
 
 
 def _contraction(given: dict[str, Any], sizes: tuple[int, ...], place: torch.device) -> Any:
@@ -109,12 +112,21 @@ def _contraction(given: dict[str, Any], sizes: tuple[int, ...], place: torch.dev
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=place) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype, device=place)
 
-    if given["kind"] == "conv":
+    if given["kind"] in ("conv", "conv_transpose"):
         groups, filters, inputs = sizes
-        x = noise(given["batch"], groups * inputs, *given["space"])
-        weight, bias = noise(groups * filters, inputs, *given["window"]), noise(groups * filters)
-        convolve = getattr(functional, f"conv{len(given['window'])}d")
-        return lambda: convolve(x, weight, bias, given["strides"], given["pads"], given["dilations"], groups)
+        x, bias = noise(given["batch"], groups * inputs, *given["space"]), noise(groups * filters)
+        convolve = getattr(functional, f"{given['kind']}{len(given['window'])}d")
+        if given["kind"] == "conv":
+            weight = noise(groups * filters, inputs, *given["window"])
+            return lambda: convolve(x, weight, bias, given["strides"], given["pads"], given["dilations"], groups)
+        weight = noise(groups * inputs, filters, *given["window"])
+        return lambda: convolve(x, weight, bias, given["strides"], given["pads"], given["output_padding"], groups, given["dilations"])
+    if given["kind"] == "recurrent":
+        inputs, hidden = sizes
+        how = {"bias": given["has_biases"], "bidirectional": given["bidirectional"], "batch_first": given["batch_first"]}
+        layer = _RECURRENT[given["operator"]](inputs, hidden, device=place, dtype=dtype, **how)
+        x = noise(*given["rows"], inputs)
+        return lambda: layer(x)
     batch, rows, inputs, columns = sizes
     if given["kind"] == "linear":
         x, weight, bias = noise(batch * rows, inputs), noise(columns, inputs), noise(columns)

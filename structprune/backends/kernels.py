@@ -8,7 +8,6 @@ the runtime's. Many contractions stand side by side in one model and are timed i
 from __future__ import annotations
 
 import json
-import math
 import re
 import tempfile
 import time
@@ -22,7 +21,9 @@ import onnx
 import onnxruntime
 from onnx import helper
 
+from structprune.backends.microbenchmarks import GATES, entries, in_bytes, side_by_side
 from structprune.backends.onnx import LAYER
+from structprune.backends.tables import Point
 
 RUNS = 4
 BLOCKED = "_nchwc"  # ends the names of kernels that work on channels in blocks, a layout that their neighbours share
@@ -31,8 +32,13 @@ _SESSIONS = 2
 _AT_ONCE = 192 << 20  # bytes of weights and inputs in one session
 _AT_LEAST = 0.2  # of what the profiler told is a kernel's own
 _ROOT_OF = re.compile(r"^p(\d+)\.")
-_TYPES = {"float": "float32", "float16": "float16", "double": "float64"}
-_SECOND_INPUTS = {"Clip": (0.0, 6.0)}
+_PRODUCTS = ("linear", "matmul")
+KINDS = {
+    "Conv": ("conv",), "FusedConv": ("conv",), "ConvTranspose": ("conv_transpose",),
+    "MatMul": _PRODUCTS, "FusedMatMul": _PRODUCTS, "Gemm": _PRODUCTS, "FusedGemm": _PRODUCTS,
+    "LSTM": ("recurrent",), "GRU": ("recurrent",),
+}  # fmt: skip
+"""The operators that run contractions, and the kinds of these (contractions.ROLES)."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,12 @@ def profile(path: Path, inputs: Sequence[np.ndarray], threads: int, runs: int = 
     return kernels
 
 
-def time_contractions(points: Sequence[tuple[str, tuple[int, ...]]], threads: int, runs: int = RUNS) -> Iterator[tuple[int, float]]:
+def time_contractions(points: Sequence[Point], threads: int, runs: int = RUNS) -> Iterator[tuple[int, float]]:
     """points: (signature, sizes of its axes as in contractions.ROLES). Yields (index, seconds), the shortest of some runs."""
     batch: list[int] = []
     size = 0
     for index, (key, sizes) in enumerate(points):
-        size += _bytes(json.loads(key), sizes)
+        size += in_bytes(json.loads(key), sizes)
         batch.append(index)
         if size > _AT_ONCE or index == len(points) - 1:
             yield from zip(batch, _times([points[i] for i in batch], threads, runs), strict=True)
@@ -121,8 +127,8 @@ def _layer_finder(path: Path) -> Callable[[str, bool], str]:
     return layer
 
 
-def _times(points: Sequence[tuple[str, tuple[int, ...]]], threads: int, runs: int) -> list[float]:
-    model, feeds = _side_by_side(points)
+def _times(points: Sequence[Point], threads: int, runs: int) -> list[float]:
+    model, feeds = side_by_side(points)
     with tempfile.TemporaryDirectory() as work:
         session = _run(_session(model.SerializeToString(), threads, work), feeds, runs)
     reordering = 0.0
@@ -135,7 +141,7 @@ def _times(points: Sequence[tuple[str, tuple[int, ...]]], threads: int, runs: in
         elif found:
             taken[int(found[1])] += seconds
             blocked[int(found[1])] |= _name(event).endswith(BLOCKED)
-    data = [_entries(json.loads(key), sizes) for key, sizes in points]
+    data = [entries(json.loads(key), sizes) for key, sizes in points]
     rate = reordering / max(1, sum(d for d, inside in zip(data, blocked, strict=True) if inside))
     out_of_step = [json.loads(key).get("blocked", False) and not inside for (key, _), inside in zip(points, blocked, strict=True)]
     return [t + rate * d * out for t, d, out in zip(taken, data, out_of_step, strict=True)]  # its neighbours' layout costs it two reorderings
@@ -191,14 +197,18 @@ def _shapes(told: Sequence[Mapping[str, Sequence[int]]]) -> tuple[tuple[int, ...
 
 
 def _contracts(node: onnx.NodeProto | None) -> bool:
-    return node is not None and node.op_type in ("Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "FusedGemm")
+    return node is not None and node.op_type in KINDS
 
 
 def _settings(node: Any, inputs: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """What a convolution's time depends on beside its channels; nothing more for a product of matrices."""
+    """What a convolution's time, or a recurrent layer's, depends on beside its widths; nothing more for a product of matrices."""
+    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    if node.op_type in GATES:
+        steps, batch, _ = inputs[0]
+        how = {"direction": given.get("direction", b"forward").decode(), "linear_before_reset": given.get("linear_before_reset", 0)}
+        return {"operator": node.op_type, "steps": steps, "batch": batch, **how}
     if "Conv" not in node.op_type:
         return {}
-    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     rank = len(inputs[0]) - 2
     return {
         "batch": inputs[0][0],
@@ -207,73 +217,8 @@ def _settings(node: Any, inputs: Sequence[tuple[int, ...]]) -> dict[str, Any]:
         "strides": list(given.get("strides", [1] * rank)),
         "pads": list(given.get("pads", [0] * 2 * rank)),
         "dilations": list(given.get("dilations", [1] * rank)),
+        **({"output_padding": list(given.get("output_padding", [0] * rank))} if node.op_type == "ConvTranspose" else {}),
         "activation": given.get("activation", b"").decode(),
         "sum": len(node.input) > 3 and bool(node.input[3]),
         "blocked": node.name.endswith(BLOCKED),
     }
-
-
-def _entries(given: Mapping[str, Any], sizes: tuple[int, ...]) -> int:
-    """Of what a contraction reads and writes, weights aside."""
-    if given["kind"] == "conv":
-        groups, filters, inputs = sizes
-        return int(groups * given["batch"] * (inputs * math.prod(given["space"]) + filters * math.prod(_space_after(given))))
-    batch, rows, inputs, columns = sizes
-    return batch * rows * (inputs + columns) + (batch * inputs * columns if given["kind"] == "matmul" else 0)
-
-
-def _bytes(given: Mapping[str, Any], sizes: tuple[int, ...]) -> int:
-    weights = {"conv": math.prod(sizes) * math.prod(given.get("window", ())), "linear": sizes[-2] * sizes[-1], "matmul": 0}[given["kind"]]
-    return 4 * (weights + _entries(given, sizes))
-
-
-def _side_by_side(points: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
-    """A model that runs every point on inputs of its own, and noise for these."""
-    generator = np.random.default_rng(0)
-    nodes: list[onnx.NodeProto] = []
-    feeds: dict[str, np.ndarray] = {}
-    constants: dict[str, np.ndarray] = {}
-    outputs = []
-
-    def noise(*shape: int) -> np.ndarray:
-        return generator.standard_normal(shape, dtype=np.float32).astype(_TYPES.get(given["type"], "float32"))
-
-    def add(operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        nodes.append(helper.make_node(operator, list(inputs), [output], output, **attributes))
-        return output
-
-    for index, (key, sizes) in enumerate(points):
-        given, root = json.loads(key), f"p{index}."
-        if given["kind"] == "conv":
-            groups, filters, inputs = sizes
-            feeds[f"{root}x"] = noise(given["batch"], groups * inputs, *given["space"])
-            constants[f"{root}w"] = noise(groups * filters, inputs, *given["window"])
-            constants[f"{root}b"] = noise(groups * filters)
-            attributes = {"kernel_shape": given["window"], "group": groups} | {k: given[k] for k in ("strides", "pads", "dilations")}
-            value = add("Conv", [f"{root}{n}" for n in "xwb"], f"{root}conv", **attributes)
-            if given["sum"]:
-                feeds[f"{root}r"] = noise(given["batch"], groups * filters, *_space_after(given))
-                value = add("Add", [value, f"{root}r"], f"{root}sum")
-            if given["activation"]:
-                limits = _SECOND_INPUTS.get(given["activation"], ())
-                names = [f"{root}limit{i}" for i in range(len(limits))]
-                constants |= {n: np.asarray(v, feeds[f"{root}x"].dtype) for n, v in zip(names, limits, strict=True)}
-                value = add(given["activation"], [value, *names], f"{root}active")
-        else:
-            batch, rows, inputs, columns = sizes
-            feeds[f"{root}x"] = noise(batch, rows, inputs)
-            (constants if given["kind"] == "linear" else feeds)[f"{root}w"] = noise(*([] if given["kind"] == "linear" else [batch]), inputs, columns)
-            value = add("MatMul", [f"{root}x", f"{root}w"], f"{root}product")
-        outputs.append(helper.make_tensor_value_info(value, helper.np_dtype_to_tensor_dtype(feeds[f"{root}x"].dtype), None))
-    declared = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for n, v in feeds.items()]
-    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, "contractions", declared, outputs, tensors)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), feeds
-
-
-def _space_after(given: Mapping[str, Any]) -> list[int]:
-    """The spatial sizes of a convolution's answer."""
-    rank = len(given["space"])
-    padded = [size + before + after for size, before, after in zip(given["space"], given["pads"][:rank], given["pads"][rank:], strict=True)]
-    covered = [dilation * (window - 1) + 1 for dilation, window in zip(given["dilations"], given["window"], strict=True)]
-    return [(p - c) // stride + 1 for p, c, stride in zip(padded, covered, given["strides"], strict=True)]

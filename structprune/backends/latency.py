@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,7 +16,7 @@ from torch import fx
 
 from structprune.analysis.contractions import Contraction, contractions
 from structprune.analysis.groups import Groups
-from structprune.backends.kernels import BLOCKED, Kernel, family, signature
+from structprune.backends.kernels import BLOCKED, KINDS, Kernel, family, signature
 from structprune.backends.tables import Point, Tables
 from structprune.decide.allocate import thinned
 from structprune.decide.cost import Cost, Term
@@ -117,21 +117,21 @@ def attributed(graph: Graph, groups: Groups, kernels: Sequence[Kernel], origins:
         node = nodes.get(origin, node) if origin else node
         contraction = None
         if kernel.settings and node is not None:
-            maker = _maker(node, left, "window" in kernel.settings)
+            maker = _maker(node, left, KINDS[kernel.operator])
             if maker is not None:
                 node, contraction = maker, left[maker].pop(0)
         found.append((kernel, node, contraction))
     return found
 
 
-def _maker(node: fx.Node, left: Mapping[fx.Node, list[Contraction]], convolution: bool) -> fx.Node | None:
-    """The node itself or the nearest before it with a contraction, of the kind asked for, that no kernel has claimed.
+def _maker(node: fx.Node, left: Mapping[fx.Node, list[Contraction]], kinds: Collection[str]) -> fx.Node | None:
+    """The node itself or the nearest before it with a contraction, of the kinds asked for, that no kernel has claimed.
 
     A convolution bears the name of what was fused into it.
     """
     reached = [node]
     for candidate in reached:  # grows while it is walked
-        if left.get(candidate) and (left[candidate][0].kind == "conv") == convolution:
+        if left.get(candidate) and left[candidate][0].kind in kinds:
             return candidate
         if candidate not in left:
             reached.extend(n for n in candidate.all_input_nodes if n not in reached)

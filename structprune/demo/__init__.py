@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from structprune.ir.traced import in_mode
+
 __all__ = ["accuracy", "calibration", "model", "samples"]
 
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -127,13 +129,8 @@ def accuracy(model: nn.Module) -> float:
     """Share of the samples that `model` classifies correctly in evaluation mode; every module's training flag is put back."""
     images, labels = samples()
     like = next(model.parameters(), images)
-    training = {module: module.training for module in model.modules()}
-    try:
-        with torch.inference_mode():
-            predicted = model.eval()(images.to(like)).argmax(1).cpu()
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    with in_mode(model, training=False), torch.inference_mode():
+        predicted = model(images.to(like)).argmax(1).cpu()
     return (predicted == labels).double().mean().item()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-import traceback
 from collections.abc import Container, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -21,6 +20,7 @@ from structprune.frontends.exported import FIXED_BATCH, from_exported, names_in,
 from structprune.frontends.parametrizations import fold_parametrizations
 from structprune.frontends.torch_export import called_once, export, unaware
 from structprune.frontends.unneeded import of_training
+from structprune.frontends.users_code import users_line
 from structprune.frontends.values import KnownValues, may_decide
 from structprune.ir.graph import Graph, is_dynamic, repeated, written_to
 from structprune.ir.operators import operator_name
@@ -249,7 +249,7 @@ def _must_pass_its_checks(model: nn.Module, args: tuple[Any, ...], kwargs: Mappi
         called_once(model, args, kwargs)
     except Exception as error:  # a check may raise anything
         raise TraceError(
-            f"the model raises on the example inputs{_users_line(error)}: {first_line(error)}; give inputs that pass its own checks"
+            f"the model raises on the example inputs{users_line(error)}: {first_line(error)}; give inputs that pass its own checks"
         ) from error
 
 
@@ -295,17 +295,9 @@ def _explained(error: BaseException) -> TraceError:
         advice = "check the shapes and number of the example inputs (--input on the command line)"
     else:
         advice = "make that line traceable by torch.export, or pass the submodule that can be traced"
-    return TraceError(f"the model cannot be traced{_users_line(error)}: {first_line(error)}; {advice}")
+    return TraceError(f"the model cannot be traced{users_line(error)}: {first_line(error)}; {advice}")
 
 
 def _is_of_values(error: BaseException) -> bool:
     """Whether code asked for what a tensor holds, which torch.export does not know."""
     return "DataDependent" in type(error).__name__ or "data-dependent" in str(error)
-
-
-def _users_line(error: BaseException) -> str:
-    """' at file:line' of the user's code that an error comes from; nothing where there is none."""
-    own = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', str(error))
-    trail = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)] + [(f, int(n)) for f, n, _ in own]
-    user = [(f, n) for f, n in trail if "/torch/" not in f and "/structprune/" not in f and not f.startswith("<")]
-    return f" at {user[-1][0]}:{user[-1][1]}" if user else ""

@@ -17,6 +17,9 @@ import torch
 
 from structprune.errors import InputError, StructpruneError, did_you_mean, one_line
 
+_PACKAGES = (Path(__file__).parents[1], Path(torch.__file__).parent, Path(importlib.__file__).parent)
+_NOT_THE_USERS = ("<", *(f"{package}{os.sep}" for package in _PACKAGES))  # begin the names of other code's files
+
 
 def named_object(spec: str, form: str, wanted: str) -> Any:
     """What `package.module:name` names, imported with the current directory on the path. form: what it is not, if it has another form, and advice;
@@ -31,7 +34,7 @@ def named_object(spec: str, form: str, wanted: str) -> Any:
             module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything or end with sys.exit
         if not isinstance(error, ModuleNotFoundError) or not f"{module_name}.".startswith(f"{error.name}."):
-            raise InputError(f"importing {module_name} failed: {one_line(error)}{_place(error)}; correct that, or name another one") from error
+            raise InputError(f"importing {module_name} failed: {one_line(error)}{users_line(error)}; correct that, or name another one") from error
         advice = (
             f"did you mean {module_name[:-3]}:{attribute}?" if module_name.endswith(".py") else "install it, or start in the directory that holds it"
         )
@@ -47,7 +50,7 @@ def called(spec: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -
     try:
         return function(*args, **kwargs)
     except (Exception, SystemExit) as error:  # a constructor is someone else's code and may raise anything
-        raise InputError(f"{spec} failed: {one_line(error)}{_place(error)}; correct that, or name another constructor") from error
+        raise InputError(f"{spec} failed: {one_line(error)}{users_line(error)}; correct that, or name another constructor") from error
 
 
 @contextmanager
@@ -58,7 +61,7 @@ def users_code(what: str) -> Iterator[None]:
     except StructpruneError:
         raise
     except (Exception, SystemExit) as error:
-        raise InputError(f"{what} failed: {one_line(error)}{_place(error)}; correct that and run it again") from error
+        raise InputError(f"{what} failed: {one_line(error)}{users_line(error)}; correct that and run it again") from error
 
 
 def import_from_current_directory() -> None:
@@ -66,8 +69,9 @@ def import_from_current_directory() -> None:
         sys.path.insert(0, os.getcwd())
 
 
-def _place(error: BaseException) -> str:
-    """The innermost line of the user's own code that an exception passed; empty where it never got there."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<") and "torch" not in Path(f.filename).parts]
-    own = [f for f in frames if f.filename not in (__file__, importlib.__file__)]
-    return f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
+def users_line(error: BaseException) -> str:
+    """' at file:line', the innermost of the user's own code that an error passed, or that its message tells of; empty where it never got there."""
+    passed = [(frame.filename, str(frame.lineno)) for frame in traceback.extract_tb(error.__traceback__)]
+    told = re.findall(r'File "([^"]+)", line (\d+)', str(error))
+    own = [place for place in passed + told if not place[0].startswith(_NOT_THE_USERS)]
+    return f" at {':'.join(own[-1])}" if own else ""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import fx
+
 from structprune.ir.axes import Axis, Shape, concat, product
 from structprune.ops.rules import Equations, Unsupported, rule
 
@@ -47,6 +49,14 @@ def _recurrent(
         feature = concat([out] * directions)
     eq.freeze("time runs along this axis", *x[:-1], *(axis for state in states for axis in state[1:-1]))
     return (*x[:-1], feature), hidden
+
+
+def products_of_a_layer(node: fx.Node) -> int:
+    """How many products `_recurrent` counts of each layer: of each direction one of its input, one of its states, and one where it projects."""
+    given: tuple[Any, ...] = node.args
+    weights, biases, layers, _dropout, _train, bidirectional = given[2:8]
+    directions = 2 if bidirectional else 1
+    return directions * (len(weights) // (layers * directions) - (2 if biases else 0))  # type: ignore[no-any-return]
 
 
 def _unpacked(x: Shape) -> None:

@@ -11,7 +11,6 @@ What trains is the traced graph: it is what is deployed, it has no branches that
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import math
 import random
@@ -30,7 +29,7 @@ from structprune import processes
 from structprune.errors import InputError
 from structprune.frontends.samples import batch_of, batch_size
 from structprune.frontends.users_code import users_code
-from structprune.ir.graph import Graph, owners_of
+from structprune.ir.graph import Graph, digest, owners_of
 from structprune.ir.operators import operator_name
 from structprune.ir.samples import copies
 from structprune.ir.traced import TracedModule, in_mode
@@ -146,7 +145,7 @@ def finetune(
     run = _Run(student, distributed.with_shared_statistics(mean), _make(name, lr, parameters))
     with _randomness_kept(device):
         batches = _count(train, graph, recipe.seed)
-        task = {**asdict(recipe), "optimiser": name, "lr": lr, "batches": batches, "weights": _digest(student)}
+        task = {**asdict(recipe), "optimiser": name, "lr": lr, "batches": batches, "weights": digest(student)}
         keeper = Checkpoint(path if processes.rank() == 0 else None, task)
         saved = processes.from_first(keeper.read())
         if saved is not None:
@@ -415,15 +414,6 @@ def _count(train: Train, graph: Graph, seed: int) -> int:
     if not count:
         raise InputError("train= holds no batch; give an iterable of batches, or one tensor of many samples")
     return count
-
-
-def _digest(module: nn.Module) -> str:
-    """A fingerprint of all tensors."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 # Randomness -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError, first_line
+from structprune.frontends.example_inputs import described
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest answer
 CLEAR = 1e-4  # an error up to which nothing needs to be explained
@@ -54,7 +55,7 @@ def agreement(path: Path, answer: Answer, module: Callable[..., Any], inputs: Se
     worst = 0.0
     for i, (name, mine, theirs) in enumerate(zip(names, got, wanted, strict=True)):
         if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
-            raise _wrong(path, name, f"{_described(mine)} where ONNX Runtime answers {_described(theirs)}")
+            raise _wrong(path, name, f"{described([mine])} where ONNX Runtime answers {described([theirs])}")
         if not mine.is_floating_point():
             if not torch.equal(mine, theirs):
                 raise _wrong(path, name, f"{int((mine != theirs).sum())} of {mine.numel()} entries differ from ONNX Runtime's")
@@ -108,7 +109,3 @@ def _moved_by_a_bit(module: nn.Module) -> nn.Module:
 
 def _wrong(path: Path, name: str, how: str) -> InputError:
     return InputError(f"{path} is not imported right, and is left alone: output {name!r}: {how}; report it with the file")
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {str(tensor.dtype).removeprefix('torch.')}"
