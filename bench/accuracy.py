@@ -17,6 +17,8 @@ images, or by the Hessian's diagonal on 256 of them (the squares of its gradient
 statistics of the batch norms taken anew from the samples that structprune sees. *Recovered* is one epoch of training: by `structprune.recover`
 with the dense network as teacher, or by plain cross-entropy for torch-pruning (its best pruner by accuracy after *bn*), for FastNAS and for the
 dense network itself; optimiser, rate and images are the same for all. The seed chooses calibration samples and the order of images.
+*As fast* compares allocations: both compress to the same share of the dense network's time, with the same samples and the same refit of weights,
+*structprune* with widths of its own choice, *uniform* with one share everywhere in multiples of the measured steps.
 """
 
 from __future__ import annotations
@@ -63,8 +65,9 @@ NEED_LABELS = ("taylor", "hessian")
 HESSIAN_IMAGES = 256
 METHODS = (
     "dense", "structprune", "structprune without data", "structprune matched", "structprune recovered", "structprune matched recovered",
-    "torch-pruning", "torch-pruning recovered", "fastnas", "fastnas recovered", "dense recovered",
+    "torch-pruning", "torch-pruning recovered", "fastnas", "fastnas recovered", "dense recovered", "as fast", "as fast, uniform",
 )  # fmt: skip
+LATENCY = 0.7  # of the dense network's, for one sample in ONNX Runtime: the target of *as fast*
 
 
 def macs(network: nn.Module, example: Tensor) -> int:
@@ -105,6 +108,14 @@ def recovered(task: Task, target: float, seed: int, matching: int = 0) -> dict[s
     started = time.perf_counter()
     result = sp.recover(compressed(task, target, seed, matching=matching), accuracy_data.fashion_batches(seed + 1), epochs=1, seed=seed)
     return described(result.model, task, seed, started)
+
+
+def as_fast(task: Task, target: float, seed: int, allocation: str) -> dict[str, Any]:
+    started = time.perf_counter()
+    result = sp.compress(
+        task.build(), task.example()[:1], f"latency={target}", calibration=task.calibration(seed), seed=seed, allocation=allocation, threads=1
+    )
+    return described(result.model, task, seed, started, latency=result.report.data["latency_target"]["measured"])
 
 
 # --- torch-pruning and plain fine-tuning ---------------------------------------------------------------------------------------
@@ -286,7 +297,7 @@ def wanted(tasks: list[str], methods: list[str], targets: list[float] | None, se
         for method in methods:
             if TASKS[name].recipe is None and ("recovered" in method or method == "fastnas"):
                 continue
-            for target in (1.0,) if method.startswith("dense") else TASKS[name].targets:
+            for target in (1.0,) if method.startswith("dense") else (LATENCY,) if method.startswith("as fast") else TASKS[name].targets:
                 if targets is not None and target not in targets:
                     continue
                 for seed in range(1 if method == "dense" else seeds):
@@ -305,6 +316,8 @@ def measured(name: str, target: float, method: str, seed: int, rows: dict[str, A
         return recovered(task, target, seed)
     if method == "structprune matched recovered":
         return recovered(task, target, seed, matching=MATCHING)
+    if method.startswith("as fast"):
+        return as_fast(task, target, seed, "uniform" if "uniform" in method else "milp")
     if method == "torch-pruning":
         return peers(task, target, seed)
     if method == "torch-pruning recovered":
@@ -363,6 +376,21 @@ def table(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def fast_table(rows: dict[str, Any]) -> str:
+    """Both allocations at one latency."""
+
+    def cells(name: str, method: str) -> list[str]:
+        found = [row for where, row in rows.items() if where.startswith(f"{name} · {LATENCY:g} · {method} · ") and "failed" not in row]
+        times = f"{mean(row['latency'] for row in found):.3f}" if found else "owed"
+        return [times, shown([row["score"][0] for row in found])]
+
+    lines = ["| network | structprune's time | **structprune** | uniform's time | uniform |", "|" + "---|" * 5]
+    for name in TASKS:
+        mine, theirs = cells(name, "as fast"), cells(name, "as fast, uniform")
+        lines.append(f"| {name} | {mine[0]} | **{mine[1]}** | {' | '.join(theirs)} |")
+    return "\n".join(lines)
+
+
 def pruners_table(rows: dict[str, Any]) -> str:
     """Each of torch-pruning's pruners by itself."""
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
@@ -394,6 +422,7 @@ def page(results: dict[str, Any]) -> str:
     )
     parts = ["# Accuracy", "Written by `bench/accuracy.py --write`.", description[0], description[-1], reading, table(results["rows"])]
     failed = "\n".join(f"- {where}: {row['failed']}" for where, row in results["rows"].items() if "failed" in row)
+    parts += [f"As fast, at {LATENCY:g} of the dense network's time for one sample, one thread:\n\n{fast_table(results['rows'])}"]
     parts += [f"What is measured:\n\n{metrics}", f"torch-pruning's pruners, each by itself:\n\n{pruners_table(results['rows'])}"]
     return "\n\n".join([*parts, *([f"Not measured:\n\n{failed}"] if failed else []), results["ran_on"]]) + "\n"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,6 +34,8 @@ from structprune.transform.surgery import operate
 _ROUNDS = 4
 _MOST_ROUNDS = 7  # where none of the first was near
 _GLANCE, _FULL = 2.0, 6.0  # seconds of a measurement; the second where the first is close
+_OTHER_PACE = 1.15  # times what the dense model took before: the machine itself is slower than it was
+_WAITS = (0.0, 5.0, 15.0)  # seconds, before what was slowed is measured again
 _CLOSE = 0.02  # of the target: what two measurements of one file may differ by
 _NEAR = 0.04  # of the target
 _WELL = 0.05  # of the measurement: a prediction that is off by less was good
@@ -42,7 +46,7 @@ _MISSED = 0.08  # of the target: more than this above it is no success
 class Round:
     """Times as shares of the dense model's: `predicted` by the tables, `measured` in interleaved rounds, with an interval of 95 %.
 
-    `gap`: how far from the best allocation the solver may have stopped.
+    `gap`: how far from the best allocation the solver may have stopped. `dense_ms`: what the dense model took meanwhile.
     """
 
     predicted: float
@@ -50,6 +54,7 @@ class Round:
     low: float
     high: float
     gap: float | None
+    dense_ms: float
 
 
 @dataclass(frozen=True)
@@ -173,9 +178,12 @@ def plan_for_latency(
                 continue
             file, weights, keeper, small = _build(graph, groups, plan, dense)
             say(f"round {len(tried) + 1}: measure")
-            compared, share = _measured(graph, dense, file, bench, asked, len(tried))
-            ratio = compared.ratios[file.name]
-            tried.append(_Tried(plan, found.widths, Round(latency.cost(found.widths) / whole, ratio.median, ratio.low, ratio.high, found.gap)))
+            compared, share = _measured(graph, dense, file, bench, asked, [t.round for t in tried], say)
+            ratio, pace = compared.ratios[file.name], compared.latencies[0].median_ms
+            if all(t.round.dense_ms > _OTHER_PACE * pace for t in tried):  # something slowed them, that is gone now
+                tried.clear()
+            one = Round(latency.cost(found.widths) / whole, ratio.median, ratio.low, ratio.high, found.gap, pace)
+            tried.append(_Tried(plan, found.widths, one))
             rounds = [t.round for t in tried]
             if min(rounds, key=lambda r: _miss(r.measured, share)) is rounds[-1]:
                 best, built = len(rounds) - 1, Built(file, weights, keeper, compared)  # the file of the one before goes
@@ -200,13 +208,36 @@ def _build(graph: Graph, groups: Groups, plan: Plan, dense: Dense) -> tuple[Path
     return file, digest(surgery.module), keeper, small
 
 
-def _measured(graph: Graph, dense: Dense, file: Path, bench: BenchProcess, asked: decide.Target, before: int) -> tuple[Comparison, float]:
-    """A file beside the dense model's, for longer where that is close to what was asked for; and what share of the dense model's time that is."""
+def _measured(
+    graph: Graph, dense: Dense, file: Path, bench: BenchProcess, asked: decide.Target, before: Sequence[Round], say: Callable[[str], None]
+) -> tuple[Comparison, float]:
+    """A file beside the dense model's, for longer where that is close to what was asked for; and what share of the dense model's time that is.
+
+    What something else on the machine slowed is measured again after a while, a few times: threads that wait for each other make of a slower core
+    another ratio, not only longer times.
+    """
     inputs = tuple(v for v in graph.given_inputs() if isinstance(v, Tensor))
-    compared = runtimes.compare(dense.runtime, dense.original, file, inputs, bench, _GLANCE)
-    if _is_close(compared.ratios[file.name].median / _share(asked, compared), before):
-        compared = runtimes.compare(dense.runtime, dense.original, file, inputs, bench, _FULL)
+    for wait in (*_WAITS, None):
+        compared = runtimes.compare(dense.runtime, dense.original, file, inputs, bench, _GLANCE)
+        if _is_close(compared.ratios[file.name].median / _share(asked, compared), len(before)):
+            compared = runtimes.compare(dense.runtime, dense.original, file, inputs, bench, _FULL)
+        slowed = _slowed(compared, before)
+        if not slowed:
+            break
+        if wait is None:
+            compared = replace(compared, notes=(*compared.notes, f"measured all the same, though {slowed}"))
+            break
+        say(f"round {len(before) + 1}: measure again, for {slowed}")
+        time.sleep(wait)
     return compared, _share(asked, compared)
+
+
+def _slowed(compared: Comparison, before: Sequence[Round]) -> str:
+    """In words, what something else on the machine did to a measurement; empty where nothing shows."""
+    if compared.disturbed:
+        return f"other processes kept {compared.busy_elsewhere:.1f} cores busy"
+    now, best = compared.latencies[0].median_ms, min((r.dense_ms for r in before), default=math.inf)
+    return f"the dense model took {now:.3g} ms, and {best:.3g} ms in a round before" if now > _OTHER_PACE * best else ""
 
 
 def _share(asked: decide.Target, compared: Comparison) -> float:

@@ -46,6 +46,7 @@ WARMUP_RUNS, WARMUP_SECONDS = 3, 0.1
 SHORTEST_TIMING = 2e-3  # seconds; shorter candidates run several times a round, to beat timer noise
 REST_SECONDS = 10e-3  # OpenMP threads of torch spin for about 8 ms after a run
 RESAMPLES = 2000
+_UNNOTICED = 0.2  # cores that others may take beside threads on all cores
 NOTICEABLE = 1.005  # what shows at the two digits of a verdict; less counts as no difference
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -85,7 +86,10 @@ class Latency:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All candidates against the first one. `ratios` has every candidate, the first with exactly 1; prints as a table."""
+    """All candidates against the first one. `ratios` has every candidate, the first with exactly 1; prints as a table.
+
+    `busy_elsewhere`: how many cores other processes kept busy meanwhile, on average.
+    """
 
     latencies: tuple[Latency, ...]
     ratios: Mapping[str, Ratio]
@@ -93,6 +97,12 @@ class Comparison:
     threads: int
     machine: Mapping[str, Any]
     notes: tuple[str, ...]
+    busy_elsewhere: float = 0.0
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other processes had cores that the threads needed, by the count of this machine."""
+        return _disturb(self.busy_elsewhere, self.threads)
 
     def verdict(self, name: str) -> str:
         """One candidate in words: faster by how much, no gain, or slower. Faster is claimed only if the whole interval is."""
@@ -114,6 +124,7 @@ class Comparison:
             "threads": self.threads,
             "machine": dict(self.machine),
             "notes": list(self.notes),
+            "busy_elsewhere": self.busy_elsewhere,
         }
 
     @staticmethod
@@ -126,6 +137,7 @@ class Comparison:
             threads=data["threads"],
             machine=data["machine"],
             notes=tuple(data["notes"]),
+            busy_elsewhere=data["busy_elsewhere"],
         )
 
     def __str__(self) -> str:
@@ -210,7 +222,6 @@ def benchmark(
             runners, repeats = zip(*warmed_up, strict=True)
             parts.append(_time_rounds(runners, repeats, *limits, rest, seed + len(parts), math.ceil(MIN_ROUNDS / number)))
         others = cores_busy_elsewhere()
-
     samples = sum(map(len, parts))
     machine = environment()
     milliseconds = [_bootstrap([part[:, column] * 1e3 for part in parts], seed) for column in range(len(names))]
@@ -230,6 +241,7 @@ def benchmark(
         threads=threads,
         machine=machine,
         notes=notes,
+        busy_elsewhere=others,
     )
 
 
@@ -504,11 +516,15 @@ def _notes(samples: int, rounds: int, seconds: float, threads: int, cores: int, 
         f"stopped after {samples} of {rounds} rounds, at the limit of {seconds:g} s": samples < rounds,
         f"only {samples} rounds: the intervals are rough": samples < 15,
         f"{threads} threads on {cores} core(s): threads wait for each other": threads > cores,
-        # A thread that waits for one that another process displaced can lose a whole time slice at every operator.
-        f"other processes kept {others:.1f} cores of this machine busy: repeat this when it is idle": others + threads > (os.cpu_count() or 1) + 0.2,
+        f"other processes kept {others:.1f} cores of this machine busy: repeat this when it is idle": _disturb(others, threads),
         "the candidates run on different runtimes: a ratio compares the runtimes too, not the models alone": mixed,
     }
     return tuple(remark for remark, holds in remarks.items() if holds)
+
+
+def _disturb(others: float, threads: int) -> bool:
+    """Whether so many cores, busy elsewhere, are missed: a thread that waits for one that was displaced can lose a time slice at every operator."""
+    return others + threads > (os.cpu_count() or 1) + _UNNOTICED
 
 
 def _watch_others() -> Callable[[], float]:
