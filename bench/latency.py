@@ -182,6 +182,7 @@ def table(rows: dict[str, Any]) -> str:
     head = ("model", "threads", "asked", "measured", "95 %", "predicted / first measured", "MACs kept", "efficiency",
             "torch-pruning's (MACs kept)", "importance", "uniform's", "rounds", "s")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    elsewhere = _elsewhere(rows)
     for key, row in rows.items():
         if not has_target(key):
             continue
@@ -192,10 +193,10 @@ def table(rows: dict[str, Any]) -> str:
         theirs = rows.get(_theirs(spec, threads, SHARES.get(float(target), USUAL)), {})
         uniform = rows.get(f"{spec} {threads} uniform", {})
         beaten = f"{theirs['efficiency']:.2f} ({theirs['macs_kept']:.3f})" if "efficiency" in theirs else ""
-        measured = row["measured"]
+        measured, mark = row["measured"], "*" if key in elsewhere else ""
         beside = f"{uniform['importance']:.3f} ({uniform['measured']['median']:.3f})" if target == str(UNIFORM_AT) and "importance" in uniform else ""
         lines.append(
-            f"| {spec} | {threads} | {target} | {measured['median']:.3f}{'*' * _at_other_pace(measured.get('dense_ms'), row.get('dense_ms'))} | {measured['low']:.3f}–{measured['high']:.3f} "
+            f"| {spec} | {threads} | {target} | {measured['median']:.3f}{mark} | {measured['low']:.3f}–{measured['high']:.3f} "
             f"| {row['predicted']:.3f} / {row['first_measured']:.3f} | {row['macs_kept']:.3f} | {row['efficiency']:.2f} "
             f"| {beaten} | {row['importance']:.3f} | {beside} | {row['rounds']} "
             f"| {row['seconds']:.0f}{' cold' if row['cold'] else ''} |"
@@ -256,7 +257,7 @@ def summary(rows: dict[str, Any]) -> str:
 
 
 def _elsewhere(rows: dict[str, Any]) -> list[str]:
-    return [key for key, row in rows.items() if _at_other_pace(row["measured"].get("dense_ms"), row.get("dense_ms"))]
+    return [key for key, row in rows.items() if _at_other_pace(row.get("measured", {}).get("dense_ms"), row.get("dense_ms"))]
 
 
 def _below(efficiency: dict[str, float], shares: dict[float, float], theirs: dict[str, float]) -> list[str]:
