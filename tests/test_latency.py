@@ -129,6 +129,8 @@ def test_every_contraction_is_found_in_the_kernel_that_runs_it(name: str, tmp_pa
             assert [kernel.inputs[0][-1], kernel.outputs[0][-1]] == sizes
         else:
             assert np.prod(kernel.outputs[0]) == sizes[0] * sizes[1] * sizes[3]
+    points = [(kernels.signature(c.kind, k.settings), tuple(kept_size(a, groups.batch) for a in c.axes)) for k, c in claimed]
+    assert [index for index, _ in kernels.time_contractions(points, threads=1, runs=1)] == list(range(len(points)))
 
 
 @pytest.mark.parametrize("where", [ONNX_RUNTIME, TORCH])

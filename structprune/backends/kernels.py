@@ -80,14 +80,15 @@ def profile(path: Path, inputs: Sequence[np.ndarray], threads: int, runs: int = 
             session = _session(path, threads, work, optimized)
             feeds = dict(zip((i.name for i in session.get_inputs()), inputs, strict=False))
             sessions.append(_run(session, feeds, runs))
-        made = {node.name: node for node in onnx.load(str(optimized), load_external_data=False).graph.node}
+        graph = onnx.load(str(optimized), load_external_data=False).graph
+    made, weights = {node.name: node for node in graph.node}, {t.name: tuple(t.dims) for t in graph.initializer}
     layer = _layer_finder(path)
     kernels = []
     for event, *seconds in zip(sessions[0].events, *(s.seconds for s in sessions), strict=False):
         name, node = _name(event), made.get(_name(event))
         told = event["args"]["input_type_shape"], event["args"]["output_type_shape"]
         shapes = _shapes(told[0]), _shapes(told[1])
-        settings = {"type": next(iter(told[0][0]), "float"), **_settings(node, shapes[0])} if _contracts(node) and shapes[0] else {}
+        settings = {"type": next(iter(told[0][0]), "float"), **_settings(node, shapes[0], weights)} if _contracts(node) and shapes[0] else {}
         kernels.append(Kernel(name, event["args"]["op_name"], min(seconds), *shapes, settings, layer(name, bool(settings))))
     return kernels
 
@@ -200,8 +201,11 @@ def _contracts(node: onnx.NodeProto | None) -> bool:
     return node is not None and node.op_type in KINDS
 
 
-def _settings(node: Any, inputs: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """What a convolution's time, or a recurrent layer's, depends on beside its widths; nothing more for a product of matrices."""
+def _settings(node: Any, inputs: Sequence[tuple[int, ...]], weights: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What a convolution's time, or a recurrent layer's, depends on beside its widths; nothing more for a product of matrices.
+
+    inputs: their shapes, as the profiler tells them: without those that the kernel has taken in. weights: the shapes of all.
+    """
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if node.op_type in GATES:
         steps, batch, _ = inputs[0]
@@ -213,7 +217,7 @@ def _settings(node: Any, inputs: Sequence[tuple[int, ...]]) -> dict[str, Any]:
     return {
         "batch": inputs[0][0],
         "space": list(inputs[0][2:]),
-        "window": list(inputs[1][2:]),
+        "window": list(weights.get(node.input[1], inputs[1])[2:]),
         "strides": list(given.get("strides", [1] * rank)),
         "pads": list(given.get("pads", [0] * 2 * rank)),
         "dilations": list(given.get("dilations", [1] * rank)),
