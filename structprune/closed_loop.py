@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ _ROUNDS = 4
 _MOST_ROUNDS = 7  # where none of the first was near
 _GLANCE, _FULL = 2.0, 6.0  # seconds of a measurement; the second where the first is close
 _OTHER_PACE = 1.15  # times what the dense model took before: the machine itself is slower than it was
-_WAITS = (0.0, 5.0, 15.0)  # seconds, before what was slowed is measured again
+_WAITS = (0.0, 5.0, 15.0)  # seconds, before what was slowed is measured again, in all rounds together
 _CLOSE = 0.02  # of the target: what two measurements of one file may differ by
 _NEAR = 0.04  # of the target
 _WELL = 0.05  # of the measurement: a prediction that is off by less was good
@@ -143,6 +143,7 @@ def plan_for_latency(
     tried: list[_Tried] = []
     best, built = -1, None
     between: tuple[Widths, Widths] = ({}, {})
+    waits = iter(_WAITS)
     with BenchProcess() as bench:
         bench.start()  # its imports take as long as the first solution
         for _ in range(2 * _MOST_ROUNDS):
@@ -178,7 +179,7 @@ def plan_for_latency(
                 continue
             file, weights, keeper, small = _build(graph, groups, plan, dense)
             say(f"round {len(tried) + 1}: measure")
-            compared, share = _measured(graph, dense, file, bench, asked, [t.round for t in tried], say)
+            compared, share = _measured(graph, dense, file, bench, asked, [t.round for t in tried], waits, say)
             ratio, pace = compared.ratios[file.name], compared.latencies[0].median_ms
             if all(t.round.dense_ms > _OTHER_PACE * pace for t in tried):  # something slowed them, that is gone now
                 tried.clear()
@@ -209,27 +210,34 @@ def _build(graph: Graph, groups: Groups, plan: Plan, dense: Dense) -> tuple[Path
 
 
 def _measured(
-    graph: Graph, dense: Dense, file: Path, bench: BenchProcess, asked: decide.Target, before: Sequence[Round], say: Callable[[str], None]
+    graph: Graph,
+    dense: Dense,
+    file: Path,
+    bench: BenchProcess,
+    asked: decide.Target,
+    before: Sequence[Round],
+    waits: Iterator[float],
+    say: Callable[[str], None],
 ) -> tuple[Comparison, float]:
     """A file beside the dense model's, for longer where that is close to what was asked for; and what share of the dense model's time that is.
 
-    What something else on the machine slowed is measured again after a while, a few times: threads that wait for each other make of a slower core
+    What something else on the machine slowed is measured again, as long as there are `waits`: threads that wait for each other make of a slower core
     another ratio, not only longer times.
     """
     inputs = tuple(v for v in graph.given_inputs() if isinstance(v, Tensor))
-    for wait in (*_WAITS, None):
+    while True:
         compared = runtimes.compare(dense.runtime, dense.original, file, inputs, bench, _GLANCE)
         if _is_close(compared.ratios[file.name].median / _share(asked, compared), len(before)):
             compared = runtimes.compare(dense.runtime, dense.original, file, inputs, bench, _FULL)
         slowed = _slowed(compared, before)
         if not slowed:
-            break
+            return compared, _share(asked, compared)
+        wait = next(waits, None)
         if wait is None:
-            compared = replace(compared, notes=(*compared.notes, f"measured all the same, though {slowed}"))
-            break
+            told = replace(compared, notes=(*compared.notes, f"measured all the same, though {slowed}"))
+            return told, _share(asked, compared)
         say(f"round {len(before) + 1}: measure again, for {slowed}")
         time.sleep(wait)
-    return compared, _share(asked, compared)
 
 
 def _slowed(compared: Comparison, before: Sequence[Round]) -> str:

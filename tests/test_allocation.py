@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import structprune as sp
 from structprune import decide
@@ -20,6 +21,7 @@ from structprune.analysis.groups import Groups
 from structprune.decide.cost import Cost, Term, macs, memory, params
 from structprune.decide.milp import Choice, Solution, solve
 from structprune.decide.targets import parse_target, spread
+from structprune.decide.uniform import Uniform
 from structprune.errors import InputError, TargetError
 from structprune.ir.axes import Atom, Axis, Product, Sum
 
@@ -126,6 +128,30 @@ def test_the_program_loses_no_more_than_the_simpler_methods() -> None:
     loss = {m: decide.allocate(groups, parse_target("params=0.5"), scores, method=m).loss for m in ("milp", "greedy", "uniform")}
     assert loss["milp"] <= loss["greedy"] + 1e-9
     assert loss["milp"] <= loss["uniform"] + 1e-9
+
+
+def rotary(layers: int) -> Groups:
+    """Decoder layers of grouped queries whose rotary embedding is one for all: its width ties the heads of all layers to each other."""
+    config = LlamaConfig(hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=20,
+                         head_dim=32, use_cache=False)  # fmt: skip
+    return sp.find_groups(sp.trace(LlamaForCausalLM(config).eval(), (torch.randint(0, 20, (1, 6)),)))
+
+
+@pytest.mark.parametrize("method", ["milp", "greedy"])
+def test_what_ties_all_heads_to_each_other_is_decided_first(method: str) -> None:
+    """Their widths all together would be millions of options."""
+    groups = rotary(layers=4)
+    uniform = Uniform(groups)
+    assert max(map(len, uniform.clusters)) > 12
+    (shared,), clusters = uniform.parted(4)
+    assert shared.size == 16 and max(map(len, clusters)) <= 4  # half a head, for its halves rotate together
+    assert sorted(a.number for cluster in [[shared], *clusters] for a in cluster) == sorted(g.atom.number for g in groups)
+    scores = {g.name: np.linspace(0.1, 1, g.size) for g in groups}
+    found = decide.allocate(groups, parse_target("macs=0.5"), scores, method=method)
+    assert macs(groups)(found.widths) <= 0.5 * macs(groups)()
+    for width in (4, 8, 16):
+        pinned = decide.allocate(groups, parse_target("macs=0.5"), scores, method=method, between=({shared: width}, {shared: width}))
+        assert pinned.widths[shared] == width and found.loss <= pinned.loss * 1.02  # its own objective also counts what work is worth
 
 
 @pytest.mark.parametrize("method", ["milp", "greedy"])

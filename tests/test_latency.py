@@ -60,6 +60,12 @@ def decoder() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     return layers.eval(), (torch.randn(2, 3, 10, 10),)
 
 
+def perceptron() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """Linear layers into which ONNX Runtime fuses the activation behind."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10)).eval(), (torch.randn(6, 24),)
+
+
 def recurrent() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """Recurrent layers: two in two directions, and of two kinds."""
     return in_a_row(nn.LSTM(24, 32, 2, bidirectional=True), nn.GRU(64, 16, batch_first=True))
@@ -79,7 +85,7 @@ def in_a_row(*layers: nn.Module) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     return models.Of(run, layers=nn.ModuleList(layers), head=nn.Linear(16, 10)).eval(), (torch.randn(7, 2, 24),)
 
 
-OF_MINE = {"chain": chain, "decoder": decoder, "recurrent": recurrent, "plain": plain}
+OF_MINE = {"chain": chain, "perceptron": perceptron, "decoder": decoder, "recurrent": recurrent, "plain": plain}
 
 
 class Known:
@@ -114,7 +120,7 @@ def modelled(folder: Path, known: Known, align: int | None = None) -> tuple[Any,
     return graph, groups, latency.latency_model(groups, ran, known, align)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["residual", "attention", "joined", "chain", "decoder", "recurrent"])
+@pytest.mark.parametrize("name", ["residual", "attention", "joined", "chain", "perceptron", "decoder", "recurrent"])
 def test_every_contraction_is_found_in_the_kernel_that_runs_it(name: str, tmp_path: Path) -> None:
     graph, groups, path, origins = prepared(*(OF_MINE[name]() if name in OF_MINE else models.build(name)), tmp_path)
     found = kernels.profile(path, [v.numpy() for v in graph.given_inputs()], threads=1)

@@ -27,6 +27,7 @@ from structprune.backends.tables import Point
 
 RUNS = 4
 BLOCKED = "_nchwc"  # ends the names of kernels that work on channels in blocks, a layout that their neighbours share
+_FUSED = "fused "  # begins the names of products into which an activation was fused
 _WARM_UP = 2
 _SESSIONS = 2
 _AT_ONCE = 192 << 20  # bytes of weights and inputs in one session
@@ -85,7 +86,7 @@ def profile(path: Path, inputs: Sequence[np.ndarray], threads: int, runs: int = 
     layer = _layer_finder(path)
     kernels = []
     for event, *seconds in zip(sessions[0].events, *(s.seconds for s in sessions), strict=False):
-        name, node = _name(event), made.get(_name(event))
+        name, node = _name(event).removeprefix(_FUSED), made.get(_name(event))
         told = event["args"]["input_type_shape"], event["args"]["output_type_shape"]
         shapes = _shapes(told[0]), _shapes(told[1])
         settings = {"type": next(iter(told[0][0]), "float"), **_settings(node, shapes[0], weights)} if _contracts(node) and shapes[0] else {}

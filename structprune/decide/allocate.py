@@ -33,8 +33,11 @@ from structprune.ir.axes import Atom, kept_size, leaves
 METHODS = ("auto", "milp", "greedy", "uniform")
 
 _LEAST = 1 / 8  # of a group's channels: less is offered where the budgets cannot be met otherwise
-_OPTIONS = {1: 12, 2: 6}  # widths of each atom, by how many are decided together
-_FEW_OPTIONS = 4
+_OPTIONS = {1: 12, 2: 6, 3: 4}  # widths of each atom, by how many are decided together
+_FEW_OPTIONS = 3
+_TOGETHER = 4  # atoms, at most: their widths multiply
+_SECONDS = 20.0  # for a program, or for all that are solved in its place
+_LEVELS = 4  # widths of what is decided first: the program is solved for each
 _MANY_OPTIONS = 64  # of an atom, in a model of few groups
 _ALL_OPTIONS = 500  # of a model
 _WORK = 2.0  # of the loss of half of every group: what it is worth to keep all multiply-accumulates
@@ -92,24 +95,21 @@ def allocate(
         widths = _uniform(groups, Uniform(groups, bool(budgets), steps), share, budgets)
         return Allocation(widths, lost.mean(widths))
     most = most or dict(Uniform(groups).widths(share))
+    first, clusters = Uniform(groups).parted(_TOGETHER)
+    going = {atom: gone for atom, gone in branches.items() if not any(between[0].get(a) for a in gone)}
     for least in (_LEAST, 0.0):
         offered = {g.atom: _widths(g.size, block(g.size) if steps is None else steps.get(g.atom, 1), most[g.atom], least) for g in groups}
         offered = {atom: _inside(widths, between[0].get(atom), between[1].get(atom)) for atom, widths in offered.items()}
-        choices = _choices(groups, lost.curves, offered)
-        if method == "greedy":
-            found = _greedy(choices, budgets)
-        else:
-            going = {atom: gone for atom, gone in branches.items() if not any(between[0].get(a) for a in gone)}
-            found = _milp(*_with_nothing(choices, lost.curves, going), budgets, lost.worth)
-        if found is not None:
+        levels = _levels(first, offered)
+        solved = [_solved(method, [*clusters, *([atom] for atom in first)], lost, offered | level, budgets, going, len(levels)) for level in levels]
+        reached = [found for found in solved if found is not None]
+        if reached:
+            found = min(reached, key=lambda one: lost.objective(one[0]))
             if method != "greedy" and not floors and not any(between):
                 found = _no_worse_than_uniform(groups, lost, found, share, budgets, steps)
             widths, gap = found
             return Allocation(widths, lost.mean(widths), gap)
-    smallest: dict[Atom, int] = {}
-    for choice in choices:
-        smallest |= choice.options[0]
-    raise _unreachable(budgets, smallest)
+    raise _unreachable(budgets, {atom: widths[0] for atom, widths in offered.items()})
 
 
 def _budgets(target: Target, costs: Sequence[Cost]) -> list[tuple[Cost, float]]:
@@ -212,9 +212,31 @@ def _scaled(term: Term, unit: float, sizes: np.ndarray) -> np.ndarray:
 # --- choices ------------------------------------------------------------------------------------------------------------
 
 
-def _choices(groups: Groups, losses: Mapping[Atom, np.ndarray], offered: Mapping[Atom, Sequence[int]]) -> list[Choice]:
-    """For each set of atoms that share a product, all combinations of some of the widths that they are offered."""
-    clusters = Uniform(groups).clusters
+def _levels(first: Sequence[Atom], offered: Mapping[Atom, Sequence[int]]) -> list[dict[Atom, Sequence[int]]]:
+    """A width for each of the atoms that are decided first: all at their narrowest, and so on, up to all at their widest."""
+    ladders = {atom: thinned(offered[atom], _LEVELS) for atom in first}
+    number = max(map(len, ladders.values()), default=1)
+    return [{atom: [widths[min(level, len(widths) - 1)]] for atom, widths in ladders.items()} for level in range(number)]
+
+
+def _solved(
+    method: str,
+    clusters: Sequence[Sequence[Atom]],
+    lost: _Lost,
+    offered: Mapping[Atom, Sequence[int]],
+    budgets: Sequence[tuple[Cost, float]],
+    branches: Mapping[Atom, frozenset[Atom]],
+    among: int,
+) -> tuple[Widths, float | None] | None:
+    """The widths of the least loss and the gap; None where no widths meet the budgets. among: how many such programs share the time."""
+    choices = _choices(clusters, lost.curves, offered)
+    if method == "greedy":
+        return _greedy(choices, budgets)
+    return _milp(*_with_nothing(choices, lost.curves, branches), budgets, lost.worth, _SECONDS / among)
+
+
+def _choices(clusters: Sequence[Sequence[Atom]], losses: Mapping[Atom, np.ndarray], offered: Mapping[Atom, Sequence[int]]) -> list[Choice]:
+    """For each set of atoms, all combinations of some of the widths that they are offered."""
     found = []
     for cluster in clusters:
         room = min(_MANY_OPTIONS, _ALL_OPTIONS // len(clusters)) ** (1 / len(cluster))
@@ -264,12 +286,12 @@ def _inside(widths: Sequence[int], least: int | None, most: int | None) -> list[
 
 
 def _milp(
-    choices: Sequence[Choice], implied: Sequence[Implication], budgets: Sequence[tuple[Cost, float]], worth: Cost | None
+    choices: Sequence[Choice], implied: Sequence[Implication], budgets: Sequence[tuple[Cost, float]], worth: Cost | None, seconds: float
 ) -> tuple[Widths, float | None] | None:
     """The program's answer; with smaller limits where it exceeds the true ones."""
     limits = [limit for _, limit in budgets]
     for _ in range(_TRUE_LIMIT):
-        solution = solve(choices, [(cost, limit) for (cost, _), limit in zip(budgets, limits, strict=True)], worth, implied=implied)
+        solution = solve(choices, [(cost, limit) for (cost, _), limit in zip(budgets, limits, strict=True)], worth, seconds, implied=implied)
         if solution is None:
             return None
         true = [cost(solution.widths) for cost, _ in budgets]

@@ -58,7 +58,7 @@ def solve(
     choices: Sequence[Choice],
     budgets: Sequence[tuple[Cost, float]],
     worth: Cost | None = None,
-    seconds: float = 20,
+    seconds: float = 20.0,
     gap: float = 0.01,
     implied: Sequence[Implication] = (),
 ) -> Solution | None:
@@ -85,14 +85,18 @@ class _Program:
     loss: list[float] = field(default_factory=list)
     rows: list[tuple[list[int], list[float], float, float]] = field(default_factory=list)
     first: list[int] = field(default_factory=list)  # column of each choice's first option
-    owner: dict[Atom, int] = field(default_factory=dict)
+    owner: dict[Atom, int] = field(default_factory=dict)  # of those that have a choice
+    settled: dict[Atom, int] = field(default_factory=dict)  # widths of those that have none
     joined: dict[tuple[int, int], list[int]] = field(default_factory=dict)  # columns that several costs share
     parts: dict[tuple[Axis, int], list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for number, choice in enumerate(self.choices):
             self.first.append(len(self.loss))
-            self.owner |= dict.fromkeys(choice.atoms, number)
+            if len(choice.options) > 1:
+                self.owner |= dict.fromkeys(choice.atoms, number)
+            else:
+                self.settled |= choice.options[0]
             columns = self._columns(len(choice.options), choice.losses.tolist())
             self.rows.append((columns, [1.0] * len(columns), 1, 1))
         self.binary = len(self.loss)
@@ -118,7 +122,7 @@ class _Program:
 
     def _linearised(self, cost: Cost) -> tuple[dict[int, float], float]:
         """A cost as Σ amount · column, and a constant."""
-        fixed = cost.fixed or {}
+        fixed = {**(cost.fixed or {}), **self.settled}
         constant = cost.constant
         spent: dict[int, float] = {}
         pairs: dict[tuple[int, int], np.ndarray] = {}

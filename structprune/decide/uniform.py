@@ -30,6 +30,7 @@ class Uniform:
         free = {g.atom for g in groups}
         self._products = _products(groups, free)
         self.clusters = _clusters(free, self._products)  # atoms that share a product, from the outermost to the innermost
+        self._free = free
         shared = [atom for cluster in self.clusters if len(cluster) > 1 for atom in cluster]
         self._work = {atom: [axes for axes in groups.work if any(atom in leaves(a) for a in axes)] for atom in shared}
 
@@ -42,6 +43,18 @@ class Uniform:
             else:
                 widths |= self._shared_out(cluster, share)
         return widths
+
+    def parted(self, most: int) -> tuple[list[Atom], list[list[Atom]]]:
+        """The atoms to be decided first, so that no more than `most` of the others share a product, transitively; and the clusters of these.
+
+        A rotary embedding's width stands in the heads of all layers, which it alone ties to each other.
+        """
+        first: list[Atom] = []
+        clusters = self.clusters
+        while large := [atom for cluster in clusters if len(cluster) > most for atom in cluster]:
+            first.append(max(large, key=lambda a: sum(a in leaves(p) for p in self._products)))
+            clusters = _clusters(self._free.difference(first), self._products)
+        return first, clusters
 
     def _aligned(self, atom: Atom, share: float) -> int:
         step = self._steps.get(atom, block(atom.size) if self._align else 1)
