@@ -113,7 +113,7 @@ def measure_dense(graph: Graph, groups: Groups, where: Runtime, align: int | Non
     keeper = tempfile.TemporaryDirectory(prefix="structprune-")
     original = where.file(Path(keeper.name), "original")
     say("export the dense model")
-    origins = runtimes.save(where, graph.exported, graph, original)
+    origins = runtimes.save_original(where, graph, original)
     kernels = runtimes.kernels_of(where, graph, groups, original, origins)
     if graph.signature is not None and original.suffix == ".onnx":
         original.write_bytes(read_again(graph.signature))  # what the user has now is what must become faster

@@ -29,7 +29,7 @@ from structprune.frontends.exported import from_exported
 from structprune.frontends.onnx_in.check import runs as runs_in_onnxruntime
 from structprune.frontends.onnx_in.reading import read_again
 from structprune.frontends.program import save_program
-from structprune.frontends.trace import retrace
+from structprune.frontends.trace import program_for_onnx, retrace
 from structprune.ir.graph import Graph, digest, held_by, resized, source_of
 from structprune.ir.operators import is_random, operator_name
 from structprune.ir.plan import Plan
@@ -179,16 +179,18 @@ class Result:
                 given = floated(inputs) if where.name == "onnxruntime" and type_of(self.small) == torch.bfloat16 else inputs
                 if not original.exists():  # only ONNX stays in the directory
                     original = where.file(Path(folder), "original")
-                    runtimes.save(where, self.graph.exported, self.graph, original)
+                    runtimes.save_original(where, self.graph, original)
                 compared = runtimes.compare(where, original, where.file(work, "model"), given, bench)
                 found[compared.latencies[0].runtime] = _latency(compared)
         return found
 
     def _export_original(self, path: Path, opset: int | None) -> None:
-        graph, program = self.graph, self.graph.exported
+        graph = self.graph
         if type_of(self.small) == torch.bfloat16:
             graph = _in_float32(graph)
-            program = retrace(in_float32(from_exported(program, self.graph.args, self.graph.kwargs).module), graph).exported
+            program = retrace(in_float32(from_exported(self.graph.exported, self.graph.args, self.graph.kwargs).module), graph).exported
+        else:
+            program, _ = program_for_onnx(graph)
         onnx.export(program, path, graph.input_names, graph.output_names, opset=opset)
 
     def _operators(self, work: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from structprune.backends.latency import Attributed, attributed
 from structprune.backends.tables import Tables
 from structprune.errors import InputError, did_you_mean
 from structprune.frontends.program import save_program
+from structprune.frontends.trace import program_for_onnx
 from structprune.ir.graph import Graph
 
 NAMES = ("onnxruntime", "torch", "torch.compile")
@@ -52,8 +53,16 @@ def runtime(name: str, device: str, threads: int | None) -> Runtime:
     return Runtime(name, device, torch.get_num_threads() if threads is None else threads)
 
 
+def save_original(where: Runtime, graph: Graph, path: Path) -> dict[str, str]:
+    """Write the model that was traced as the runtime reads it. Returns what `kernels_of` needs: which node each part of the file comes from."""
+    if where.name != "onnxruntime":
+        return save(where, graph.exported, graph, path)
+    program, names = program_for_onnx(graph)
+    return {part: names.get(node, node) for part, node in save(where, program, graph, path).items()}
+
+
 def save(where: Runtime, program: ExportedProgram, graph: Graph, path: Path, metadata: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Write a model as the runtime reads it. Returns what `kernels_of` needs: which node each part of the file comes from."""
+    """Write a program that is called as the graph is. Returns which of its nodes each part of the file comes from."""
     if where.name == "onnxruntime":
         sizes = graph.signature.sizes if graph.signature is not None else ()
         return onnx.export(program, path, graph.input_names, graph.output_names, metadata, sizes)

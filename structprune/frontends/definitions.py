@@ -32,6 +32,11 @@ def spell_out(module: fx.GraphModule) -> None:
             _put_in_place(node, body)
 
 
+def is_for_onnx(graph: fx.Graph) -> bool:
+    """Whether no call in the graph is one that we put another in the place of, for torch's ONNX exporter."""
+    return all(n.op != "call_function" or _equivalent(n) is None for n in graph.nodes)
+
+
 @cache
 def _definitions() -> dict[Any, Callable[..., Any]]:
     return dict(core_aten_decompositions().items())
@@ -50,9 +55,13 @@ def _of_torch(node: fx.Node) -> fx.Graph | None:
 
 def _for_onnx(node: fx.Node) -> fx.Graph | None:
     """What does the same as a node that torch's exporter cannot translate; None for any other."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-    call = equivalent(node.target, args, kwargs)
+    call = _equivalent(node)
     return None if call is None else _traced(node, call, pre_dispatch=True)
+
+
+def _equivalent(node: fx.Node) -> Callable[..., Any] | None:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    return equivalent(node.target, args, kwargs)
 
 
 def _traced(node: fx.Node, function: Callable[..., Any], **how: Any) -> fx.Graph | None:

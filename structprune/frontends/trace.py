@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import re
@@ -16,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError, TraceError, first_line
+from structprune.frontends.definitions import is_for_onnx
 from structprune.frontends.exported import FIXED_BATCH, from_exported, names_in, operators_of, unlifted
 from structprune.frontends.parametrizations import fold_parametrizations
 from structprune.frontends.torch_export import called_once, export, unaware
@@ -25,7 +27,7 @@ from structprune.frontends.values import KnownValues, may_decide
 from structprune.ir.graph import Graph, is_dynamic, repeated, written_to
 from structprune.ir.operators import operator_name
 from structprune.ir.signature import Signature, signature_of
-from structprune.ir.traced import in_mode
+from structprune.ir.traced import TracedModule, in_mode
 
 _log = logging.getLogger(__name__)
 _DROPPED = "the model's code drops the first axis of one sample (squeeze)"
@@ -174,6 +176,16 @@ def retrace(module: nn.Module, graph: Graph) -> Graph:
         except Exception as error:
             raise _explained(error) from error
     return from_exported(exported, graph.args, graph.kwargs, model=module)
+
+
+def program_for_onnx(graph: Graph) -> tuple[ExportedProgram, Mapping[str, str]]:
+    """The traced program in calls that torch's ONNX exporter can translate, and by the names of its nodes those of the graph's, where they differ."""
+    if is_for_onnx(graph.exported.graph):
+        return graph.exported, {}
+    program = retrace(TracedModule(graph.module, copy.deepcopy(graph.module.graph)), graph).exported
+    calls = [[n for n in nodes if n.op == "call_function"] for nodes in (program.graph.nodes, graph.nodes)]
+    same = len(calls[0]) == len(calls[1]) and all(a.target == b.target for a, b in zip(*calls, strict=True))
+    return program, {a.name: b.name for a, b in zip(*calls, strict=True)} if same else {}
 
 
 def parse_dynamic(options: Sequence[str]) -> Dynamic:
