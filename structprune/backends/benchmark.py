@@ -222,6 +222,7 @@ def benchmark(
             runners, repeats = zip(*warmed_up, strict=True)
             parts.append(_time_rounds(runners, repeats, *limits, rest, seed + len(parts), math.ceil(MIN_ROUNDS / number)))
         others = cores_busy_elsewhere()
+
     samples = sum(map(len, parts))
     machine = environment()
     milliseconds = [_bootstrap([part[:, column] * 1e3 for part in parts], seed) for column in range(len(names))]
