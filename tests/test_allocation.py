@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import structprune as sp
 from structprune import decide
@@ -152,6 +152,19 @@ def test_what_ties_all_heads_to_each_other_is_decided_first(method: str) -> None
     for width in (4, 8, 16):
         pinned = decide.allocate(groups, parse_target("macs=0.5"), scores, method=method, between=({shared: width}, {shared: width}))
         assert pinned.widths[shared] == width and found.loss <= pinned.loss * 1.02  # its own objective also counts what work is worth
+
+
+def test_a_budget_leaves_alike_what_is_alike_in_one_attention() -> None:
+    """BERT's code has one number for the width of queries, keys and values, which its class keeps where all of them have it."""
+    config = BertConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=96, vocab_size=20)
+    groups = sp.find_groups(sp.trace(BertModel(config).eval(), (torch.randint(0, 20, (1, 6)),)))
+    attentions = [[a for a in cluster if a.size == 32] for cluster in Uniform(groups).clusters if len(cluster) > 1]
+    assert [len(widths) for widths in attentions] == [2] * 4
+    scores = {g.name: np.ones(g.size) for g in groups}
+    for share in np.linspace(0.4, 0.8, 9):
+        found = decide.allocate(groups, parse_target(f"macs={share}"), scores, method="uniform").widths
+        assert all(found[queries] == found[values] for queries, values in attentions)
+        assert 0.97 * share <= macs(groups)(found) / macs(groups)() <= share
 
 
 @pytest.mark.parametrize("method", ["milp", "greedy"])

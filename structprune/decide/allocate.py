@@ -360,9 +360,10 @@ def _uniform(groups: Groups, uniform: Uniform, share: float, budgets: Sequence[t
         middle = (low + high) / 2
         low, high = (middle, high) if fits(uniform.widths(middle)) else (low, middle)
     widths, wider = dict(uniform.widths(low)), uniform.widths(high)
-    for atom, width in wider.items():  # the step to the next share is taken by the groups for which there is room
-        if fits(widths | {atom: width}):
-            widths[atom] = width
+    for cluster in uniform.clusters:  # where there is room for the step to the next share; code may take all widths of one attention for one
+        step = {atom: wider[atom] for atom in cluster}
+        if fits(widths | step):
+            widths |= step
     return widths
 
 
