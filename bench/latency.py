@@ -172,6 +172,12 @@ def _as_fast(spec: str, threads: int | str) -> str:
     return f"{spec} {threads} as-fast"
 
 
+def _place(row: tuple[str, Any]) -> tuple[str, int, str]:
+    """Where a row stands: by threads, then by model."""
+    spec, threads, kind = row[0].rsplit(" ", 2)
+    return threads, MODELS.index(spec) if spec in MODELS else len(MODELS), kind
+
+
 def has_target(key: str) -> bool:
     """Whether a row is one of ours to a target of TARGETS."""
     return key.rsplit(" ", 1)[1].replace(".", "", 1).isdigit()
@@ -314,10 +320,14 @@ def main() -> None:
     results["ran_on"] = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; " + ", ".join(
         f"{name} {version(name)}" for name in ("torch", "onnxruntime", "torch-pruning")
     )
+    known = results["rows"]
     for threads in given.threads:
         for spec in given.models:
-            for key, row in rows_of(spec, threads, tuple(given.targets), results["rows"], given.again):
-                results["rows"][key] = row | {"load": os.getloadavg()[0]}
+            for key, row in rows_of(spec, threads, tuple(given.targets), known, given.again):
+                known[key] = row | {"load": os.getloadavg()[0]}
+                ordered = sorted(known.items(), key=_place)
+                known.clear()  # whoever makes the rows looks into this same mapping
+                known.update(ordered)
                 print(key, json.dumps(row), file=sys.stderr, flush=True)
                 if given.write:
                     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
