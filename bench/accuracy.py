@@ -423,7 +423,8 @@ def page(results: dict[str, Any]) -> str:
     )
     parts = ["# Accuracy", "Written by `bench/accuracy.py --write`.", description[0], description[-1], reading, table(results["rows"])]
     failed = "\n".join(f"- {where}: {row['failed']}" for where, row in results["rows"].items() if "failed" in row)
-    parts += [f"As fast, at {LATENCY:g} of the dense network's time for one sample, one thread:\n\n{fast_table(results['rows'])}"]
+    if any(" · as fast" in where for where in results["rows"]):
+        parts += [f"As fast, at {LATENCY:g} of the dense network's time for one sample, one thread:\n\n{fast_table(results['rows'])}"]
     parts += [f"What is measured:\n\n{metrics}", f"torch-pruning's pruners, each by itself:\n\n{pruners_table(results['rows'])}"]
     return "\n\n".join([*parts, *([f"Not measured:\n\n{failed}"] if failed else []), results["ran_on"]]) + "\n"
 
