@@ -71,7 +71,8 @@ def test_links_lead_somewhere() -> None:
         assert [link for link in links if not (path.parent / link).exists()] == [], path
 
 
-def test_the_table_of_the_readme_is_what_the_benchmarks_say() -> None:
+def test_the_table_of_the_readme_is_what_the_benchmarks_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")  # it asks another benchmark what its rows say
     spec = importlib.util.spec_from_file_location("bench_readme", ROOT / "bench/readme.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
