@@ -18,6 +18,8 @@ EfficientNet-Lite0.
 
 A virtual machine may change its pace for minutes when a neighbour comes, and two threads' ratios with it. What is measured while the dense model
 takes other times than in the loop, by more than 15 %, is measured again, a few times; an asterisk tells of what never met the same pace.
+Where the loop forgot its first rounds for their pace, *predicted* and *first measured* are those of the first round that it kept, of which the
+others had taught the tables: such rows flatter the prediction, and no row says whether it is one.
 
 Run it on an idle machine; each row notes the machine's load average.
 """
