@@ -46,7 +46,8 @@ _MISSED = 0.08  # of the target: more than this above it is no success
 class Round:
     """Times as shares of the dense model's: `predicted` by the tables, `measured` in interleaved rounds, with an interval of 95 %.
 
-    `gap`: how far from the best allocation the solver may have stopped. `dense_ms`: what the dense model took meanwhile.
+    `gap`: how far from the best allocation the solver may have stopped. `dense_ms`: what the dense model took meanwhile. `forgotten`: the machine
+    was slower then than in all rounds that follow, which are not compared with this one.
     """
 
     predicted: float
@@ -55,6 +56,7 @@ class Round:
     high: float
     gap: float | None
     dense_ms: float
+    forgotten: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,14 @@ class Found:
     plan: Plan
     share: float  # of the dense model's time that was asked for
     rounds: tuple[Round, ...]
-    best: int  # which round's plan it is
+    best: Round  # whose plan it is
     dense: Dense
     built: Built
 
     def to_dict(self) -> dict[str, Any]:
         """For the report: plain JSON."""
-        mine = self.rounds[self.best]
-        return {"asked": self.share, "predicted": mine.predicted, "measured": mine.measured, "rounds": [asdict(r) for r in self.rounds]}
+        mine = {"predicted": self.best.predicted, "measured": self.best.measured}
+        return {"asked": self.share} | mine | {"rounds": [asdict(r) for r in self.rounds]}
 
 
 @dataclass(frozen=True)
@@ -137,29 +139,39 @@ def plan_for_latency(
     targets = decide.parse_target(target)
     asked = next(t for t in targets if t.key == "latency")
     costs = decide.costs_of(graph, groups, targets)
+
+    def solved(limit: float, latency: LatencyModel, between: tuple[Widths, Widths]) -> decide.Allocation:
+        """The best widths of which the tables say that they take `limit` of the dense model's time."""
+        return decide.allocate(
+            groups,
+            [replace(t, value=limit * whole, absolute=True) if t is asked else t for t in targets],
+            saliency.scores,
+            costs=costs | {"latency": [latency.cost]},
+            steps=latency.steps,
+            losses=saliency.losses,
+            method=allocation,
+            between=between,
+            branches=saliency.branches,
+        )
+
     latency = dense.latency
     whole = latency.cost()
     share = limit = asked.value / whole if asked.absolute else asked.value
     tried: list[_Tried] = []
-    best, built = -1, None
+    forgotten: list[Round] = []
+    best: tuple[_Tried, Built] | None = None
     between: tuple[Widths, Widths] = ({}, {})
     waits = iter(_WAITS)
+
+    def tell(words: str) -> None:
+        say(f"round {len(forgotten) + len(tried) + 1}: {words}")
+
     with BenchProcess() as bench:
         bench.start()  # its imports take as long as the first solution
         for _ in range(2 * _MOST_ROUNDS):
-            say(f"round {len(tried) + 1}: solve for {limit:.3f} of the dense model's time")
+            tell(f"solve for {limit:.3f} of the dense model's time")
             try:
-                found = decide.allocate(
-                    groups,
-                    [replace(t, value=limit * whole, absolute=True) if t is asked else t for t in targets],
-                    saliency.scores,
-                    costs=costs | {"latency": [latency.cost]},
-                    steps=dense.latency.steps,
-                    losses=saliency.losses,
-                    method=allocation,
-                    between=between,
-                    branches=saliency.branches,
-                )
+                found = solved(limit, latency, between)
             except TargetError as unreachable:
                 if any(between):  # there may be nothing between two rounds
                     between = {}, {}
@@ -178,25 +190,26 @@ def plan_for_latency(
                 limit = _beyond(limit, _foretold(tried, latency), known, share)
                 continue
             file, weights, keeper, small = _build(graph, groups, plan, dense)
-            say(f"round {len(tried) + 1}: measure")
-            compared, share = _measured(graph, dense, file, bench, asked, [t.round for t in tried], waits, say)
+            compared, share = _measured(graph, dense, file, bench, asked, [t.round for t in tried], waits, tell)
             ratio, pace = compared.ratios[file.name], compared.latencies[0].median_ms
             if all(t.round.dense_ms > _OTHER_PACE * pace for t in tried):  # something slowed them, that is gone now
+                forgotten += [replace(t.round, forgotten=True) for t in tried]
                 tried.clear()
             one = Round(latency.cost(found.widths) / whole, ratio.median, ratio.low, ratio.high, found.gap, pace)
             tried.append(_Tried(plan, found.widths, one))
             rounds = [t.round for t in tried]
-            if min(rounds, key=lambda r: _miss(r.measured, share)) is rounds[-1]:
-                best, built = len(rounds) - 1, Built(file, weights, keeper, compared)  # the file of the one before goes
+            if min(rounds, key=lambda r: _miss(r.measured, share)) is one:
+                best = tried[-1], Built(file, weights, keeper, compared)  # the file of the one before goes
             if _is_close(ratio.median / share, len(rounds) - 1) or _is_near(rounds, share) or len(rounds) == _MOST_ROUNDS:
                 break
             latency = dense.latency.taught(found.widths, runtimes.ran(dense.runtime, small, file), ratio.median * whole)
             limit = _corrected(_foretold(tried, latency), share)
             between = _between(tried, share)
-    if built is None or tried[best].round.measured > share * (1 + _MISSED):
-        closest = tried[best].round.measured
-        raise TargetError(f"latency={share:.3g} of the dense model's time cannot be reached: the closest took {closest:.3g} of it")
-    return Found(tried[best].plan, share, tuple(t.round for t in tried), best, dense, built)
+    if best is None or best[0].round.measured > share * (1 + _MISSED):
+        closest = f"the closest took {best[0].round.measured:.3g} of it" if best is not None else "no plan was found"
+        raise TargetError(f"latency={share:.3g} of the dense model's time cannot be reached: {closest}")
+    nearest, built = best
+    return Found(nearest.plan, share, (*forgotten, *(t.round for t in tried)), nearest.round, dense, built)
 
 
 def _build(graph: Graph, groups: Groups, plan: Plan, dense: Dense) -> tuple[Path, str, Any, Graph]:
@@ -225,6 +238,7 @@ def _measured(
     another ratio, not only longer times.
     """
     inputs = tuple(v for v in graph.given_inputs() if isinstance(v, Tensor))
+    say("measure")
     while True:
         compared = runtimes.compare(dense.runtime, dense.original, file, inputs, bench, _GLANCE)
         if _is_close(compared.ratios[file.name].median / _share(asked, compared), len(before)):
@@ -236,7 +250,7 @@ def _measured(
         if wait is None:
             told = replace(compared, notes=(*compared.notes, f"measured all the same, though {slowed}"))
             return told, _share(asked, compared)
-        say(f"round {len(before) + 1}: measure again, for {slowed}")
+        say(f"measure again, for {slowed}")
         time.sleep(wait)
 
 
