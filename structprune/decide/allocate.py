@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +37,8 @@ _OPTIONS = {1: 12, 2: 6, 3: 4}  # widths of each atom, by how many are decided t
 _FEW_OPTIONS = 3
 _TOGETHER = 4  # atoms, at most: their widths multiply
 _SECONDS = 20.0  # for a program, or for all that are solved in its place
+_USED = 0.9  # of what a budget allows: widths that stay alike are worth the rest
+_LOOSE = 0.1  # shares that uniform widths may lie apart, where those that stay alike come in large steps
 _LEVELS = 4  # widths of what is decided first: the program is solved for each
 _MANY_OPTIONS = 64  # of an atom, in a model of few groups
 _ALL_OPTIONS = 500  # of a model
@@ -92,7 +94,7 @@ def allocate(
     if floors and method == "uniform":
         raise InputError("threshold= beside a budget is for the allocations milp and greedy: uniform ones keep one share everywhere")
     if not budgets or method == "uniform" or (method == "auto" and steps is None and losses is None and not floors):
-        widths = _uniform(groups, Uniform(groups, bool(budgets), steps), share, budgets)
+        widths = _uniform(groups, Uniform(groups, steps=steps), share, []) if not budgets else _within(groups, share, budgets, steps)
         return Allocation(widths, lost.mean(widths))
     most = most or dict(Uniform(groups).widths(share))
     first, clusters = Uniform(groups).parted(_TOGETHER)
@@ -341,6 +343,16 @@ def _next_narrower(choice: Choice, option: int) -> list[int]:
 # --- uniform ------------------------------------------------------------------------------------------------------------
 
 
+def _within(groups: Groups, share: float, budgets: Sequence[tuple[Cost, float]], steps: Mapping[Atom, int] | None) -> Widths:
+    """The widest uniform allocation that keeps every budget; with less and less kept alike, where that comes in steps that are too large for them."""
+    each = _uniform(groups, Uniform(groups, True, steps, alike=False), share, budgets)
+    for align, whole in ((True, True), (True, False), (False, False)):
+        widths = _uniform(groups, Uniform(groups, align, steps, whole=whole), share, budgets)
+        if all(cost(widths) >= _USED * cost(each) for cost, _ in budgets):
+            return widths
+    return each
+
+
 def _uniform(groups: Groups, uniform: Uniform, share: float, budgets: Sequence[tuple[Cost, float]]) -> Widths:
     """The widest uniform allocation of at most that share that keeps every budget."""
     smallest = uniform.widths(1e-9)
@@ -355,16 +367,18 @@ def _uniform(groups: Groups, uniform: Uniform, share: float, budgets: Sequence[t
         return widest
     if not fits(smallest):
         raise _unreachable(budgets, smallest)
-    low, high = 0.0, share  # bisection, down to less than one channel in any group
+    low, high = _highest(0.0, share, lambda middle: fits(uniform.widths(middle)))
+    widths = uniform.filled(low, high, fits)
+    looser, _ = _highest(high, min(share, high + _LOOSE), lambda middle: bool(wider := uniform.loosened(widths, middle)) and fits(wider))
+    return uniform.loosened(widths, looser) if looser > high else widths
+
+
+def _highest(low: float, high: float, holds: Callable[[float], bool]) -> tuple[float, float]:
+    """What is known to hold, and what is not, by bisection, down to less than one channel in any group."""
     for _ in range(24):
         middle = (low + high) / 2
-        low, high = (middle, high) if fits(uniform.widths(middle)) else (low, middle)
-    widths, wider = dict(uniform.widths(low)), uniform.widths(high)
-    for cluster in uniform.clusters:  # where there is room for the step to the next share; code may take all widths of one attention for one
-        step = {atom: wider[atom] for atom in cluster}
-        if fits(widths | step):
-            widths |= step
-    return widths
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low, high
 
 
 def _unreachable(budgets: Sequence[tuple[Cost, float]], smallest: Widths) -> TargetError:

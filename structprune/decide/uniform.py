@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from structprune.analysis.groups import Groups
 from structprune.ir.axes import Atom, Axis, Product, Shape, Sum, kept_size, leaves
@@ -13,6 +13,7 @@ Widths = Mapping[Atom, int]
 ALIGN = (8, 4)  # ONNX Runtime on x86 works in blocks of channels: a width between two multiples costs as much as the next, or more
 _SAME_SHARE = 0.02  # allocations whose worst axis is this much nearer to the target share are told apart
 _SAME_COST = 0.01
+_NEAR_SHARE = 0.05  # shares that are taken for one, where that keeps alike what was alike; or one step between widths, where that is more
 
 
 class Uniform:
@@ -22,27 +23,48 @@ class Uniform:
     orders are tried: the outer ones first (whole heads, whole groups), or the inner ones first; the one that comes
     nearest to the share wins, then the one with fewer multiply-accumulates (grouped convolutions: the inner widths, for they
     enter the work twice), then the outer ones (heads: their width, and what depends on it, stays).
+
+    A product that was as large as the axis that it is made of, or that is made of it (heads × width and the stream that they read), stays as large
+    as that, where a share close by allows it: much code, that of `nn.MultiheadAttention` too, computes one from the other.
     """
 
-    def __init__(self, groups: Groups, align: bool = False, steps: Mapping[Atom, int] | None = None):
-        """align: groups that are wide enough get widths that runtimes work in; steps: these, where they were measured."""
-        self._align, self._steps = align, steps or {}
-        free = {g.atom for g in groups}
+    def __init__(self, groups: Groups, align: bool = False, steps: Mapping[Atom, int] | None = None, alike: bool = True, whole: bool = False):
+        """align: groups that are wide enough get widths that runtimes work in; steps: these, where they were measured.
+
+        alike: products stay as large as their streams; whole: by giving up outer factors alone (whole heads), with shares as far off as that takes.
+        """
+        self._align, self._steps, self._whole = align, steps or {}, whole
+        self._free = free = {g.atom for g in groups}
         self._products = _products(groups, free)
         self.clusters = _clusters(free, self._products)  # atoms that share a product, from the outermost to the innermost
-        self._free = free
-        shared = [atom for cluster in self.clusters if len(cluster) > 1 for atom in cluster]
-        self._work = {atom: [axes for axes in groups.work if any(atom in leaves(a) for a in axes)] for atom in shared}
+        alone = {cluster[0] for cluster in self.clusters if len(cluster) == 1}
+        self._work = {atom: [axes for axes in groups.work if any(atom in leaves(a) for a in axes)] for atom in free - alone}
+        parts = dict.fromkeys(_free_part(p, free) for p in self._products) if alike else ()
+        self._streams = {p: stream for p in parts if (stream := _stream(groups, p, free, alone)) is not None}
+        tied = _clusters(free, [*self._products, *(Product((p, stream)) for p, stream in self._streams.items())])
+        self._units = [[c for c in self.clusters if c[0] in atoms] for atoms in map(set, tied)]  # the clusters of one stream, and the stream itself
 
     def widths(self, share: float) -> Widths:
         """Channels to keep for every group when each axis keeps `share` of its entries, at least one."""
         widths: dict[Atom, int] = {}
-        for cluster in self.clusters:
-            if len(cluster) == 1:
-                widths[cluster[0]] = self._aligned(cluster[0], share)
-            else:
-                widths |= self._shared_out(cluster, share)
+        for unit in self._units:
+            widths |= self._alike(unit, share) or self._each(unit, share)
         return widths
+
+    def filled(self, share: float, wider: float, fits: Callable[[Widths], bool]) -> Widths:
+        """The widths at a share, and at a wider one wherever that fits: for all that stays alike, or for none of it."""
+        widths, most = self.widths(share), self.widths(wider)
+        for unit in self._units:
+            more = {**widths, **{atom: most[atom] for cluster in unit for atom in cluster}}
+            widths = more if fits(more) else widths
+        return widths
+
+    def loosened(self, widths: Widths, share: float) -> Widths:
+        """With that share of what stays alike with nothing; empty where all does, or nothing."""
+        loose = [unit for unit in self._units if not _is_tied(unit)]
+        if not loose or len(loose) == len(self._units):
+            return {}
+        return {**widths, **{atom: width for unit in loose for atom, width in self._each(unit, share).items()}}
 
     def parted(self, most: int) -> tuple[list[Atom], list[list[Atom]]]:
         """The atoms to be decided first, so that no more than `most` of the others share a product, transitively; and the clusters of these.
@@ -56,8 +78,47 @@ class Uniform:
             clusters = _clusters(self._free.difference(first), self._products)
         return first, clusters
 
+    def _each(self, unit: Sequence[Sequence[Atom]], share: float) -> Widths:
+        """The widths of every cluster for itself."""
+        widths: dict[Atom, int] = {}
+        for cluster in unit:
+            widths |= {cluster[0]: self._aligned(cluster[0], share)} if len(cluster) == 1 else self._shared_out(cluster, share)
+        return widths
+
+    def _alike(self, unit: Sequence[Sequence[Atom]], share: float) -> Widths:
+        """Widths by which every product is as large as its stream, for the nearest share that allows that; empty where none does, or nothing is tied.
+
+        Best with the inner factors as they were: an attention's scale is computed from the width of its heads.
+        """
+        if not _is_tied(unit):
+            return {}
+        streams = [cluster[0] for cluster in unit if len(cluster) == 1]
+        outer = [cluster[0].size for cluster in unit if len(cluster) > 1]
+        step = max(self._step(a) / a.size for a in streams)
+        for whole, reach in ((True, max(_NEAR_SHARE, 1 / (2 * min(outer))) if self._whole else _NEAR_SHARE), (False, _NEAR_SHARE)):
+            number = max(1, int(reach / step))
+            for away in sorted(range(-number, number + 1), key=abs):
+                widths = {a: self._aligned(a, share + away * step) for a in streams}
+                if (found := self._as_wide(unit, widths, whole)) is not None:
+                    return found
+        return {}
+
+    def _as_wide(self, unit: Sequence[Sequence[Atom]], streams: Widths, whole: bool) -> Widths | None:
+        widths = dict(streams)
+        for cluster in unit:
+            if len(cluster) > 1:
+                sizes = {p: kept_size(stream, streams) for p, stream in self._streams.items() if cluster[0] in leaves(p)}
+                found = _factored(cluster, sizes, whole)
+                if found is None:
+                    return None
+                widths |= found
+        return widths
+
+    def _step(self, atom: Atom) -> int:
+        return self._steps.get(atom, block(atom.size) if self._align else 1)
+
     def _aligned(self, atom: Atom, share: float) -> int:
-        step = self._steps.get(atom, block(atom.size) if self._align else 1)
+        step = self._step(atom)
         return min(atom.size, step * _rounded(atom.size * share / step))
 
     def _shared_out(self, cluster: Sequence[Atom], share: float) -> Widths:
@@ -80,6 +141,27 @@ class Uniform:
 def block(size: int) -> int:
     """The step between widths of a group of that size, where none was measured."""
     return next((step for step in ALIGN if size >= 4 * step), 1)
+
+
+def _is_tied(unit: Sequence[Sequence[Atom]]) -> bool:
+    """Whether there are streams, and products that are as large as these."""
+    return len(unit) > 1
+
+
+def _factored(cluster: Sequence[Atom], sizes: Mapping[Axis, int], whole: bool) -> Widths | None:
+    """Widths that give the products of a cluster these sizes: the fewest of the outermost atom, and all others in one proportion. None if none do.
+
+    whole: the others as they are.
+    """
+    outer, *inner = cluster
+    before, after = next((product.size, size) for product, size in sizes.items())
+    for number in range(1, outer.size + 1):
+        parts = [divmod(atom.size * outer.size * after, before * number) for atom in inner]
+        if all(rest == 0 and (atom.size if whole else 1) <= width <= atom.size for (width, rest), atom in zip(parts, inner, strict=True)):
+            widths = {outer: number} | {atom: width for (width, _), atom in zip(parts, inner, strict=True)}
+            if all(kept_size(product, widths) == size for product, size in sizes.items()):
+                return widths
+    return None
 
 
 def _fit(order: Sequence[Atom], products: Sequence[Product], share: float) -> Widths:
@@ -125,6 +207,21 @@ def _products(groups: Groups, free: set[Atom]) -> list[Product]:
         for axis in shape:
             visit(axis)
     return list(found)
+
+
+def _free_part(axis: Axis, free: set[Atom]) -> Axis:
+    """An axis without the factors that cannot change: of queries, keys and values beside each other, one of the three."""
+    return Product(tuple(f for f in axis.factors if free.intersection(leaves(f)))) if isinstance(axis, Product) else axis
+
+
+def _stream(groups: Groups, product: Axis, free: set[Atom], alone: set[Atom]) -> Axis | None:
+    """What a tensor makes a product of, or makes of it, of the same size: an axis whose free atoms share no product."""
+    for shape in groups.axes.values():
+        if any(product == _free_part(part, free) for axis in shape for part in (axis.terms if isinstance(axis, Sum) else (axis,))):
+            for axis in shape:
+                if axis.size == product.size and set() < free.intersection(leaves(axis)) <= alone:
+                    return axis
+    return None
 
 
 def _clusters(free: set[Atom], products: Sequence[Product]) -> list[list[Atom]]:
