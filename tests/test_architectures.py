@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import architectures
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -217,6 +218,34 @@ def test_attributes_that_follow_are_told_from_those_that_stay(model: nn.Module, 
     assert type(result.model) is type(model), result.report.data["verification"]["module_note"]
     keep = {name: cut.keep for name, cut in result.plan.tensors.items()}
     assert oracle.error_of(model, result.model, keep, (x,))[0] <= oracle.TOLERANCE
+
+
+class Mixer(nn.Module):
+    """Parts of one size, which the class has as a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = (24, 24, 24)
+        self.stem, self.head = nn.Conv2d(3, 72, 1), nn.Linear(72, 5)
+        self.mixed = nn.ModuleList(nn.Conv2d(24, 24, 3, padding=1, groups=24) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, *others = torch.split(self.stem(x), self.parts, 1)
+        return self.head(torch.cat([left, *(mix(part) for mix, part in zip(self.mixed, others, strict=True))], 1).relu().mean((2, 3)))
+
+
+def test_parts_of_one_size_come_to_differ_and_the_class_follows() -> None:
+    model, x = Mixer().eval(), (torch.randn(2, 3, 6, 6),)
+    with torch.no_grad():
+        for weight in (model.stem.weight[32:48], model.mixed[0].weight[8:], model.head.weight[:, 32:48]):
+            weight *= 1e-3  # of one part, a third is important
+    result = sp.compress(model, x, "macs=0.5", allocation="milp", criterion="l2")
+    assert type(result.model) is Mixer and len(set(result.model.parts)) > 1, result.report.data["verification"]["module_note"]
+    keep = {name: cut.keep for name, cut in result.plan.tensors.items()}
+    assert oracle.error_of(model, result.model, keep, x)[0] <= oracle.TOLERANCE
+    for share in np.linspace(0.3, 0.9, 13):
+        even = sp.compress(model, x, f"macs={share}", allocation="uniform")
+        assert type(even.model) is Mixer and len(set(even.model.parts)) == 1
 
 
 class InPatches(nn.Module):

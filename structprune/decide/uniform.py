@@ -43,6 +43,7 @@ class Uniform:
         self._streams = {p: stream for p in parts if (stream := _stream(groups, p, free, alone)) is not None}
         tied = _clusters(free, [*self._products, *(Product((p, stream)) for p, stream in self._streams.items())])
         self._units = [[c for c in self.clusters if c[0] in atoms] for atoms in map(set, tied)]  # the clusters of one stream, and the stream itself
+        self._together = [frozenset(c) for c in _clusters(free, [*(Product(tuple(atoms)) for atoms in tied), *_equal_parts(groups)])]
 
     def widths(self, share: float) -> Widths:
         """Channels to keep for every group when each axis keeps `share` of its entries, at least one."""
@@ -52,19 +53,17 @@ class Uniform:
         return widths
 
     def filled(self, share: float, wider: float, fits: Callable[[Widths], bool]) -> Widths:
-        """The widths at a share, and at a wider one wherever that fits: for all that stays alike, or for none of it."""
+        """The widths at a share, and at a wider one wherever that fits: for all that stays alike, or is split into equal parts, or for none of it."""
         widths, most = self.widths(share), self.widths(wider)
-        for unit in self._units:
-            more = {**widths, **{atom: most[atom] for cluster in unit for atom in cluster}}
+        for atoms in self._together:
+            more = {**widths, **{atom: most[atom] for atom in atoms}}
             widths = more if fits(more) else widths
         return widths
 
     def loosened(self, widths: Widths, share: float) -> Widths:
-        """With that share of what stays alike with nothing; empty where all does, or nothing."""
-        loose = [unit for unit in self._units if not _is_tied(unit)]
-        if not loose or len(loose) == len(self._units):
-            return {}
-        return {**widths, **{atom: width for unit in loose for atom, width in self._each(unit, share).items()}}
+        """With that share of what need not stay alike with anything; empty where nothing need, or all."""
+        loose = [cluster for cluster in self.clusters if frozenset(cluster) in self._together]
+        return {**widths, **self._each(loose, share)} if len(loose) < len(self.clusters) else {}
 
     def parted(self, most: int) -> tuple[list[Atom], list[list[Atom]]]:
         """The atoms to be decided first, so that no more than `most` of the others share a product, transitively; and the clusters of these.
@@ -222,6 +221,12 @@ def _stream(groups: Groups, product: Axis, free: set[Atom], alone: set[Atom]) ->
                 if axis.size == product.size and set() < free.intersection(leaves(axis)) <= alone:
                     return axis
     return None
+
+
+def _equal_parts(groups: Groups) -> list[Product]:
+    """What one tensor makes in several parts of one size, which code may get by chunk(), or by one number."""
+    made = [shape[0] for shape in groups.axes.values() if len(shape) > 1]
+    return [Product(axis.terms) for axis in made if isinstance(axis, Sum) and len({term.size for term in axis.terms}) == 1]
 
 
 def _clusters(free: set[Atom], products: Sequence[Product]) -> list[list[Atom]]:

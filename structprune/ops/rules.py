@@ -28,6 +28,8 @@ from structprune.ir.axes import Axis, Shape, Solver
 
 Rule = Callable[..., Any]
 Resizer = Callable[["Resize", fx.Node], None]
+Number = int | tuple[int, ...]
+Literals = dict[fx.Node, list[tuple[Number, Number]]]  # numbers that changed at a node, and lists of numbers as a whole, as (old, new)
 
 RULES: dict[str, Rule] = {}
 RESIZERS: dict[str, Resizer] = {}
@@ -161,7 +163,7 @@ class Resize:
         self._kept = kept
         self.constant = constant
         self.add_constant = add_constant  # (before this node, value) -> the node of a new constant
-        self.literals: dict[fx.Node, list[tuple[int, int]]] = {}  # numbers that changed, as (old, new)
+        self.literals: Literals = {}
 
     def kept(self, value: Any, dim: int, part: int | None = None) -> np.ndarray:
         """Indices that axis `dim` of a node's answer (or of its part, for several answers) keeps."""
@@ -187,7 +189,8 @@ class Resize:
     def set(self, node: fx.Node, name: str, value: Any) -> None:
         """Write an argument, and remember which numbers changed: the user's own class may hold them as attributes."""
         old = self.argument(node, name)
-        for before, after in zip(_numbers(old), _numbers(value), strict=False):
+        numbers = _numbers(old), _numbers(value)
+        for before, after in (*zip(*numbers, strict=False), (tuple(numbers[0]), tuple(numbers[1]))):
             if before != after:
                 self.literals.setdefault(node, []).append((before, after))
         schema = node.target._schema.arguments  # type: ignore[union-attr]

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from structprune.ir.graph import owners_of, source_code_of
+from structprune.ops.rules import Literals, Number
 
 Attributes = dict[str, dict[str, Any]]  # module name -> attribute -> new value
 
@@ -25,8 +26,8 @@ _CHOICES = 16
 _MENTIONED, _HELD, _COMPUTED = range(3)
 
 
-def guesses(model: nn.Module, tensors: Mapping[int, Tensor], literals: Mapping[fx.Node, list[tuple[int, int]]]) -> Iterator[Attributes]:
-    """tensors: the small ones, by the identity of the original ones. literals: for each node, the numbers that changed, as (old, new)."""
+def guesses(model: nn.Module, tensors: Mapping[int, Tensor], literals: Literals) -> Iterator[Attributes]:
+    """tensors: the small ones, by the identity of the original ones."""
     modules = dict(model.named_modules())
     choices = list(itertools.islice(_choices(modules, _explanations(modules, literals)), _CHOICES))
     tried: list[Attributes] = []
@@ -50,8 +51,8 @@ class _Option(NamedTuple):
     level: int  # how far out the module is whose forward made the node; its children, whose methods it may have called, stand beside it
     owner: str
     name: str
-    old: int
-    new: int
+    old: Number
+    new: Number
     doubt: int  # _MENTIONED in the source line; or _HELD by the module; or the number may be _COMPUTED from it: 3 · self.width, or self.width // 2
 
 
@@ -84,7 +85,7 @@ def _key(modules: Mapping[str, nn.Module], option: _Option) -> tuple[type, str]:
     return type(modules[option.owner]), option.name
 
 
-def _explanations(modules: Mapping[str, nn.Module], literals: Mapping[fx.Node, list[tuple[int, int]]]) -> list[tuple[_Option, ...]]:
+def _explanations(modules: Mapping[str, nn.Module], literals: Literals) -> list[tuple[_Option, ...]]:
     """For every number that changed, the attributes that may explain it, those of the innermost module first."""
     found: dict[tuple[_Option, ...], None] = {}
     for node, changes in literals.items():
@@ -108,7 +109,7 @@ def _values_in(module: nn.Module) -> Mapping[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in own}
 
 
-def _holding(held: Mapping[str, Mapping[str, Any]], code: str, level: int, old: int, new: int) -> list[_Option]:
+def _holding(held: Mapping[str, Mapping[str, Any]], code: str, level: int, old: Number, new: Number) -> list[_Option]:
     """The attributes of a module and its children (by their names) that explain a change.
 
     Of those that the source line mentions, the ones that hold the number, or else that it may be computed from; without such, any that hold it.
@@ -119,6 +120,8 @@ def _holding(held: Mapping[str, Mapping[str, Any]], code: str, level: int, old: 
 
     found = [(m, a) for m, attributes in held.items() for a, v in attributes.items() if _holds(v, old)]
     sure = [_Option(level, m, a, old, new, _MENTIONED) for m, a in found if mentioned(a)]
+    if isinstance(old, tuple) or isinstance(new, tuple):
+        return sure or [_Option(level, m, a, old, new, _HELD) for m, a in found]
     module, attributes = next(iter(held.items()))
     numbers = [(a, v) for a, v in attributes.items() if type(v) is int and v > 1 and v != old and mentioned(a)]
     factors = [_Option(level, module, a, v, v * new // old, _COMPUTED) for a, v in numbers if old % v == 0 and v * new % old == 0]
@@ -143,14 +146,17 @@ def _smallest_sets(modules: Mapping[str, nn.Module], changes: Sequence[tuple[_Op
 
 
 def _followed(modules: Mapping[str, nn.Module], options: Sequence[_Option]) -> Attributes:
-    numbers: dict[tuple[str, str], dict[int, int]] = {}
+    numbers: dict[tuple[str, str], dict[Number, Number]] = {}
     for option in options:
         numbers.setdefault((option.owner, option.name), {})[option.old] = option.new
     found: Attributes = {}
     for (owner, name), new in numbers.items():
         value = getattr(modules[owner], name)
-        several = isinstance(value, (tuple, list))
-        found.setdefault(owner, {})[name] = type(value)(new.get(v, v) for v in value) if several else new.get(value, value)
+        if not isinstance(value, (tuple, list)):
+            found.setdefault(owner, {})[name] = new.get(value, value)
+            continue
+        whole = new.get(tuple(value))  # parts of one size may come to differ
+        found.setdefault(owner, {})[name] = type(value)(whole if isinstance(whole, tuple) else (new.get(v, v) for v in value))
     return found
 
 
@@ -174,9 +180,9 @@ def _sizes_by_value(modules: Mapping[str, nn.Module], tensors: Mapping[int, Tens
     return found
 
 
-def _holds(value: Any, number: int) -> bool:
+def _holds(value: Any, number: Number) -> bool:
     if type(value) in (tuple, list, torch.Size):
-        return any(type(v) is int and v == number for v in value)
+        return tuple(value) == number if isinstance(number, tuple) else any(type(v) is int and v == number for v in value)
     return type(value) is int and value == number
 
 

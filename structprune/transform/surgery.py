@@ -20,7 +20,7 @@ from structprune.ir.operators import functional, has_effect, operator_name
 from structprune.ir.plan import Cut
 from structprune.ir.traced import TracedModule
 from structprune.ops import RESIZERS
-from structprune.ops.rules import Resize
+from structprune.ops.rules import Literals, Resize
 from structprune.transform.branches import Folding, Needed, ending_with_modules, fold, void_nodes, whole_modules
 
 CONSTANT = "constant"  # how a stand-in is called in its module
@@ -49,7 +49,7 @@ class Surgery:
 
     module: TracedModule
     tensors: Mapping[int, Tensor]
-    literals: Mapping[fx.Node, list[tuple[int, int]]]
+    literals: Literals
     originals: Mapping[fx.Node, fx.Node]
     stand_ins: tuple[StandIn, ...] = ()
     gone: frozenset[str] = frozenset()
