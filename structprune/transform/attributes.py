@@ -155,8 +155,8 @@ def _followed(modules: Mapping[str, nn.Module], options: Sequence[_Option]) -> A
         if not isinstance(value, (tuple, list)):
             found.setdefault(owner, {})[name] = new.get(value, value)
             continue
-        whole = new.get(tuple(value))  # parts of one size may come to differ
-        found.setdefault(owner, {})[name] = type(value)(whole if isinstance(whole, tuple) else (new.get(v, v) for v in value))
+        whole = next((after for before, after in new.items() if isinstance(after, tuple) and _holds(value, before)), None)
+        found.setdefault(owner, {})[name] = type(value)(whole or (new.get(v, v) if type(v) is int else v for v in value))
     return found
 
 
@@ -182,7 +182,8 @@ def _sizes_by_value(modules: Mapping[str, nn.Module], tensors: Mapping[int, Tens
 
 def _holds(value: Any, number: Number) -> bool:
     if type(value) in (tuple, list, torch.Size):
-        return tuple(value) == number if isinstance(number, tuple) else any(type(v) is int and v == number for v in value)
+        numbers = [v for v in value if type(v) is int]  # there may be tensors among them
+        return numbers == list(number) and len(numbers) == len(value) if isinstance(number, tuple) else number in numbers
     return type(value) is int and value == number
 
 
