@@ -169,6 +169,18 @@ def test_a_budget_leaves_alike_what_is_alike_in_one_attention() -> None:
         assert 0.93 * share <= macs(groups)(found) / macs(groups)() <= share
 
 
+def test_values_stay_as_wide_as_queries_that_turn_in_pairs() -> None:
+    """Code has one number for the width of a head."""
+    groups = rotary(layers=2)
+    turning = next(g.atom for g in groups if g.size == 16)
+    values = [g.atom for g in groups if g.size == 32 and "v_proj" in g.name]
+    assert len(values) == 2
+    scores = {g.name: np.ones(g.size) for g in groups}
+    for share in np.linspace(0.3, 0.9, 13):
+        found = decide.allocate(groups, parse_target(f"macs={share}"), scores, method="uniform").widths
+        assert {found[v] for v in values} == {2 * found[turning]}
+
+
 class Beside(nn.ModuleList):
     """Linear layers whose answers stand beside each other."""
 

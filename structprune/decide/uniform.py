@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from structprune.analysis.groups import Groups
 from structprune.ir.axes import Atom, Axis, Product, Shape, Sum, kept_size, leaves
@@ -177,7 +178,21 @@ def _fit(order: Sequence[Atom], products: Sequence[Product], share: float) -> Wi
             last = last and not any(a in order[i + 1 :] for a in beside)
         wanted = atom.size * min(1.0, missing)
         widths[atom] = _rounded(wanted) if last else max(1, math.ceil(wanted - 1e-9))
+    for coarse, fine in _counterparts(products):
+        if fine in widths:
+            widths[fine] = fine.size * kept_size(coarse, widths) // coarse.size
     return widths
+
+
+def _counterparts(products: Sequence[Product]) -> Iterator[tuple[Axis, Atom]]:
+    """Factors of one size with the same others around them, the second an atom: what turns in pairs in the queries, and the values."""
+    for first, second in itertools.permutations(products, 2):
+        if len(first.factors) == len(second.factors):
+            differ = [(a, b) for a, b in zip(first.factors, second.factors, strict=True) if a != b]
+            if len(differ) == 1 and differ[0][0].size == differ[0][1].size:
+                coarse, fine = differ[0]
+                if isinstance(fine, Atom) and not isinstance(coarse, Atom):
+                    yield coarse, fine
 
 
 def _share(axis: Axis, widths: Widths) -> float:
