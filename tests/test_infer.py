@@ -541,6 +541,38 @@ def test_a_buffer_that_decides_and_is_changed_is_not_taken_to_stay() -> None:
     assert type(sp.compress(ran, (torch.randn(3, 6),)).model) is StartsItself
 
 
+class Recording(nn.Module):
+    """The first call puts hooks on the layers, which keep what these answer (as transformers does for hidden states)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.last = nn.ModuleList(nn.Linear(6, 6) for _ in range(2)), nn.Linear(12, 3)
+        self.hooked, self.seen = False, []
+
+    def record(self, module: nn.Module, args: Any, answer: Tensor) -> None:
+        self.seen.append(answer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.hooked:
+            for layer in self.layers:
+                layer.register_forward_hook(self.record)
+            self.hooked = True
+        self.seen = []
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.last(torch.cat(self.seen, -1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("ran", [False, True], ids=["never called", "called before"])
+def test_hooks_that_a_first_call_puts_on_layers_are_there_once(ran: bool) -> None:
+    model, x = Recording().eval(), torch.randn(2, 6)
+    if ran:
+        model(x)
+    result = sp.compress(model, x, "channels=0.5")
+    assert [len(layer._forward_hooks) for layer in model.layers] == [int(model.hooked)] * 2
+    assert model(x).shape == (2, 3) and result.small(x).shape == (2, 3)
+
+
 def test_a_single_sample_whose_axis_is_dropped_is_traced_as_it_is(tmp_path: Path) -> None:
     """Of two samples the trace would have another axis; of two of the user's it is followed."""
     model = Of(lambda m, x: m.b(F.relu(m.a(x).squeeze())).unsqueeze(0), a=nn.Linear(6, 16), b=nn.Linear(16, 4)).eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any
@@ -76,7 +77,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """What a model keeps for its next call (sizes that it has seen, tables by their sizes) is afterwards what it was.
+    """What a model keeps for its next call (sizes that it has seen, tables by their sizes, hooks that its first call puts on layers) is what it was.
 
     torch.export puts back the attributes that a module had before, and takes away the tensors among those that came new, where the class has the
     default, but not the note that they are there.
@@ -87,7 +88,7 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
         if id(container) not in kept:
             kept[id(container)] = container, copy.copy(container)
             inside = container.values() if isinstance(container, dict) else container
-            waiting.extend(value for value in inside if type(value) in (dict, list, set, tuple))
+            waiting.extend(value for value in inside if type(value) in (dict, OrderedDict, list, set, tuple))
     try:
         yield
     finally:
