@@ -38,6 +38,7 @@ class Uniform:
         self._free = free = {g.atom for g in groups}
         self._products = _products(groups, free)
         self.clusters = _clusters(free, self._products)  # atoms that share a product, from the outermost to the innermost
+        self._counterparts = [(coarse, fine) for coarse, fine in _counterparts(self._products) if fine in free]
         alone = {cluster[0] for cluster in self.clusters if len(cluster) == 1}
         self._work = {atom: [axes for axes in groups.work if any(atom in leaves(a) for a in axes)] for atom in free - alone}
         parts = dict.fromkeys(_free_part(p, free) for p in self._products) if alike else ()
@@ -123,8 +124,8 @@ class Uniform:
 
     def _shared_out(self, cluster: Sequence[Atom], share: float) -> Widths:
         products = [p for p in self._products if any(a in cluster for a in leaves(p))]
-        outer_first = _fit(cluster, products, share)
-        inner_first = _fit(cluster[::-1], products, share)
+        outer_first = self._evened(_fit(cluster, products, share))
+        inner_first = self._evened(_fit(cluster[::-1], products, share))
 
         def miss(widths: Widths) -> float:
             return max(abs(_share(p, widths) - share) for p in products)
@@ -136,6 +137,13 @@ class Uniform:
         if abs(miss(outer_first) - miss(inner_first)) > _SAME_SHARE:
             return min(outer_first, inner_first, key=miss)
         return inner_first if cost(inner_first) < (1 - _SAME_COST) * cost(outer_first) else outer_first
+
+    def _evened(self, widths: dict[Atom, int]) -> Widths:
+        """With factors of one size at one place of like products as wide as each other: code has one number for them."""
+        for coarse, fine in self._counterparts:
+            if fine in widths:
+                widths[fine] = kept_size(coarse, widths)
+        return widths
 
 
 def block(size: int) -> int:
@@ -164,7 +172,7 @@ def _factored(cluster: Sequence[Atom], sizes: Mapping[Axis, int], whole: bool) -
     return None
 
 
-def _fit(order: Sequence[Atom], products: Sequence[Product], share: float) -> Widths:
+def _fit(order: Sequence[Atom], products: Sequence[Product], share: float) -> dict[Atom, int]:
     """Give the atoms their widths in turn: each takes what the axes that it stands in still have to give.
 
     Atoms that are added, not multiplied (the widths of queries and of values beside each other), take the same share of it.
@@ -178,21 +186,21 @@ def _fit(order: Sequence[Atom], products: Sequence[Product], share: float) -> Wi
             last = last and not any(a in order[i + 1 :] for a in beside)
         wanted = atom.size * min(1.0, missing)
         widths[atom] = _rounded(wanted) if last else max(1, math.ceil(wanted - 1e-9))
-    for coarse, fine in _counterparts(products):
-        if fine in widths:
-            widths[fine] = fine.size * kept_size(coarse, widths) // coarse.size
     return widths
 
 
 def _counterparts(products: Sequence[Product]) -> Iterator[tuple[Axis, Atom]]:
-    """Factors of one size with the same others around them, the second an atom: what turns in pairs in the queries, and the values."""
-    for first, second in itertools.permutations(products, 2):
-        if len(first.factors) == len(second.factors):
-            differ = [(a, b) for a, b in zip(first.factors, second.factors, strict=True) if a != b]
-            if len(differ) == 1 and differ[0][0].size == differ[0][1].size:
-                coarse, fine = differ[0]
-                if isinstance(fine, Atom) and not isinstance(coarse, Atom):
-                    yield coarse, fine
+    """What stands in one product where an atom of that size stands in another: queries whose halves or pairs turn, and the values."""
+    for one, other in itertools.permutations(products, 2):
+        if one.size != other.size:
+            continue
+        for before, fine in enumerate(other.factors):
+            behind = other.factors[before + 1 :]
+            end = len(one.factors) - len(behind)
+            if isinstance(fine, Atom) and before < end and one.factors[:before] + one.factors[end:] == other.factors[:before] + behind:
+                instead = one.factors[before:end]
+                if len(instead) > 1 or isinstance(instead[0], Sum):
+                    yield Product(instead), fine
 
 
 def _share(axis: Axis, widths: Widths) -> float:
