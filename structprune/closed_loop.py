@@ -205,8 +205,8 @@ def plan_for_latency(
             latency = dense.latency.taught(found.widths, runtimes.ran(dense.runtime, small, file), ratio.median * whole)
             limit = _corrected(_foretold(tried, latency), share)
             between = _between(tried, share)
-    if best is None or best[0].round.measured > share * (1 + _MISSED):
-        closest = f"the closest took {best[0].round.measured:.3g} of it" if best is not None else "no plan was found"
+    if best is None or math.isinf(_miss(best[0].round.measured, share)):
+        closest = f"the closest took {min(t.round.measured for t in tried):.3g} of it" if tried else "no plan was found"
         raise TargetError(f"latency={share:.3g} of the dense model's time cannot be reached: {closest}")
     nearest, built = best
     return Found(nearest.plan, share, (*forgotten, *(t.round for t in tried)), nearest.round, dense, built)
@@ -313,6 +313,6 @@ def _beyond(limit: float, rounds: Sequence[Round], known: int, share: float) -> 
 
 
 def _miss(measured: float, share: float) -> float:
-    """How far from the target; to be slower than asked counts twice."""
+    """How far from the target; to be slower than asked counts twice, and to be much slower is no success, however fast all other plans are."""
     off = measured / share - 1
-    return 2 * off if off > 0 else -off
+    return math.inf if off > _MISSED else 2 * off if off > 0 else -off

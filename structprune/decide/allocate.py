@@ -347,7 +347,10 @@ def _within(groups: Groups, share: float, budgets: Sequence[tuple[Cost, float]],
     """The widest uniform allocation that keeps every budget; with less and less kept alike, where that comes in steps that are too large for them."""
     each = _uniform(groups, Uniform(groups, True, steps, alike=False), share, budgets)
     for align, whole in ((True, True), (True, False), (False, False)):
-        widths = _uniform(groups, Uniform(groups, align, steps, whole=whole), share, budgets)
+        try:
+            widths = _uniform(groups, Uniform(groups, align, steps, whole=whole), share, budgets)
+        except TargetError:  # what stays alike has no widths that are small enough
+            continue
         if all(cost(widths) >= _USED * cost(each) for cost, _ in budgets):
             return widths
     return each

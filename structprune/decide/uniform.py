@@ -45,7 +45,9 @@ class Uniform:
         self._streams = {p: stream for p in parts if (stream := _stream(groups, p, free, alone)) is not None}
         tied = _clusters(free, [*self._products, *(Product((p, stream)) for p, stream in self._streams.items())])
         self._units = [[c for c in self.clusters if c[0] in atoms] for atoms in map(set, tied)]  # the clusters of one stream, and the stream itself
-        self._together = [frozenset(c) for c in _clusters(free, [*(Product(tuple(atoms)) for atoms in tied), *_equal_parts(groups)])]
+        self._together = _clusters(free, [*(Product(tuple(atoms)) for atoms in tied), *_equal_parts(groups)])
+        together = set(map(frozenset, self._together))
+        self._loose = [cluster for cluster in self.clusters if frozenset(cluster) in together]
 
     def widths(self, share: float) -> Widths:
         """Channels to keep for every group when each axis keeps `share` of its entries, at least one."""
@@ -64,8 +66,7 @@ class Uniform:
 
     def loosened(self, widths: Widths, share: float) -> Widths:
         """With that share of what need not stay alike with anything; empty where nothing need, or all."""
-        loose = [cluster for cluster in self.clusters if frozenset(cluster) in self._together]
-        return {**widths, **self._each(loose, share)} if len(loose) < len(self.clusters) else {}
+        return {**widths, **self._each(self._loose, share)} if len(self._loose) < len(self.clusters) else {}
 
     def parted(self, most: int) -> tuple[list[Atom], list[list[Atom]]]:
         """The atoms to be decided first, so that no more than `most` of the others share a product, transitively; and the clusters of these.
