@@ -18,8 +18,8 @@ EfficientNet-Lite0.
 
 A virtual machine may change its pace for minutes when a neighbour comes, and two threads' ratios with it. What is measured while the dense model
 takes other times than in the loop, by more than 15 %, is measured again, a few times; an asterisk tells of what never met the same pace.
-Where the loop forgot its first rounds for their pace, *predicted* and *first measured* are those of the first round that it kept, of which the
-others had taught the tables: such rows flatter the prediction, and no row says whether it is one.
+Rows that do not say how many rounds were forgotten for their pace are of before reports kept those: *predicted* and *first measured* may be of a
+later round there, of which the others had taught the tables, and flatter the prediction.
 
 Run it on an idle machine; each row notes the machine's load average.
 """
@@ -65,7 +65,7 @@ def compressed(spec: str, target: float, threads: int, work: Path, cache: Path, 
         return {"failed": (done.stderr.strip().splitlines() or ["no answer"])[-1]}
     report = json.loads(done.stdout)
     found, macs = report["latency_target"], report["macs"]
-    pace = next(r["dense_ms"] for r in found["rounds"] if r["measured"] == found["measured"])
+    pace = next(r["dense_ms"] for r in found["rounds"] if r["measured"] == found["measured"] and not r["forgotten"])
     measured = independent(out / "original.onnx", out / "model.onnx", threads, pace)
     kept = macs["after"] / macs["before"]
     first = found["rounds"][0]
@@ -75,6 +75,7 @@ def compressed(spec: str, target: float, threads: int, work: Path, cache: Path, 
         "predicted": first["predicted"],
         "first_measured": first["measured"],
         "rounds": len(found["rounds"]),
+        "forgotten": sum(r["forgotten"] for r in found["rounds"]),
         "gap": first["gap"],
         "macs_kept": kept,
         "efficiency": kept / measured["median"],
