@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, GPTNeoXConfig, GPTNeoXModel, LlamaConfig, LlamaForCausalLM
 
 import structprune as sp
 from structprune import decide
@@ -179,6 +179,17 @@ def test_values_stay_as_wide_as_queries_that_turn_in_pairs() -> None:
     for share in np.linspace(0.3, 0.9, 13):
         found = decide.allocate(groups, parse_target(f"macs={share}"), scores, method="uniform").widths
         assert {found[v] for v in values} == {2 * found[turning]}
+
+
+def test_values_stay_as_wide_as_queries_of_which_a_part_turns() -> None:
+    """GPT-NeoX: a quarter of the width turns, in halves; queries, keys and values stand beside each other in each head."""
+    config = GPTNeoXConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, vocab_size=20, use_cache=False)
+    model, ids = GPTNeoXModel(config).eval(), torch.randint(0, 20, (2, 6))
+    for share in (0.8, 0.5, 0.3):
+        result = sp.compress(model, (ids,), f"macs={share}")
+        assert isinstance(result.model, GPTNeoXModel), result.report.data["verification"]["module_note"]
+        kept = {g.channels: len(g.keep) for g in result.plan.groups if "query" in g.name or "rotary" in g.name}
+        assert 2 * kept[4] + kept[24] == kept[32] < 32
 
 
 class Beside(nn.ModuleList):

@@ -191,7 +191,7 @@ def _fit(order: Sequence[Atom], products: Sequence[Product], share: float) -> di
 
 
 def _counterparts(products: Sequence[Product]) -> Iterator[tuple[Axis, Atom]]:
-    """What stands in one product where an atom of that size stands in another: queries whose halves or pairs turn, and the values."""
+    """What stands in one product where an atom of that size stands in another, or beside it: queries of which parts turn, and the values."""
     for one, other in itertools.permutations(products, 2):
         if one.size != other.size:
             continue
@@ -202,6 +202,17 @@ def _counterparts(products: Sequence[Product]) -> Iterator[tuple[Axis, Atom]]:
                 instead = one.factors[before:end]
                 if len(instead) > 1 or isinstance(instead[0], Sum):
                     yield Product(instead), fine
+    for beside in dict.fromkeys(factor for p in products for factor in p.factors if isinstance(factor, Sum)):
+        yield from _neighbours(beside)
+
+
+def _neighbours(beside: Sum) -> Iterator[tuple[Axis, Atom]]:
+    """Parts that follow each other, and an atom that is as large as all of them."""
+    for first, last in itertools.combinations(range(len(beside.terms)), 2):
+        parts = Sum(beside.terms[first : last + 1])
+        for term in (*beside.terms[:first], *beside.terms[last + 1 :]):
+            if isinstance(term, Atom) and term.size == parts.size:
+                yield parts, term
 
 
 def _share(axis: Axis, widths: Widths) -> float:
