@@ -12,9 +12,9 @@ from structprune.ir.axes import Atom, Axis, Product, Shape, Sum, kept_size, leav
 Widths = Mapping[Atom, int]
 
 ALIGN = (8, 4)  # ONNX Runtime on x86 works in blocks of channels: a width between two multiples costs as much as the next, or more
-_SAME_SHARE = 0.02  # allocations whose worst axis is this much nearer to the target share are told apart
+_SAME_SHARE = 0.02  # shares that differ by no more are taken for one
 _SAME_COST = 0.01
-_NEAR_SHARE = 0.05  # shares that are taken for one, where that keeps alike what was alike; or one step between widths, where that is more
+_NEAR_SHARE = 0.05  # likewise, where widths come in blocks, and that keeps alike what was alike
 
 
 class Uniform:
@@ -97,7 +97,8 @@ class Uniform:
         streams = [cluster[0] for cluster in unit if len(cluster) == 1]
         outer = [cluster[0].size for cluster in unit if len(cluster) > 1]
         step = max(self._step(a) / a.size for a in streams)
-        for whole, reach in ((True, max(_NEAR_SHARE, 1 / (2 * min(outer))) if self._whole else _NEAR_SHARE), (False, _NEAR_SHARE)):
+        near = _NEAR_SHARE if self._align else _SAME_SHARE
+        for whole, reach in ((True, max(near, 1 / (2 * min(outer))) if self._whole else near), (False, near)):
             number = max(1, int(reach / step))
             for away in sorted(range(-number, number + 1), key=abs):
                 widths = {a: self._aligned(a, share + away * step) for a in streams}
