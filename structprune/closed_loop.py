@@ -139,6 +139,8 @@ def plan_for_latency(
     targets = decide.parse_target(target)
     asked = next(t for t in targets if t.key == "latency")
     costs = decide.costs_of(graph, groups, targets)
+    latency = dense.latency
+    whole = latency.cost()
 
     def solved(limit: float, latency: LatencyModel, between: tuple[Widths, Widths]) -> decide.Allocation:
         """The best widths of which the tables say that they take `limit` of the dense model's time."""
@@ -154,8 +156,6 @@ def plan_for_latency(
             branches=saliency.branches,
         )
 
-    latency = dense.latency
-    whole = latency.cost()
     share = limit = asked.value / whole if asked.absolute else asked.value
     tried: list[_Tried] = []
     forgotten: list[Round] = []
