@@ -70,8 +70,8 @@ def allocate(
 ) -> Allocation:
     """The widths of the least loss that meet every target.
 
-    `channels=` asks for shares, and gets them to the channel; `threshold=` for the channels with at least that score, one of each group at least;
-    beside budgets both are the most that a group keeps.
+    `channels=` asks for shares, and gets them to the channel, or nearly, where that keeps alike what was (see `Uniform`); `threshold=` for the
+    channels with at least that score, one of each group at least; beside budgets both are the most that a group keeps.
     costs: others than those of the groups themselves, by the target that limits each of them. steps: between widths that are worth having, where
     they were measured; else multiples of 8 or 4, by which runtimes work.
     losses: [channels + 1] of every group by its name, what is lost when so many of its best channels stay; without them, the loss that is told above.
