@@ -166,7 +166,7 @@ def test_a_budget_leaves_alike_what_is_alike_in_one_attention() -> None:
     for share in np.linspace(0.4, 0.8, 9):
         found = decide.allocate(groups, parse_target(f"macs={share}"), scores, method="uniform").widths
         assert all(found[queries] == found[values] for queries, values in attentions)
-        assert 0.93 * share <= macs(groups)(found) / macs(groups)() <= share
+        assert 0.97 * share <= macs(groups)(found) / macs(groups)() <= share
 
 
 def test_values_stay_as_wide_as_queries_that_turn_in_pairs() -> None:
