@@ -347,8 +347,11 @@ def _within(groups: Groups, share: float, budgets: Sequence[tuple[Cost, float]],
     """The widest uniform allocation that keeps every budget; with less and less kept alike, where that comes in steps that are too large for them."""
     each = _uniform(groups, Uniform(groups, True, steps, alike=False), share, budgets)
     for align, whole in ((True, True), (True, False), (False, False)):
+        uniform = Uniform(groups, align, steps, whole=whole)
+        if not uniform.has_streams:
+            return each  # there is nothing else to keep alike
         try:
-            widths = _uniform(groups, Uniform(groups, align, steps, whole=whole), share, budgets)
+            widths = _uniform(groups, uniform, share, budgets)
         except TargetError:  # what stays alike has no widths that are small enough
             continue
         if all(cost(widths) >= _USED * cost(each) for cost, _ in budgets):

@@ -49,6 +49,11 @@ class Uniform:
         together = set(map(frozenset, self._together))
         self._loose = [cluster for cluster in self.clusters if frozenset(cluster) in together]
 
+    @property
+    def has_streams(self) -> bool:
+        """Whether there is something for products to stay as large as."""
+        return bool(self._streams)
+
     def widths(self, share: float) -> Widths:
         """Channels to keep for every group when each axis keeps `share` of its entries, at least one."""
         widths: dict[Atom, int] = {}
