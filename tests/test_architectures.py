@@ -123,6 +123,10 @@ def by_operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return nn.functional.scaled_dot_product_attention(q, k, v)
 
 
+def by_operator_that_is_told(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(q.shape[-1]))
+
+
 def by_scaled_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q.shape[-1] ** -0.5 * q @ k.mT).softmax(-1) @ v
 
@@ -136,7 +140,7 @@ def by_divided_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.mT + (q @ k.mT).flip(-1)) / math.sqrt(k.shape[-1])).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("attend", [by_operator, by_scaled_queries, by_divided_product, by_divided_sum])
+@pytest.mark.parametrize("attend", [by_operator, by_operator_that_is_told, by_scaled_queries, by_divided_product, by_divided_sum])
 def test_a_class_with_hooks_can_be_saved_and_loaded(attend: Attend) -> None:
     torch.manual_seed(0)
     model, x = Fused(attend).eval(), torch.randn(2, 5, 12)
@@ -210,8 +214,35 @@ class Selecting(nn.Module):
         return self.head((y * weights[..., None, None]).sum(1).mean((2, 3)))
 
 
+class OverLines(nn.Module):
+    """The sizes are named behind the first line of a call, and many that stay are as large as these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = self.steps = self.heads = self.width = self.depth = 16
+        self.left = self.right = 16
+        self.stem, self.head = nn.Linear(8, 32), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = torch.split(
+            self.stem(x.view(-1, self.places, 8)),
+            [
+                self.left,
+                self.right,
+            ],
+            dim=-1,
+        )
+        return self.head(left * right.sigmoid())
+
+
 @pytest.mark.parametrize(
-    ("model", "x"), [(Paths(), torch.randn(2, 32, 4, 4)), (Renamed(), torch.randn(2, 16, 8)), (Selecting(), torch.randn(2, 8, 6, 6))]
+    ("model", "x"),
+    [
+        (Paths(), torch.randn(2, 32, 4, 4)),
+        (Renamed(), torch.randn(2, 16, 8)),
+        (Selecting(), torch.randn(2, 8, 6, 6)),
+        (OverLines(), torch.randn(2, 16, 8)),
+    ],
 )
 def test_attributes_that_follow_are_told_from_those_that_stay(model: nn.Module, x: Tensor) -> None:
     result = sp.compress(model.eval(), (x,), "channels=0.5")
@@ -302,11 +333,12 @@ def test_a_class_comes_back_whatever_its_train_returns() -> None:
     assert type(result.model) is Freezing and not result.model.training
 
 
-def test_a_class_that_float64_decides_on_keeps_its_hooks() -> None:
-    """Its sums run in another order while it is not traced: float32 cannot tell."""
+@pytest.mark.parametrize("asked", [None, torch.float32])
+def test_a_class_that_float64_decides_on_keeps_its_hooks(asked: torch.dtype | None) -> None:
+    """Its sums run in another order while it is not traced: float32 cannot tell, even where the code asks for that."""
 
     def by_either_order(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        answer = by_operator(q, k, v)
+        answer = by_operator(q.to(asked), k.to(asked), v.to(asked)).to(v.dtype)
         return answer if torch.compiler.is_exporting() else answer * 1.1 / 1.1
 
     torch.manual_seed(0)
@@ -315,6 +347,30 @@ def test_a_class_that_float64_decides_on_keeps_its_hooks() -> None:
     assert type(result.model) is Fused and "hooks on 1 modules" in result.report.data["verification"]["module_note"]
     keep = {name: cut.keep for name, cut in result.plan.tensors.items()}
     assert oracle.error_of(model, result.model, keep, (x,))[0] <= oracle.TOLERANCE
+
+
+class Experts(nn.Module):
+    """One matrix for the first row and one for the others, by an operator that torch neither exports nor has in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(2, *shape)) for shape in ((8, 32), (32, 4)))
+
+    def of_each(self, x: Tensor, matrices: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            return torch.cat([x[:1] @ matrices[0], x[1:] @ matrices[1]])
+        return nn.functional.grouped_mm(x, matrices, offs=torch.tensor([1, len(x)], dtype=torch.int32)) * 1.1 / 1.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of_each(self.of_each(x, self.up).relu(), self.down)
+
+
+def test_float64_decides_on_mixtures_of_experts() -> None:
+    torch.manual_seed(0)
+    model, x = Experts().eval(), torch.randn(12, 8)
+    result = sp.compress(model, (x,), target="channels=0.5")
+    assert type(result.model) is Experts and len(result.plan.groups[0].keep) == 16, result.report.data["verification"]["module_note"]
+    torch.testing.assert_close(result.model(x), result.small(x))
 
 
 def test_a_class_that_drifts_by_less_than_float32_shows_does_not_come_back() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import linecache
 import operator
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +222,27 @@ def source_of(node: fx.Node) -> str:
 
 
 def source_code_of(node: fx.Node) -> str:
-    """The lines of the user's code on the way to a node, as text."""
-    return node.meta.get("stack_trace") or ""
+    """The statements of the user's code on the way to a node, as text."""
+    return "\n".join(_statement_at(file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or ""))
+
+
+@cache
+def _statement_at(file: str, line: int) -> str:
+    """All lines of a statement, of one with a body the head: a call over several lines names its sizes behind the first, where it is said to be."""
+    around = [(first, last) for first, last in _statements(file) if first <= line <= last]
+    first, last = max(around, default=(line, line))
+    return "".join(linecache.getline(file, number) for number in range(first, last + 1))
+
+
+@cache
+def _statements(file: str) -> list[tuple[int, int]]:
+    """The first and the last line of every statement of a file, without its body; none of what is no Python."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except (SyntaxError, ValueError):
+        return []
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.stmt)]
+    return [(n.lineno, n.body[0].lineno - 1 if hasattr(n, "body") else n.end_lineno or n.lineno) for n in found]
 
 
 def owners_of(node: fx.Node) -> list[str]:

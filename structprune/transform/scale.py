@@ -54,7 +54,7 @@ def changed_scales(graph: Graph, types: Types, keep: Keep) -> dict[str, Scale]:
         if not 0 < left < width:
             continue
         in_code = _same(_factor(node), 1 / math.sqrt(width))
-        if in_code or operator_name(node) == "scaled_dot_product_attention":
+        if in_code or not _factor(node):
             owner = owners_of(node)[0]
             found[owner] = Scale(width, left, in_code or (owner in found and found[owner].in_code))
     return found
@@ -63,7 +63,7 @@ def changed_scales(graph: Graph, types: Types, keep: Keep) -> dict[str, Scale]:
 def _query(node: fx.Node) -> fx.Node | None:
     """The queries or keys that a node may scale, themselves or in their product, the width on the last axis."""
     if operator_name(node) == "scaled_dot_product_attention":
-        source = node.args[0] if node.kwargs.get("scale") is None else None
+        source = node.args[0]
     else:
         source = node.args[0] if _factor(node) else None
         source = _of_product(source) or source
@@ -79,7 +79,9 @@ def _of_product(node: Any) -> fx.Node | None:
 
 
 def _factor(node: fx.Node) -> float:
-    """The number that a node multiplies by; 0 for any other node."""
+    """The number that a node multiplies by, or that attention is told to; 0 for any other node."""
+    if operator_name(node) == "scaled_dot_product_attention":
+        return node.kwargs.get("scale") or 0.0  # type: ignore[return-value]
     if operator_name(node) not in ("mul", "div") or not isinstance(number := node.args[1], float) or not number:
         return 0.0
     return number if operator_name(node) == "mul" else 1 / number
@@ -122,9 +124,10 @@ class _Scaled(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if function is F.scaled_dot_product_attention and kwargs.get("scale") is None:
-            kwargs["scale"] = self._scale.factor
-            self._held.needed = True
+        if function is F.scaled_dot_product_attention:
+            said = kwargs.get("scale")
+            kwargs["scale"] = self._scale.factor if said is None else self._scale.held(said)
+            self._held.needed |= kwargs["scale"] != said
         elif getattr(function, "__name__", "") in _TIMES | _OVER:
             held = tuple(map(self._scale.held, args))
             self._held.needed |= any(new is not old for new, old in zip(held, args, strict=True))
