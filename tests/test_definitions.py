@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, event, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import structprune as sp
+from structprune.frontends.equivalents import equivalent
 from structprune.ir.operators import operator_name
 from structprune.ops.rules import RULES
 
@@ -124,6 +128,61 @@ def test_attention_of_any_rank_can_be_written_as_onnx(name: str, tmp_path: Path)
     result = sp.compress(model, (torch.randn(2, 12, 16),), target="channels=0.5")
     assert result.report.data["macs"]["after"] <= 0.55 * result.report.data["macs"]["before"]
     assert_onnx_agrees(result, torch.randn(3, 12, 16), tmp_path)
+
+
+def halos(x: Tensor) -> Tensor:
+    """[batch, channels, 100] → windows of 4 × 4 of a picture of 10 × 10, every 3."""
+    batch, channel, row, _ = x.unflatten(2, (10, 10)).stride()
+    return x.unflatten(2, (10, 10)).as_strided((*x.shape[:2], 3, 4, 3, 4), (batch, channel, 3 * row, row, 3, 1)).amax((3, 5)).flatten(2)
+
+
+def chunks(x: Tensor) -> Tensor:
+    """[batch, channels, 100] → chunks of 20 positions that overlap by half, each as one channel behind the other."""
+    parts = x.transpose(1, 2).reshape(x.shape[0], 5, 20, -1)
+    batch, part, place, channel = parts.stride()
+    return parts.as_strided((x.shape[0], 9, 20, x.shape[1]), (batch, part // 2, place, channel)).amax(2).transpose(1, 2)
+
+
+def every_other(x: Tensor) -> Tensor:
+    batch, channel, place = x.stride()
+    return x.as_strided((*x.shape[:2], 50), (batch, channel, 2 * place))
+
+
+@pytest.mark.parametrize("windows", [halos, chunks, every_other])
+def test_channels_pass_through_windows_in_memory(windows: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = models.Of(lambda m, x: m.last(windows(m.first(x).relu())), first=nn.Conv1d(8, 16, 1), last=nn.Conv1d(16, 4, 1)).eval()
+    result = sp.compress(model, (torch.randn(2, 8, 100),), target="channels=0.5")
+    assert result.model.first.out_channels == 8 and isinstance(result.model, models.Of)
+    assert_onnx_agrees(result, torch.randn(3, 8, 100), tmp_path)
+
+
+@st.composite
+def walks(draw: st.DrawFn) -> tuple[Tensor, list[int], list[int]]:
+    """A tensor in some order of memory, and sizes and strides within it, mostly along its axes."""
+    shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    x = torch.arange(math.prod(shape)).view(shape).permute(draw(st.permutations(range(len(shape)))))
+    along = draw(st.lists(st.integers(0, x.dim() - 1), min_size=1, max_size=5))
+    stride = [x.stride(d) * draw(st.sampled_from([1, 1, 1, 2, 3])) for d in along]
+    size = [draw(st.sampled_from([x.shape[d], x.shape[d], *range(1, 7)])) for d in along]
+    assume(sum((number - 1) * apart for number, apart in zip(size, stride, strict=True)) < x.numel())
+    return x, size, stride
+
+
+@settings(max_examples=200, deadline=None)
+@given(walks())
+def test_windows_hold_what_strides_read(walk: tuple[Tensor, list[int], list[int]]) -> None:
+    x, size, stride = walk
+    windows = equivalent(torch.ops.aten.as_strided.default, walk, {})
+    event("in windows" if windows else "as strides")
+    if windows is not None:
+        assert torch.equal(windows(x), x.as_strided(size, stride))
+
+
+def test_strides_that_skip_a_part_or_start_elsewhere_are_left_alone() -> None:
+    model, inputs = between(lambda x: x.contiguous().view(2, 32).as_strided((2, 16), (32, 1), 16))
+    frozen = next(f for f in sp.inspect(model, inputs).frozen if f.channels == 16)
+    assert "the operator as_strided is not known" in frozen.reason
 
 
 @pytest.mark.parametrize("how", [{"align_corners": True}, {"mode": "nearest", "padding_mode": "border", "align_corners": False}])

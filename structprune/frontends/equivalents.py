@@ -1,24 +1,25 @@
-"""Calls that torch's ONNX exporter cannot translate, by others that it can.
+"""Calls that torch's ONNX exporter cannot translate, or that say nothing of axes, by others that it can, and that do.
 
 On complex numbers, as vocoders and separators of speech have them; attention of other ranks than batch, heads, positions, width; largest and
-smallest entries of a whole tensor.
+smallest entries of a whole tensor; windows as strides in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
 
 
 def equivalent(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Tensor] | None:
-    """What computes the same as this call; None for a call that can be translated, or that nothing here knows."""
+    """What computes the same as this call; None for a call that needs no other, or that nothing here knows."""
     first = args[0] if args else None
     if target is aten.einsum.default:
         return _einsum if len(args[1]) == 2 and all(map(torch.is_complex, args[1])) else None
@@ -32,6 +33,8 @@ def equivalent(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         return _istft if first.is_complex() and not kwargs.get("return_complex") else None
     if target is aten.scaled_dot_product_attention.default:
         return _attention if first.dim() != 4 and not kwargs.get("enable_gqa") else None
+    if target is aten.as_strided.default:
+        return _windows(first, *args[1:], **kwargs)
     if target in (aten.amax.default, aten.amin.default):
         return None if args[1:] or kwargs.get("dim") else lambda x, **keepdim: target(x, list(range(x.dim())), **keepdim)
     return _OF_COMPLEX.get(target) if first.is_complex() else None
@@ -117,6 +120,79 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
     mask = heads(attn_mask) if attn_mask is not None and attn_mask.dim() > 2 else attn_mask
     answer = F.scaled_dot_product_attention(heads(query), heads(key), heads(value), mask, *args, **kwargs)
     return answer.reshape(*before, *answer.shape[-2:])
+
+
+def _windows(x: Tensor, size: Sequence[Any], stride: Sequence[Any], storage_offset: Any = None) -> Callable[..., Tensor] | None:
+    """What `as_strided` reads, as windows, steps and permutations of the axes of `x` (sliding attention, halos); None where it reads across these.
+
+    Each axis of the answer walks along one of `x`: along all of it; every few entries; or in windows, of which a second axis walks along the inside.
+    """
+    if storage_offset is not None and not _same(storage_offset, x.storage_offset()):
+        return None
+    walks: list[list[tuple[int, int, Any]]] = [[] for _ in x.shape]  # along each axis of x: axes of the answer, their steps and sizes
+    for out, (number, apart) in enumerate(zip(size, stride, strict=True)):
+        if not _same(number, 1):
+            steps = {d: step for d in range(x.dim()) if not _same(x.shape[d], 1) and (step := _step(x.stride(d), apart))}
+            if not steps:
+                return None
+            walks[min(steps, key=steps.__getitem__)].append((out, min(steps.values()), number))
+    for d, found in enumerate(walks):
+        found.sort(key=lambda walk: -walk[1])
+        if len(found) > 2 or (len(found) == 2 and found[1][1] != 1):
+            return None
+        if found and not _lie_on(x.shape[d], found):
+            return _flattened(d, x, size, stride)
+
+    def call(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        places: list[int | None] = []  # in the answer, of the axes of x, and behind them those inside windows
+        inside = []
+        for d, found in enumerate(walks):
+            places.append(found[0][0] if found else None)
+            if not found:
+                x = x.narrow(d, 0, 1)
+                continue
+            step, number = found[0][1:]
+            for walk in found[1:]:
+                inside.append(walk[0])
+                x = x.unfold(d, walk[2], step).narrow(d, 0, number)
+            if len(found) == 1 and not _same(number, x.shape[d]):
+                x = aten.slice.Tensor(x, d, 0, step * (number - 1) + 1, step)
+        places += inside
+        x = x.squeeze([d for d, place in enumerate(places) if place is None])
+        kept = [place for place in places if place is not None]
+        x = x.permute([kept.index(place) for place in sorted(kept)])
+        for place in range(len(size)):
+            x = x if place in kept else x.unsqueeze(place)
+        return x
+
+    return call
+
+
+def _flattened(d: int, x: Tensor, size: Sequence[Any], stride: Sequence[Any]) -> Callable[..., Tensor] | None:
+    """The same, of an axis and the one before it as one, where they are that in memory."""
+    if d == 0 or not _same(x.stride(d - 1), x.shape[d] * x.stride(d)):
+        return None
+    of_one = _windows(x.flatten(d - 1, d), size, stride)
+    return None if of_one is None else lambda x, *_, **__: of_one(x.flatten(d - 1, d))
+
+
+def _lie_on(size: Any, walks: Sequence[tuple[int, int, Any]]) -> bool:
+    """Whether all entries on these walks lie on an axis of that size."""
+    if len(walks) == 1 and walks[0][1] == 1 and _same(walks[0][2], size):
+        return True
+    return statically_known_true(sum(step * (number - 1) for _, step, number in walks) < size)
+
+
+def _step(apart: Any, stride: Any) -> int:
+    """How many entries of an axis, `apart` in memory, one step of that stride passes; 0 where it is no whole number."""
+    if _same(apart, stride):
+        return 1
+    whole = isinstance(apart, int) and isinstance(stride, int) and 0 < apart <= stride and stride % apart == 0
+    return int(stride // apart) if whole else 0
+
+
+def _same(a: Any, b: Any) -> bool:
+    return statically_known_true(a == b)
 
 
 _OF_COMPLEX: dict[Any, Callable[..., Tensor]] = {aten.exp.default: _exp, aten.angle.default: _angle, aten.zeros_like.default: _zeros}
