@@ -256,6 +256,27 @@ def test_heads_and_the_stream_that_they_read_stay_as_wide_as_each_other(attentio
         assert 0.85 * share <= spent <= share
 
 
+class HalfAttends(nn.Module):
+    """As in the necks of detectors: of two halves of one layer's answer, the second goes through attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 128
+        self.into, self.attention, self.out = nn.Linear(6, 256), WrittenOut((128,), 2), nn.Linear(256, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.into(x).split((self.width, self.width), -1)
+        return self.out(torch.cat([first.relu(), second + self.attention(second)], -1))
+
+
+def test_halves_stay_as_wide_as_each_other_where_one_is_tied_to_heads() -> None:
+    torch.manual_seed(0)
+    model, x = HalfAttends().eval(), (torch.randn(2, 5, 6),)
+    for share in np.linspace(0.2, 0.9, 15):
+        result = sp.compress(model, x, f"macs={share}")
+        assert type(result.model) is HalfAttends, result.report.data["verification"]["module_note"]
+
+
 @pytest.mark.parametrize("method", ["milp", "greedy"])
 def test_widths_stay_between_two_that_are_known(method: str) -> None:
     model, inputs = models.build("residual")

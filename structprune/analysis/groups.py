@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> Groups:
         }
     )
     work = tuple(tuple(map(types.solver.resolve, w.axes)) for w in types.work)
-    _keep_unread_entries(types, axes, members)
+    _keep_unread_entries(types, members)
     _keep_unneeded(graph, types)
     _keep_tables(types, work)
     for how in ("mean", "variance"):
@@ -151,11 +152,12 @@ def _ignore(graph: Graph, types: Types, named: Mapping[str, Shape], pattern: str
             types.solver.freeze(axis, Reason("ignored", pattern))
 
 
-def _keep_unread_entries(types: Types, axes: Mapping[str, Shape], members: Mapping[Atom, list[Member]]) -> None:
-    """Freeze what stands in one tensor and in nothing that is computed: rows of a table of positions beyond the example's length."""
-    computed = {atom for node in types.nodes if node.op == "call_function" for atom in types.atoms(node)}
+def _keep_unread_entries(types: Types, members: Mapping[Atom, list[Member]]) -> None:
+    """Freeze what stands in one tensor and is part of no product and no sum: rows of a table of positions beyond the example's length."""
+    axes = itertools.chain((axis for w in types.work for axis in w.axes), (reading.axis for reading in types.readings))
+    read = {atom for axis in axes for atom in types.solver.atoms(axis)}
     for atom, where in members.items():
-        if len(where) == 1 and atom not in computed and isinstance(axes[where[0].tensor][where[0].dim], Sum):
+        if len(where) == 1 and atom not in read:
             types.solver.freeze(atom, Reason("entries that the example does not reach"))
 
 

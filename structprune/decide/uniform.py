@@ -45,7 +45,8 @@ class Uniform:
         self._streams = {p: stream for p in parts if (stream := _stream(groups, p, free, alone)) is not None}
         tied = _clusters(free, [*self._products, *(Product((p, stream)) for p, stream in self._streams.items())])
         self._units = [[c for c in self.clusters if c[0] in atoms] for atoms in map(set, tied)]  # the clusters of one stream, and the stream itself
-        self._together = _clusters(free, [*(Product(tuple(atoms)) for atoms in tied), *_equal_parts(groups)])
+        self._parts = _equal_parts(groups)
+        self._together = _clusters(free, [*(Product(tuple(atoms)) for atoms in tied), *self._parts])
         together = set(map(frozenset, self._together))
         self._loose = [cluster for cluster in self.clusters if frozenset(cluster) in together]
 
@@ -59,7 +60,7 @@ class Uniform:
         widths: dict[Atom, int] = {}
         for unit in self._units:
             widths |= self._alike(unit, share) or self._each(unit, share)
-        return widths
+        return self._with_equal_parts(widths)
 
     def filled(self, share: float, wider: float, fits: Callable[[Widths], bool]) -> Widths:
         """The widths at a share, and at a wider one wherever that fits: for all that stays alike, or is split into equal parts, or for none of it."""
@@ -120,6 +121,14 @@ class Uniform:
                 if found is None:
                     return None
                 widths |= found
+        return widths
+
+    def _with_equal_parts(self, widths: dict[Atom, int]) -> Widths:
+        """With what goes its own way as wide as the part beside it that is tied to a stream."""
+        loose = {unit[0][0] for unit in self._units if not _is_tied(unit) and len(unit[0]) == 1}
+        for parts in self._parts:
+            tied = [kept_size(part, widths) for part in parts.factors if part not in loose and self._free.intersection(leaves(part))]
+            widths |= {part: min(tied) for part in parts.factors if tied and isinstance(part, Atom) and part in loose}
         return widths
 
     def _step(self, atom: Atom) -> int:
