@@ -15,7 +15,7 @@ from structprune import notebook
 from structprune.analysis.infer import Types, infer
 from structprune.analysis.silence import read_where_loud
 from structprune.errors import InputError, did_you_mean
-from structprune.ir.axes import Atom, Reason, Shape, Sum, kept_size
+from structprune.ir.axes import Atom, Reason, Shape, kept_size
 from structprune.ir.graph import Graph, owners_of, source_of
 from structprune.ir.group import Frozen, Group, Member
 from structprune.ir.operators import operator_name

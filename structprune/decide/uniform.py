@@ -42,8 +42,8 @@ class Uniform:
         alone = {cluster[0] for cluster in self.clusters if len(cluster) == 1}
         self._work = {atom: [axes for axes in groups.work if any(atom in leaves(a) for a in axes)] for atom in free - alone}
         parts = dict.fromkeys(_free_part(p, free) for p in self._products) if alike else ()
-        self._streams = {p: stream for p in parts if (stream := _stream(groups, p, free, alone)) is not None}
-        tied = _clusters(free, [*self._products, *(Product((p, stream)) for p, stream in self._streams.items())])
+        self._streams = {p: streams for p in parts if (streams := _streams(groups, p, free, alone))}
+        tied = _clusters(free, [*self._products, *(Product((p, *streams)) for p, streams in self._streams.items())])
         self._units = [[c for c in self.clusters if c[0] in atoms] for atoms in map(set, tied)]  # the clusters of one stream, and the stream itself
         self._parts = _equal_parts(groups)
         self._together = _clusters(free, [*(Product(tuple(atoms)) for atoms in tied), *self._parts])
@@ -116,8 +116,9 @@ class Uniform:
         widths = dict(streams)
         for cluster in unit:
             if len(cluster) > 1:
-                sizes = {p: kept_size(stream, streams) for p, stream in self._streams.items() if cluster[0] in leaves(p)}
-                found = _factored(cluster, sizes, whole)
+                tied = [(p, stream) for p, its_streams in self._streams.items() if not set(cluster).isdisjoint(leaves(p)) for stream in its_streams]
+                sizes = {(p, kept_size(stream, streams)) for p, stream in tied}
+                found = _factored(cluster, dict(sizes), whole) if len(sizes) == len(dict(sizes)) else None
                 if found is None:
                     return None
                 widths |= found
@@ -263,14 +264,16 @@ def _free_part(axis: Axis, free: set[Atom]) -> Axis:
     return Product(tuple(f for f in axis.factors if free.intersection(leaves(f)))) if isinstance(axis, Product) else axis
 
 
-def _stream(groups: Groups, product: Axis, free: set[Atom], alone: set[Atom]) -> Axis | None:
-    """What a tensor makes a product of, or makes of it, of the same size: an axis whose free atoms share no product."""
+def _streams(groups: Groups, product: Axis, free: set[Atom], alone: set[Atom]) -> tuple[Axis, ...]:
+    """What tensors make a product of, or make of it, of the same size: axes whose free atoms share no product.
+
+    Several where keys and values are made of other things than queries.
+    """
+    found: dict[Axis, None] = {}
     for shape in groups.axes.values():
         if any(product == _free_part(part, free) for axis in shape for part in (axis.terms if isinstance(axis, Sum) else (axis,))):
-            for axis in shape:
-                if axis.size == product.size and set() < free.intersection(leaves(axis)) <= alone:
-                    return axis
-    return None
+            found |= {a: None for a in shape if a.size == product.size and set() < free.intersection(leaves(a)) <= alone}
+    return tuple(found)
 
 
 def _equal_parts(groups: Groups) -> list[Product]:

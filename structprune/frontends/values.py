@@ -11,7 +11,6 @@ see it otherwise.
 from __future__ import annotations
 
 import ast
-import linecache
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +29,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from structprune.errors import InputError
+from structprune.ir.source import parsed
 
 _DATA: Any = Tensor.data
 _ASKING = frozenset({Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__})
@@ -245,10 +245,7 @@ def _passes(file: str) -> dict[int, bool]:
 
     Of a check within `try` nothing is said: what it raises may be caught, and the code go another way.
     """
-    try:
-        module = ast.parse("".join(linecache.getlines(file)))
-    except SyntaxError:  # no Python: a cell with a magic command, a template
-        return {}
+    module = parsed(file)
     caught = {inside for block in ast.walk(module) if isinstance(block, ast.Try) for s in block.body for inside in ast.walk(s)}
     found: dict[int, bool] = {}
     for statement in ast.walk(module):

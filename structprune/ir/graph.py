@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import linecache
 import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +16,12 @@ from torch.utils import _pytree as pytree
 
 from structprune.ir.operators import has_effect, is_random, operator_name
 from structprune.ir.signature import Signature
+from structprune.ir.source import text_at
 
 ORIGIN = "structprune_origin"  # in the notes that torch keeps of a node: what of the user's own file it was made of
 _TORCH = f"{Path(torch.__file__).parent}/"
 _PASSES = "torch/fx/passes/"  # their lines stand in for the user's where a pass of torch's added a node
+_HANDING_ON = frozenset({"to", "_to_copy", "detach", "clone", "contiguous", "alias"})
 
 
 @dataclass(frozen=True)
@@ -165,9 +164,19 @@ def attribute(root: torch.nn.Module, name: str) -> Any:
 
 
 def computed_constants(graph: Graph) -> frozenset[fx.Node]:
-    """Nodes whose value depends on no input, parameter or buffer: a table of sines, a mask of the window. Other constants are not among them."""
+    """Nodes whose value depends on no input, parameter or buffer: a table of sines, a mask of the window. Other constants are not among them.
+
+    Nor is one that is only handed on, in another type or on another device: the user's module holds it, and what it holds can be cut.
+    """
     constants = {n for n in graph.nodes if n.op == "get_attr" and str(n.target) not in graph.aliases and isinstance(graph.tensor(n), Tensor)}
-    return frozenset(computed_of(constants, graph.nodes) - constants)
+    computed = computed_of(constants, graph.nodes) - constants
+    for node in reversed(graph.nodes):
+        source = node
+        while operator_name(source) in _HANDING_ON:
+            source = source.args[0]  # type: ignore[assignment]
+        if source in constants and computed.isdisjoint(node.users):
+            computed.discard(node)
+    return frozenset(computed)
 
 
 def computed_of(tensors: Collection[fx.Node], nodes: Sequence[fx.Node]) -> set[fx.Node]:
@@ -223,26 +232,7 @@ def source_of(node: fx.Node) -> str:
 
 def source_code_of(node: fx.Node) -> str:
     """The statements of the user's code on the way to a node, as text."""
-    return "\n".join(_statement_at(file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or ""))
-
-
-@cache
-def _statement_at(file: str, line: int) -> str:
-    """All lines of a statement, of one with a body the head: a call over several lines names its sizes behind the first, where it is said to be."""
-    around = [(first, last) for first, last in _statements(file) if first <= line <= last]
-    first, last = max(around, default=(line, line))
-    return "".join(linecache.getline(file, number) for number in range(first, last + 1))
-
-
-@cache
-def _statements(file: str) -> list[tuple[int, int]]:
-    """The first and the last line of every statement of a file, without its body; none of what is no Python."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except (SyntaxError, ValueError):
-        return []
-    found = [n for n in ast.walk(tree) if isinstance(n, ast.stmt)]
-    return [(n.lineno, n.body[0].lineno - 1 if hasattr(n, "body") else n.end_lineno or n.lineno) for n in found]
+    return "\n".join(text_at(file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or ""))
 
 
 def owners_of(node: fx.Node) -> list[str]:

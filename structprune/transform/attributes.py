@@ -24,6 +24,8 @@ _MANY_KEYS = 12  # attributes in doubt, of which small sets are tried
 _CHOICES = 16
 
 _MENTIONED, _HELD, _COMPUTED = range(3)
+_LISTS = (tuple, list, torch.Size)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def guesses(model: nn.Module, tensors: Mapping[int, Tensor], literals: Literals) -> Iterator[Attributes]:
@@ -33,16 +35,13 @@ def guesses(model: nn.Module, tensors: Mapping[int, Tensor], literals: Literals)
     tried: list[Attributes] = []
     for among in (None, "torch.", ""):  # torch's own layers describe themselves; in others a number may mean something else
         for chosen in choices if among is None else choices[:2]:
-            attributes = _followed(modules, chosen)
-            for name, module in modules.items():
-                for attribute, value in _described_sizes(module, tensors, attributes.get(name, {})).items():
-                    if getattr(module, attribute, value) != value:
-                        attributes.setdefault(name, {})[attribute] = value
-            if among is not None:
-                attributes = _sizes_by_value(modules, tensors, attributes, among)
-            if attributes not in tried:
-                tried.append(attributes)
-                yield attributes
+            for options in (chosen, chosen[::-1]):  # of 8 heads as wide as 8 channels, the number of the heads may be the first or the last to change
+                attributes = _described(modules, tensors, _followed(modules, options))
+                if among is not None:
+                    attributes = _sizes_by_value(modules, tensors, attributes, among)
+                if attributes not in tried:
+                    tried.append(attributes)
+                    yield attributes
 
 
 class _Option(NamedTuple):
@@ -95,31 +94,37 @@ def _explanations(modules: Mapping[str, nn.Module], literals: Literals) -> list[
             options: list[_Option] = []
             for level, owner in enumerate(owners):
                 children = [f"{owner}.{child}" if owner else child for child, _ in modules[owner].named_children()] if level == 0 else []
-                own = [c for c in children if c in modules and not type(modules[c]).__module__.startswith("torch.")]  # a shared child has one name
+                own = [c for c in children if c in modules and not _is_of_torch(modules[c])]  # a shared child has one name
                 near = [owner, *own]
-                options += _holding({n: _values_in(modules[n]) for n in near}, code, level, old, new)
+                known = level == 0 and _is_of_torch(modules[owner])
+                options += _holding({n: _values_in(modules[n]) for n in near}, code, level, old, new, known)
             if options:
                 found[tuple(options)] = None
     return list(found)
 
 
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
+
+
 def _values_in(module: nn.Module) -> Mapping[str, Any]:
-    """Its attributes; of a convolution not those that its weight tells."""
+    """Its attributes, but for those that every module has; of a convolution not those that its weight tells."""
     own = ("in_channels", "out_channels") if isinstance(module, nn.modules.conv._ConvNd) else ()
-    return {name: value for name, value in vars(module).items() if name not in own}
+    return {name: value for name, value in vars(module).items() if name not in own and name not in _OF_EVERY_MODULE}
 
 
-def _holding(held: Mapping[str, Mapping[str, Any]], code: str, level: int, old: Number, new: Number) -> list[_Option]:
+def _holding(held: Mapping[str, Mapping[str, Any]], code: str, level: int, old: Number, new: Number, known: bool) -> list[_Option]:
     """The attributes of a module and its children (by their names) that explain a change.
 
-    Of those that the source line mentions, the ones that hold the number, or else that it may be computed from; without such, any that hold it.
+    Of those that the code mentions, the ones that hold the number, or else that it may be computed from; without such, any that hold it.
+    known: of a layer of torch's own, whose code is not told, and reads no other numbers.
     """
 
     def mentioned(name: str) -> bool:
-        return re.search(rf"\.{name}\b", code) is not None
+        return re.search(rf"\._*{name.lstrip('_')}\b", code) is not None  # a public name and a private one of the same are one thing
 
     found = [(m, a) for m, attributes in held.items() for a, v in attributes.items() if _holds(v, old)]
-    sure = [_Option(level, m, a, old, new, _MENTIONED) for m, a in found if mentioned(a)]
+    sure = [_Option(level, m, a, old, new, _MENTIONED) for m, a in found if known or mentioned(a)]
     if isinstance(old, tuple) or isinstance(new, tuple):
         return sure or [_Option(level, m, a, old, new, _HELD) for m, a in found]
     module, attributes = next(iter(held.items()))
@@ -152,12 +157,18 @@ def _followed(modules: Mapping[str, nn.Module], options: Sequence[_Option]) -> A
     found: Attributes = {}
     for (owner, name), new in numbers.items():
         value = getattr(modules[owner], name)
-        if not isinstance(value, (tuple, list)):
-            found.setdefault(owner, {})[name] = new.get(value, value)
-            continue
         whole = next((after for before, after in new.items() if isinstance(after, tuple) and _holds(value, before)), None)
-        found.setdefault(owner, {})[name] = type(value)(whole or (new.get(v, v) if type(v) is int else v for v in value))
+        found.setdefault(owner, {})[name] = type(value)(whole) if whole else _with_numbers(value, new)
     return found
+
+
+def _described(modules: Mapping[str, nn.Module], tensors: Mapping[int, Tensor], attributes: Attributes) -> Attributes:
+    """`attributes`, and what torch's own layers say of their sizes."""
+    for name, module in modules.items():
+        for attribute, value in _described_sizes(module, tensors, attributes.get(name, {})).items():
+            if getattr(module, attribute, value) != value:
+                attributes.setdefault(name, {})[attribute] = value
+    return attributes
 
 
 def _sizes_by_value(modules: Mapping[str, nn.Module], tensors: Mapping[int, Tensor], attributes: Attributes, among: str) -> Attributes:
@@ -181,10 +192,27 @@ def _sizes_by_value(modules: Mapping[str, nn.Module], tensors: Mapping[int, Tens
 
 
 def _holds(value: Any, number: Number) -> bool:
-    if type(value) in (tuple, list, torch.Size):
-        numbers = [v for v in value if type(v) is int]  # there may be tensors among them
-        return numbers == list(number) and len(numbers) == len(value) if isinstance(number, tuple) else number in numbers
-    return type(value) is int and value == number
+    """Whether it is that number, or a container of it; or the numbers of that tuple, in their order."""
+    numbers = _numbers_in(value)
+    if isinstance(number, tuple):
+        return type(value) in _LISTS and numbers == list(number) and len(numbers) == len(value)
+    return number in numbers
+
+
+def _numbers_in(value: Any) -> list[int]:
+    """Among tensors, words and others."""
+    if type(value) in (*_LISTS, dict):
+        return [number for inner in (value.values() if isinstance(value, dict) else value) for number in _numbers_in(inner)]
+    return [value] if type(value) is int else []
+
+
+def _with_numbers(value: Any, new: Mapping[Number, Number]) -> Any:
+    """The same, with others in the place of the numbers in `new`."""
+    if isinstance(value, dict):
+        return {key: _with_numbers(inner, new) for key, inner in value.items()}
+    if type(value) in _LISTS:
+        return type(value)(_with_numbers(inner, new) for inner in value)
+    return new.get(value, value) if type(value) is int else value
 
 
 def _described_sizes(module: nn.Module, tensors: Mapping[int, Tensor], changed: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from structprune.frontends.standardised import with_plain_layers
 from structprune.ir.graph import Graph, attribute, held_by, owners_of, repeated, results_in, shape_of
 from structprune.ir.samples import copies, samples_in
 from structprune.transform.attributes import Attributes, guesses
+from structprune.transform.checks import failed_check
 from structprune.transform.reference import Exact, in_double
 from structprune.transform.scale import Scale, hold_scales
 from structprune.transform.surgery import Surgery
@@ -130,7 +131,7 @@ def own_class(
                 candidate = rebuild(model, surgery.tensors, attributes, instead)
                 judged = copy.deepcopy(candidate).double() if double else candidate
                 hooks = hold_scales(judged, scales)
-                error = judge.error_of(judged, double)
+                error, attributes = _by_its_checks(judge, judged, attributes, double)
                 if _TOLERANCE < error < _SINGLE and not double:
                     doubtful.append((error, attributes))
                 if not error <= _TOLERANCE:
@@ -149,6 +150,27 @@ def own_class(
                 _log.debug("the user's class does not run at the new sizes", exc_info=True)
                 note = note or f"the user's class does not run at the new sizes: {one_line(raised)}"
     return None, note
+
+
+def _by_its_checks(judge: _Judge, candidate: nn.Module, attributes: Attributes, double: bool) -> tuple[float, Attributes]:
+    """The error of a candidate, and its attributes: some check in its code may say that one more is another size now, and that follows."""
+    names = {id(module): name for name, module in candidate.named_modules()}
+    told: dict[tuple[str, str], int] = {}
+    while True:
+        try:
+            error = judge.error_of(candidate, double)
+            break
+        except Exception as raised:  # the user's code may raise anything when its sizes change
+            check = failed_check(raised)
+            place = None if check is None else (names.get(id(check.module), "?"), check.attribute)
+            if check is None or place is None or place in told or place[0] == "?":
+                raise
+            told[place] = check.size
+            setattr(check.module, check.attribute, check.size)
+    found = {name: dict(values) for name, values in attributes.items()}
+    for (name, own), size in told.items():
+        found.setdefault(name, {})[own] = size
+    return error, found
 
 
 def _instead(graph: Graph, surgery: Surgery) -> dict[str, nn.Module] | None:

@@ -1,0 +1,33 @@
+"""The user's source code, as Python reads it: the statements of a file, by their lines."""
+
+from __future__ import annotations
+
+import ast
+import linecache
+from functools import cache
+
+
+@cache
+def parsed(file: str) -> ast.Module:
+    """What a file says; nothing, where that is no Python: a cell with a magic command, a template."""
+    try:
+        return ast.parse("".join(linecache.getlines(file)))
+    except (SyntaxError, ValueError):
+        return ast.Module([], [])
+
+
+@cache
+def statements_at(file: str, line: int) -> tuple[ast.stmt, ...]:
+    """The statements that hold a line, the outermost first."""
+    found = [n for n in ast.walk(parsed(file)) if isinstance(n, ast.stmt) and n.lineno <= line <= (n.end_lineno or n.lineno)]
+    return tuple(sorted(found, key=lambda n: (n.lineno, -(n.end_lineno or n.lineno))))
+
+
+def text_at(file: str, line: int) -> str:
+    """All lines of the statement at a line, of one with a body the head: a call over several lines is said to be at its first."""
+    around = statements_at(file, line)
+    if not around:
+        return linecache.getline(file, line)
+    body = getattr(around[-1], "body", None)
+    last = body[0].lineno - 1 if body else around[-1].end_lineno or line
+    return "".join(linecache.getline(file, number) for number in range(around[-1].lineno, max(line, last) + 1))
