@@ -277,6 +277,45 @@ def test_halves_stay_as_wide_as_each_other_where_one_is_tied_to_heads() -> None:
         assert type(result.model) is HalfAttends, result.report.data["verification"]["module_note"]
 
 
+class Reduced(nn.Module):
+    """Keys and values of fewer positions (Segformer): the layer that makes these is as wide as the stream, for the code says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.stem, self.reduce = 10, nn.Conv1d(6, 160, 1), nn.Conv1d(160, 160, 2, stride=2)
+        self.q, self.kv, self.out, self.head = nn.Linear(160, 160), nn.Linear(160, 320), nn.Linear(160, 160), nn.Linear(160, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).transpose(1, 2)
+        number, length, width = y.shape
+        fewer = self.reduce(y.transpose(1, 2)).reshape(number, width, -1).transpose(1, 2)
+        q = self.q(y).reshape(number, length, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(fewer).reshape(number, -1, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        return self.head(y + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(number, length, width)))
+
+
+def test_what_keys_and_values_are_made_of_stays_as_wide_as_what_queries_are() -> None:
+    torch.manual_seed(0)
+    model, x = Reduced().eval(), (torch.randn(2, 6, 8),)
+    for share in (0.8, 0.5, 0.3):
+        result = sp.compress(model, x, f"macs={share}")
+        assert type(result.model) is Reduced, result.report.data["verification"]["module_note"]
+
+
+def test_products_of_which_one_alone_is_as_wide_as_a_stream_have_widths() -> None:
+    """One group of channels stands in two products, twelve times two and fifteen times two, and a stream is as wide as the second."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y, z = m.twelve(x), m.fifteen(x)
+        pairs = y.view(*y.shape[:-1], 12, 2).sum(-2, keepdim=True) * z.view(*z.shape[:-1], 15, 2)
+        return m.out((m.back(pairs.flatten(-2)) + m.stream(x)).relu())
+
+    layers = {"twelve": (8, 24), "fifteen": (8, 30), "back": (30, 30), "stream": (8, 30), "out": (30, 4)}
+    model = models.Of(forward, **{name: nn.Linear(*sizes) for name, sizes in layers.items()}).eval()
+    result = sp.compress(model, (torch.randn(3, 8),), "macs=0.5")
+    assert result.report.data["macs"]["after"] >= 0.4 * result.report.data["macs"]["before"]
+
+
 @pytest.mark.parametrize("method", ["milp", "greedy"])
 def test_widths_stay_between_two_that_are_known(method: str) -> None:
     model, inputs = models.build("residual")

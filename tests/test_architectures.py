@@ -235,9 +235,127 @@ class OverLines(nn.Module):
         return self.head(left * right.sigmoid())
 
 
+class Rearranging(nn.Module):
+    """As einops' layer: sizes by name, and once more in private; a copy is made of the first."""
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self._sizes = tuple(sizes.items())
+
+    def __getstate__(self) -> dict[str, int]:
+        return self.sizes
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts, heads = (size for _, size in self._sizes)
+        return x.reshape(*x.shape[:2], parts, heads, -1).permute(2, 0, 3, 1, 4)
+
+
+class Rearranged(nn.Module):
+    """Attention whose heads a layer of their own counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.apart, self.head = nn.Linear(12, 96), Rearranging(parts=3, heads=8), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(by_scaled_queries(*self.apart(self.qkv(x))).transpose(1, 2).flatten(2))
+
+
+class AsManyHeads(nn.Module):
+    """As many heads as each is wide, of which the code knows the number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.stem, self.qkv, self.out = 8, nn.Linear(12, 64), nn.Linear(64, 192), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.stem(x))
+        q, k, v = qkv.reshape(*x.shape[:2], 3, self.heads, qkv.shape[-1] // 3 // self.heads).permute(2, 0, 3, 1, 4)
+        return self.out(by_scaled_queries(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_a_number_of_heads_is_told_from_a_width_that_was_the_same() -> None:
+    torch.manual_seed(0)
+    model, x = AsManyHeads().eval(), (torch.randn(2, 7, 12),)
+    both = set()
+    for share in np.linspace(0.3, 0.95, 14):
+        result = sp.compress(model, x, f"macs={share}")
+        assert type(result.model) is AsManyHeads, result.report.data["verification"]["module_note"]
+        kept = {g.name: len(g.keep) for g in result.plan.groups}
+        both.add((kept["qkv"], kept["qkv#2"]))
+    assert {(6, 7), (8, 7), (7, 8)} <= both
+
+
+class Checking(nn.Module):
+    """Checks in all their forms, of numbers that nothing else reads; two sizes that become different ones stand in one convolution."""
+
+    def __init__(self, check: Callable[[Checking, Tensor], None]) -> None:
+        super().__init__()
+        self.check, self.channels = check, 32
+        self.first, self.grouped, self.last = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 1), nn.Conv2d(32, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        self.check(self, y)
+        return self.last(self.grouped(y).relu())
+
+
+def by_assertion(self: Checking, y: Tensor) -> None:
+    assert y.shape[1] == self.channels, "channels"
+
+
+def by_error(self: Checking, y: Tensor) -> None:
+    if self.channels != y.size(-3):
+        raise ValueError("channels")
+
+
+def by_function(self: Checking, y: Tensor) -> None:
+    channels = y.size()[1]
+    torch._assert(y.dim() == 4 and self.channels == channels, "channels")
+
+
+@pytest.mark.parametrize("check", [by_assertion, by_error, by_function])
+def test_what_a_check_says_of_a_size_is_heard(check: Callable[[Checking, Tensor], None]) -> None:
+    torch.manual_seed(0)
+    model, x = Checking(check).eval(), torch.randn(2, 3, 5, 5)
+    with torch.no_grad():
+        model.grouped.weight[::2] *= 1e-3  # of the second, fewer channels are important
+    result = sp.compress(model, (x,), "macs=0.5", allocation="milp", criterion="l2")
+    assert type(result.model) is Checking, result.report.data["verification"]["module_note"]
+    assert result.model.channels == result.model.first.out_channels < 32
+    with pytest.raises((AssertionError, ValueError), match="channels"):
+        result.model.check(result.model, torch.zeros(1, 32, 1, 1))
+
+
+def test_a_check_that_says_nothing_of_attributes_leaves_a_graph() -> None:
+    def by_number(self: Checking, y: Tensor) -> None:
+        assert y.shape[1] == 32
+
+    result = sp.compress(Checking(by_number).eval(), (torch.randn(2, 3, 5, 5),), "channels=0.5")
+    assert isinstance(result.model, TracedModule)
+    assert "AssertionError" in result.report.data["verification"]["module_note"]
+
+
+class Table(nn.Module):
+    """A table that is no buffer, and moves to where the input is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.stem, self.head = torch.randn(7, 16), nn.Linear(4, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.stem(x) + self.table.to(x.device, dtype=x.dtype)).relu())
+
+
 @pytest.mark.parametrize(
     ("model", "x"),
     [
+        (Rearranged(), torch.randn(2, 7, 12)),
+        (Table(), torch.randn(2, 7, 4)),
         (Paths(), torch.randn(2, 32, 4, 4)),
         (Renamed(), torch.randn(2, 16, 8)),
         (Selecting(), torch.randn(2, 8, 6, 6)),

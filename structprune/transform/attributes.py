@@ -59,10 +59,11 @@ def _choices(modules: Mapping[str, nn.Module], changes: Sequence[Sequence[_Optio
     """Sets of attributes that may explain the changes: first of those that surely do, then of others too.
 
     A number that no attribute explains was computed from the sizes of tensors, and follows by itself; so may one that might be computed from an
-    attribute.
+    attribute, and any that an attribute holds by chance.
     """
     pools = [_explained(changes, lambda o, most=doubt: o.doubt <= most) for doubt in (_MENTIONED, _HELD, _COMPUTED)]  # type: ignore[misc]
     yield from map(_innermost, pools)
+    yield []
     for explained in pools[:_COMPUTED]:
         yield from _smallest_sets(modules, explained)
     for chosen in dict.fromkeys(_key(modules, o) for all_of in changes for o in all_of if o.doubt == _COMPUTED):
