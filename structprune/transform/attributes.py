@@ -8,6 +8,7 @@ every change are tried. Nothing here is proof: whoever uses a guess compares ans
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from structprune.ir.graph import owners_of, source_code_of
 from structprune.ops.rules import Literals, Number
 
-Attributes = dict[str, dict[str, Any]]  # module name -> attribute -> new value
+Attributes = dict[str, dict[str, Any]]  # module name -> attribute, or attribute of one (config.hidden_size) -> new value
 
 _MANY_KEYS = 12  # attributes in doubt, of which small sets are tried
 _CHOICES = 16
@@ -42,6 +43,17 @@ def guesses(model: nn.Module, tensors: Mapping[int, Tensor], literals: Literals)
                 if attributes not in tried:
                     tried.append(attributes)
                     yield attributes
+
+
+def follow(module: nn.Module, original: nn.Module, attributes: Mapping[str, Any]) -> None:
+    """Give a copy of a module these attributes; not those of settings that the original still shares with it."""
+    for path, value in attributes.items():
+        *through, name = path.split(".")
+        holder, before = module, original
+        for step in through:
+            holder, before = getattr(holder, step), getattr(before, step)
+        if holder is not before:
+            setattr(holder, name, value)
 
 
 class _Option(NamedTuple):
@@ -109,9 +121,11 @@ def _is_of_torch(module: nn.Module) -> bool:
 
 
 def _values_in(module: nn.Module) -> Mapping[str, Any]:
-    """Its attributes, but for those that every module has; of a convolution not those that its weight tells."""
+    """Its attributes, but for those that every module has; of a convolution not those that its weight tells; and the numbers among its settings."""
     own = ("in_channels", "out_channels") if isinstance(module, nn.modules.conv._ConvNd) else ()
-    return {name: value for name, value in vars(module).items() if name not in own and name not in _OF_EVERY_MODULE}
+    values = {name: value for name, value in vars(module).items() if name not in own and name not in _OF_EVERY_MODULE}
+    settings = {name: vars(value) for name, value in values.items() if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Tensor))}
+    return values | {f"{name}.{inner}": value for name, held in settings.items() for inner, value in held.items() if type(value) is int}
 
 
 def _holding(held: Mapping[str, Mapping[str, Any]], code: str, level: int, old: Number, new: Number, known: bool) -> list[_Option]:
@@ -122,17 +136,19 @@ def _holding(held: Mapping[str, Mapping[str, Any]], code: str, level: int, old: 
     """
 
     def mentioned(name: str) -> bool:
-        return re.search(rf"\._*{name.lstrip('_')}\b", code) is not None  # a public name and a private one of the same are one thing
+        *_, last = name.split(".")
+        return re.search(rf"\._*{last.lstrip('_')}\b", code) is not None  # a public name and a private one of the same are one thing
 
     found = [(m, a) for m, attributes in held.items() for a, v in attributes.items() if _holds(v, old)]
     sure = [_Option(level, m, a, old, new, _MENTIONED) for m, a in found if known or mentioned(a)]
+    by_chance = [_Option(level, m, a, old, new, _HELD) for m, a in found if "." not in a]  # not a setting, which many share
     if isinstance(old, tuple) or isinstance(new, tuple):
-        return sure or [_Option(level, m, a, old, new, _HELD) for m, a in found]
+        return sure or by_chance
     module, attributes = next(iter(held.items()))
     numbers = [(a, v) for a, v in attributes.items() if type(v) is int and v > 1 and v != old and mentioned(a)]
     factors = [_Option(level, module, a, v, v * new // old, _COMPUTED) for a, v in numbers if old % v == 0 and v * new % old == 0]
     multiples = [_Option(level, module, a, v, v // old * new, _COMPUTED) for a, v in numbers if v % old == 0]
-    return sure or [*factors, *multiples] or [_Option(level, m, a, old, new, _HELD) for m, a in found]
+    return sure or [*factors, *multiples] or by_chance
 
 
 def _smallest_sets(modules: Mapping[str, nn.Module], changes: Sequence[tuple[_Option, ...]]) -> Iterator[list[_Option]]:
@@ -157,7 +173,7 @@ def _followed(modules: Mapping[str, nn.Module], options: Sequence[_Option]) -> A
         numbers.setdefault((option.owner, option.name), {})[option.old] = option.new
     found: Attributes = {}
     for (owner, name), new in numbers.items():
-        value = getattr(modules[owner], name)
+        value = operator.attrgetter(name)(modules[owner])
         whole = next((after for before, after in new.items() if isinstance(after, tuple) and _holds(value, before)), None)
         found.setdefault(owner, {})[name] = type(value)(whole) if whole else _with_numbers(value, new)
     return found

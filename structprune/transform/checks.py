@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import operator
+import re
 import traceback
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,7 +15,7 @@ from structprune.ir.source import statements_at
 
 
 class Checked(NamedTuple):
-    """An attribute of a module that a check compares with a size, and that size."""
+    """An attribute of a module, or one of its settings (config.hidden_size), that a check compares with a size, and that size."""
 
     module: nn.Module
     attribute: str
@@ -50,10 +52,11 @@ def _said(module: nn.Module, condition: ast.expr | None, values: Mapping[str, An
             continue
         sides = compared.left, compared.comparators[0]
         for own, other in (sides, sides[::-1]):
-            if isinstance(own, ast.Attribute) and isinstance(own.value, ast.Name) and own.value.id == "self":
-                held, size = getattr(module, own.attr, None), _value(other, values)
-                if type(held) is int and type(size) is int and held != size:
-                    return Checked(module, own.attr, size)
+            path, size = ast.unparse(own), _value(other, values)
+            if re.fullmatch(r"self(\.\w+)+", path) and type(size) is int:
+                held = operator.attrgetter(path.removeprefix("self."))(module)
+                if type(held) is int and held != size:
+                    return Checked(module, path.removeprefix("self."), size)
     return None
 
 

@@ -23,7 +23,7 @@ from structprune.errors import VerificationError, one_line
 from structprune.frontends.standardised import with_plain_layers
 from structprune.ir.graph import Graph, attribute, held_by, owners_of, repeated, results_in, shape_of
 from structprune.ir.samples import copies, samples_in
-from structprune.transform.attributes import Attributes, guesses
+from structprune.transform.attributes import Attributes, follow, guesses
 from structprune.transform.checks import failed_check
 from structprune.transform.reference import Exact, in_double
 from structprune.transform.scale import Scale, hold_scales
@@ -81,9 +81,7 @@ def rebuild(model: nn.Module, tensors: Mapping[int, Tensor], attributes: Attribu
     """
     small = copy.deepcopy(model, results_in(model) | dict(tensors))
     for name, values in attributes.items():
-        module = small.get_submodule(name)
-        for key, value in values.items():
-            setattr(module, key, value)
+        follow(small.get_submodule(name), model.get_submodule(name), values)
     for name, module in (instead or {}).items():
         small.set_submodule(name, module)
     small.eval()  # for itself: a class that freezes some of its layers has a train() that need not return the module
@@ -131,7 +129,7 @@ def own_class(
                 candidate = rebuild(model, surgery.tensors, attributes, instead)
                 judged = copy.deepcopy(candidate).double() if double else candidate
                 hooks = hold_scales(judged, scales)
-                error, attributes = _by_its_checks(judge, judged, attributes, double)
+                error, attributes = _by_its_checks(judge, judged, model, attributes, double)
                 if _TOLERANCE < error < _SINGLE and not double:
                     doubtful.append((error, attributes))
                 if not error <= _TOLERANCE:
@@ -152,25 +150,21 @@ def own_class(
     return None, note
 
 
-def _by_its_checks(judge: _Judge, candidate: nn.Module, attributes: Attributes, double: bool) -> tuple[float, Attributes]:
+def _by_its_checks(judge: _Judge, candidate: nn.Module, model: nn.Module, attributes: Attributes, double: bool) -> tuple[float, Attributes]:
     """The error of a candidate, and its attributes: some check in its code may say that one more is another size now, and that follows."""
-    names = {id(module): name for name, module in candidate.named_modules()}
-    told: dict[tuple[str, str], int] = {}
+    names = {module: name for name, module in candidate.named_modules()}
+    told: set[tuple[str, str]] = set()
     while True:
         try:
-            error = judge.error_of(candidate, double)
-            break
+            return judge.error_of(candidate, double), attributes
         except Exception as raised:  # the user's code may raise anything when its sizes change
             check = failed_check(raised)
-            place = None if check is None else (names.get(id(check.module), "?"), check.attribute)
-            if check is None or place is None or place in told or place[0] == "?":
+            if check is None or check.module not in names or (place := (names[check.module], check.attribute)) in told:
                 raise
-            told[place] = check.size
-            setattr(check.module, check.attribute, check.size)
-    found = {name: dict(values) for name, values in attributes.items()}
-    for (name, own), size in told.items():
-        found.setdefault(name, {})[own] = size
-    return error, found
+            told.add(place)
+            name = names[check.module]
+            attributes = attributes | {name: attributes.get(name, {}) | {check.attribute: check.size}}
+            follow(check.module, model.get_submodule(name), {check.attribute: check.size})
 
 
 def _instead(graph: Graph, surgery: Surgery) -> dict[str, nn.Module] | None:
