@@ -424,6 +424,24 @@ def test_a_class_is_right_at_every_batch(batch: int) -> None:
         torch.testing.assert_close(result.model(x), result.small(x))
 
 
+def test_an_input_that_is_free_on_its_own_is_no_batch() -> None:
+    """Places, say, of as many tokens as there are: fewer samples have no fewer of them."""
+
+    class Placed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.place, self.last, self.rows = nn.Linear(6, 16), nn.Linear(2, 16), nn.Linear(16, 3), []
+
+        def forward(self, x: Tensor, places: Tensor) -> Tensor:
+            self.rows.append(places.shape[0])
+            return self.last((self.first(x) + self.place(places).amax(0)).relu())
+
+    model = Placed().eval()
+    result = sp.compress(model, (torch.randn(4, 6), torch.randn(7, 2)), "channels=0.5")
+    assert type(result.model) is Placed and result.graph.dynamic == ((0,), (0,))
+    assert set(result.model.rows[-3:]) == {7}
+
+
 def test_a_class_that_squeezes_a_single_sample_comes_back() -> None:
     class Squeezes(nn.Module):
         def __init__(self) -> None:

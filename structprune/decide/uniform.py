@@ -38,7 +38,9 @@ class Uniform:
         self._free = free = {g.atom for g in groups}
         self._products = _products(groups, free)
         self.clusters = _clusters(free, self._products)  # atoms that share a product, from the outermost to the innermost
-        self._counterparts = [(coarse, fine) for coarse, fine in _counterparts(self._products) if fine in free]
+        self._counterparts = [
+            (coarse, fine) for coarse, fine in _counterparts(self._products, _products(groups, free, least=1), free) if fine in free
+        ]
         alone = {cluster[0] for cluster in self.clusters if len(cluster) == 1}
         self._work = {atom: [axes for axes in groups.work if any(atom in leaves(a) for a in axes)] for atom in free - alone}
         parts = dict.fromkeys(_free_part(p, free) for p in self._products) if alike else ()
@@ -122,7 +124,7 @@ class Uniform:
                 if found is None:
                     return None
                 widths |= found
-        return widths
+        return widths if all(kept_size(coarse, widths) == widths[fine] for coarse, fine in self._counterparts if fine in widths) else None
 
     def _with_equal_parts(self, widths: dict[Atom, int]) -> Widths:
         """With what goes its own way as wide as the part beside it that is tied to a stream."""
@@ -206,17 +208,20 @@ def _fit(order: Sequence[Atom], products: Sequence[Product], share: float) -> di
     return widths
 
 
-def _counterparts(products: Sequence[Product]) -> Iterator[tuple[Axis, Atom]]:
-    """What stands in one product where an atom of that size stands in another, or beside it: queries of which parts turn, and the values."""
-    for one, other in itertools.permutations(products, 2):
-        if one.size != other.size:
+def _counterparts(products: Sequence[Product], others: Sequence[Product], free: set[Atom]) -> Iterator[tuple[Axis, Atom]]:
+    """What stands in one product where an atom of that size stands in another, or beside it: queries of which parts turn, and the values.
+
+    Or what cannot change: queries that turn by a table of a width that stays. others: products of that, too.
+    """
+    for one, other in itertools.product(others, products):
+        if one.size != other.size or one == other:
             continue
         for before, fine in enumerate(other.factors):
             behind = other.factors[before + 1 :]
             end = len(one.factors) - len(behind)
             if isinstance(fine, Atom) and before < end and one.factors[:before] + one.factors[end:] == other.factors[:before] + behind:
                 instead = one.factors[before:end]
-                if len(instead) > 1 or isinstance(instead[0], Sum):
+                if len(instead) > 1 or isinstance(instead[0], Sum) or instead[0] not in free:
                     yield Product(instead), fine
     for beside in dict.fromkeys(factor for p in products for factor in p.factors if isinstance(factor, Sum)):
         yield from _neighbours(beside)
@@ -239,15 +244,15 @@ def _rounded(value: float) -> int:
     return max(1, math.floor(value + 0.5))
 
 
-def _products(groups: Groups, free: set[Atom]) -> list[Product]:
-    """The products with more than one free atom in the axes of the model's tensors."""
+def _products(groups: Groups, free: set[Atom], least: int = 2) -> list[Product]:
+    """The products of at least so many free atoms in the axes of the model's tensors."""
     found: dict[Product, None] = {}
 
     def visit(axis: Axis) -> None:
         if isinstance(axis, Sum):
             for term in axis.terms:
                 visit(term)
-        elif isinstance(axis, Product) and len(free.intersection(leaves(axis))) > 1:
+        elif isinstance(axis, Product) and len(free.intersection(leaves(axis))) >= least:
             found[axis] = None
             for factor in axis.factors:
                 visit(factor)

@@ -252,7 +252,7 @@ def _batches(graph: Graph) -> list[list[Any]]:
     number = samples_in(given)
 
     def of(samples: int) -> list[Any]:
-        return [repeated(v, 0, samples) if 0 in axes else v for v, axes in zip(given, graph.dynamic, strict=True)]
+        return [repeated(v, 0, samples) if batched else v for v, batched in zip(given, graph.batched, strict=True)]
 
     return [given, of(1), of(number - 1 if number > 2 else number + 1)]
 
