@@ -211,8 +211,11 @@ def _fit(order: Sequence[Atom], products: Sequence[Product], share: float) -> di
 def _counterparts(products: Sequence[Product], others: Sequence[Product], free: set[Atom]) -> Iterator[tuple[Axis, Atom]]:
     """What stands in one product where an atom of that size stands in another, or beside it: queries of which parts turn, and the values.
 
-    Or what cannot change: queries that turn by a table of a width that stays. others: products of that, too.
+    Or what cannot change: queries that turn by a table of a width that stays. others: products of that, too. What stands beside each other comes
+    first, for it may be what stands for an atom in another product.
     """
+    for beside in dict.fromkeys(factor for p in products for factor in p.factors if isinstance(factor, Sum)):
+        yield from _neighbours(beside)
     for one, other in itertools.product(others, products):
         if one.size != other.size or one == other:
             continue
@@ -223,8 +226,6 @@ def _counterparts(products: Sequence[Product], others: Sequence[Product], free: 
                 instead = one.factors[before:end]
                 if len(instead) > 1 or isinstance(instead[0], Sum) or instead[0] not in free:
                     yield Product(instead), fine
-    for beside in dict.fromkeys(factor for p in products for factor in p.factors if isinstance(factor, Sum)):
-        yield from _neighbours(beside)
 
 
 def _neighbours(beside: Sum) -> Iterator[tuple[Axis, Atom]]:
