@@ -169,6 +169,19 @@ def test_a_budget_leaves_alike_what_is_alike_in_one_attention() -> None:
         assert 0.97 * share <= macs(groups)(found) / macs(groups)() <= share
 
 
+def test_many_heads_go_as_a_whole_where_no_stream_ties_them() -> None:
+    """The encoder answers with its stream. A head that is as wide as before needs no other scale, and is as wide as kernels are made for."""
+    config = BertConfig(hidden_size=192, num_hidden_layers=2, num_attention_heads=12, intermediate_size=384, vocab_size=20)
+    groups = sp.find_groups(sp.trace(BertModel(config).eval(), (torch.randint(0, 20, (1, 6)),)))
+    widths = [g.atom for g in groups if g.size == 16]
+    assert len(widths) == 4
+    scores = {g.name: np.ones(g.size) for g in groups}
+    for share in np.linspace(0.3, 0.9, 13):
+        found = decide.allocate(groups, parse_target(f"macs={share}"), scores, method="uniform").widths
+        assert {found[w] for w in widths} == {16}
+        assert 0.95 * share <= macs(groups)(found) / macs(groups)() <= share
+
+
 def test_values_stay_as_wide_as_queries_that_turn_in_pairs() -> None:
     """Code has one number for the width of a head."""
     groups = rotary(layers=2)

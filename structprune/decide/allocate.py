@@ -348,8 +348,8 @@ def _within(groups: Groups, share: float, budgets: Sequence[tuple[Cost, float]],
     each = _uniform(groups, Uniform(groups, True, steps, alike=False), share, budgets)
     for align, whole in ((True, True), (True, False), (False, False)):
         uniform = Uniform(groups, align, steps, whole=whole)
-        if not uniform.has_streams:
-            return each  # there is nothing else to keep alike
+        if not uniform.holds:
+            return each  # there is nothing to keep alike
         try:
             widths = _uniform(groups, uniform, share, budgets)
         except TargetError:  # what stays alike has no widths that are small enough

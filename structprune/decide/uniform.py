@@ -32,7 +32,8 @@ class Uniform:
     def __init__(self, groups: Groups, align: bool = False, steps: Mapping[Atom, int] | None = None, alike: bool = True, whole: bool = False):
         """align: groups that are wide enough get widths that runtimes work in; steps: these, where they were measured.
 
-        alike: products stay as large as their streams; whole: by giving up outer factors alone (whole heads), with shares as far off as that takes.
+        alike: products stay as large as their streams; whole: by giving up outer factors alone (whole heads), with shares as far off as that takes,
+        and where there is no stream, too, if one is near.
         """
         self._align, self._steps, self._whole = align, steps or {}, whole
         self._free = free = {g.atom for g in groups}
@@ -50,12 +51,12 @@ class Uniform:
         self._parts = _equal_parts(groups)
         self._together = _clusters(free, [*(Product(tuple(atoms)) for atoms in tied), *self._parts])
         together = set(map(frozenset, self._together))
-        self._loose = [cluster for cluster in self.clusters if frozenset(cluster) in together]
+        self._loose = [c for c in self.clusters if frozenset(c) in together and not (whole and len(c) > 1)]
 
     @property
-    def has_streams(self) -> bool:
-        """Whether there is something for products to stay as large as."""
-        return bool(self._streams)
+    def holds(self) -> bool:
+        """Whether there is anything for products to stay as large as, or to be given up by whole outer factors."""
+        return bool(self._streams) or (self._whole and len(self.clusters) < len(self._free))
 
     def widths(self, share: float) -> Widths:
         """Channels to keep for every group when each axis keeps `share` of its entries, at least one."""
@@ -149,13 +150,17 @@ class Uniform:
         def miss(widths: Widths) -> float:
             return max(abs(_share(p, widths) - share) for p in products)
 
-        def cost(widths: Widths) -> int:
+        def cost(widths: Widths) -> float:
+            """For every entry that is left of the products: rounding leaves more of one than of the other."""
             work = {id(axes): axes for atom in cluster for axes in self._work[atom]}
-            return sum(math.prod(kept_size(a, widths) for a in axes) for axes in work.values())
+            left = sum(_share(p, widths) for p in products)
+            return sum(math.prod(kept_size(a, widths) for a in axes) for axes in work.values()) / left
 
+        best = inner_first if cost(inner_first) < (1 - _SAME_COST) * cost(outer_first) else outer_first
         if abs(miss(outer_first) - miss(inner_first)) > _SAME_SHARE:
-            return min(outer_first, inner_first, key=miss)
-        return inner_first if cost(inner_first) < (1 - _SAME_COST) * cost(outer_first) else outer_first
+            best = min(outer_first, inner_first, key=miss)
+        whole = {atom: atom.size for atom in cluster} | {cluster[0]: _rounded(cluster[0].size * share)}
+        return whole if self._whole and best is outer_first and miss(whole) <= _NEAR_SHARE else best
 
     def _evened(self, widths: dict[Atom, int]) -> Widths:
         """With factors of one size at one place of like products as wide as each other: code has one number for them."""
