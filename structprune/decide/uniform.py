@@ -214,10 +214,10 @@ def _fit(order: Sequence[Atom], products: Sequence[Product], share: float) -> di
 
 
 def _counterparts(products: Sequence[Product], others: Sequence[Product], free: set[Atom]) -> Iterator[tuple[Axis, Atom]]:
-    """What stands in one product where an atom of that size stands in another, or beside it: queries of which parts turn, and the values.
+    """What stands in one product where an atom of that size stands in another, or beside it: queries of which parts turn, and the values; or
+    queries whose width cannot change, for they turn by a table.
 
-    Or what cannot change: queries that turn by a table of a width that stays. others: products of that, too. What stands beside each other comes
-    first, for it may be what stands for an atom in another product.
+    others: products of what cannot change, too. What stands beside each other comes first, for it may stand for an atom in another product.
     """
     for beside in dict.fromkeys(factor for p in products for factor in p.factors if isinstance(factor, Sum)):
         yield from _neighbours(beside)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import linecache
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 
@@ -16,11 +18,9 @@ def parsed(file: str) -> ast.Module:
         return ast.Module([], [])
 
 
-@cache
-def statements_at(file: str, line: int) -> tuple[ast.stmt, ...]:
+def statements_at(file: str, line: int) -> Sequence[ast.stmt]:
     """The statements that hold a line, the outermost first."""
-    found = [n for n in ast.walk(parsed(file)) if isinstance(n, ast.stmt) and n.lineno <= line <= (n.end_lineno or n.lineno)]
-    return tuple(sorted(found, key=lambda n: (n.lineno, -(n.end_lineno or n.lineno))))
+    return _by_line(file).get(line, ())
 
 
 def text_at(file: str, line: int) -> str:
@@ -31,3 +31,13 @@ def text_at(file: str, line: int) -> str:
     body = getattr(around[-1], "body", None)
     last = body[0].lineno - 1 if body else around[-1].end_lineno or line
     return "".join(linecache.getline(file, number) for number in range(around[-1].lineno, max(line, last) + 1))
+
+
+@cache
+def _by_line(file: str) -> Mapping[int, Sequence[ast.stmt]]:
+    found: dict[int, list[ast.stmt]] = defaultdict(list)
+    for node in ast.walk(parsed(file)):  # what holds others comes before these
+        if isinstance(node, ast.stmt):
+            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+                found[line].append(node)
+    return found
