@@ -9,6 +9,7 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import architectures
@@ -290,6 +291,29 @@ def test_a_number_of_heads_is_told_from_a_width_that_was_the_same() -> None:
     assert {(6, 7), (8, 7), (7, 8)} <= both
 
 
+@dataclass
+class Settings:
+    heads: int = 8
+
+
+@dataclass(frozen=True)
+class Fixed:
+    heads: int = 8
+
+
+class Configured(nn.Module):
+    """The number of heads stands in its settings, or also in them."""
+
+    def __init__(self, settings: Settings | Fixed) -> None:
+        super().__init__()
+        self.config, self.heads, self.qkv, self.out = settings, settings.heads, nn.Linear(12, 96), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fixed, qkv = isinstance(self.config, Fixed), self.qkv(x)
+        q, k, v = qkv.reshape(*x.shape[:2], 3, self.heads if fixed else self.config.heads, 4).permute(2, 0, 3, 1, 4)
+        return self.out(by_scaled_queries(q, k, v).transpose(1, 2).flatten(2))
+
+
 class Checking(nn.Module):
     """Checks in all their forms, of numbers that nothing else reads; two sizes that become different ones stand in one convolution."""
 
@@ -355,6 +379,8 @@ class Table(nn.Module):
     ("model", "x"),
     [
         (Rearranged(), torch.randn(2, 7, 12)),
+        (Configured(Settings()), torch.randn(2, 7, 12)),
+        (Configured(Fixed()), torch.randn(2, 7, 12)),
         (Table(), torch.randn(2, 7, 4)),
         (Paths(), torch.randn(2, 32, 4, 4)),
         (Renamed(), torch.randn(2, 16, 8)),

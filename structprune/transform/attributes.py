@@ -11,6 +11,7 @@ import itertools
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -46,14 +47,15 @@ def guesses(model: nn.Module, tensors: Mapping[int, Tensor], literals: Literals)
 
 
 def follow(module: nn.Module, original: nn.Module, attributes: Mapping[str, Any]) -> None:
-    """Give a copy of a module these attributes; not those of settings that the original still shares with it."""
+    """Give a copy of a module these attributes; not those of settings that the original still shares with it, or that cannot change."""
     for path, value in attributes.items():
         *through, name = path.split(".")
         holder, before = module, original
         for step in through:
             holder, before = getattr(holder, step), getattr(before, step)
         if holder is not before:
-            setattr(holder, name, value)
+            with suppress(AttributeError) if through else nullcontext():  # of a frozen dataclass
+                setattr(holder, name, value)
 
 
 class _Option(NamedTuple):
