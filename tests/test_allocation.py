@@ -315,6 +315,55 @@ def test_what_keys_and_values_are_made_of_stays_as_wide_as_what_queries_are() ->
         assert type(result.model) is Reduced, result.report.data["verification"]["module_note"]
 
 
+class Block(nn.Module):
+    """Attention whose code divides the width that it finds by a number of heads."""
+
+    def __init__(self, attend: Callable[[Block, Tensor], Tensor], heads: int) -> None:
+        super().__init__()
+        self.attend, self.heads, self.q, self.kv, self.out = attend, heads, nn.Linear(48, 48), nn.Linear(48, 96), nn.Linear(48, 48)
+        self.mlp = nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.out(self.attend(self, x))
+        return y + self.mlp(y)
+
+
+def across_channels(block: Block, y: Tensor) -> Tensor:
+    """Attention of channels to channels (XCiT): a softmax runs along the width of the heads, which therefore stays."""
+    number, tokens, width = y.shape
+    q = block.q(y).reshape(number, tokens, block.heads, width // block.heads).permute(0, 2, 3, 1)
+    k, v = block.kv(y).reshape(number, tokens, 2, block.heads, width // block.heads).permute(2, 0, 3, 4, 1)
+    return ((F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT).softmax(-1) @ v).permute(0, 3, 1, 2).reshape(number, tokens, width)
+
+
+def in_two_shapes(block: Block, y: Tensor) -> Tensor:
+    """One half of the channels attends within windows of one shape, the other within those of another (DAT)."""
+    number, tokens, width = y.shape
+    k, v = block.kv(y).reshape(number, tokens, 2, width).permute(2, 0, 1, 3)
+    halves = []
+    for half, window in zip(zip(*(t.chunk(2, -1) for t in (block.q(y), k, v)), strict=True), (4, 2), strict=True):
+        heads = (t.reshape(number, -1, window, block.heads, width // 2 // block.heads).transpose(2, 3) for t in half)
+        halves.append(F.scaled_dot_product_attention(*heads).transpose(2, 3).reshape(number, tokens, width // 2))
+    return torch.cat(halves, -1)
+
+
+def of_one_head(block: Block, y: Tensor) -> Tensor:
+    number, tokens, width = y.shape
+    q = block.q(y).reshape(number, tokens, block.heads, width // block.heads).transpose(1, 2)
+    k, v = block.kv(y).reshape(number, tokens, 2, block.heads, width // block.heads).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(number, tokens, width)
+
+
+@pytest.mark.parametrize(("attend", "heads"), [(across_channels, 4), (in_two_shapes, 2), (of_one_head, 1)])
+def test_heads_are_as_wide_together_as_their_stream(attend: Callable[[Block, Tensor], Tensor], heads: int) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 48), Block(attend, heads), Block(attend, heads), nn.Linear(48, 4)).eval(), (torch.randn(2, 8, 6),)
+    for share in (0.7, 0.5, 0.3):
+        result = sp.compress(model, x, f"macs={share}")
+        assert type(result.model) is nn.Sequential, result.report.data["verification"]["module_note"]
+        assert 0.85 * share < result.report.data["macs"]["after"] / result.report.data["macs"]["before"] <= share
+
+
 def test_products_of_which_one_alone_is_as_wide_as_a_stream_have_widths() -> None:
     """One group of channels stands in two products, twelve times two and fifteen times two, and a stream is as wide as the second."""
 

@@ -375,8 +375,16 @@ def _uniform(groups: Groups, uniform: Uniform, share: float, budgets: Sequence[t
         raise _unreachable(budgets, smallest)
     low, high = _highest(0.0, share, lambda middle: fits(uniform.widths(middle)))
     widths = uniform.filled(low, high, fits)
-    looser, _ = _highest(high, min(share, high + _LOOSE), lambda middle: bool(wider := uniform.loosened(widths, middle)) and fits(wider))
-    return uniform.loosened(widths, looser) if looser > high else widths
+
+    def loosened(alike: Widths, least: float, most: float) -> Widths:
+        """With the largest share between these of what need not stay alike."""
+        share, _ = _highest(least, most, lambda middle: bool(wider := uniform.loosened(alike, middle)) and fits(wider))
+        return uniform.loosened(alike, share) if share > least else {}
+
+    found = loosened(widths, high, min(share, high + _LOOSE)) or widths
+    if all(cost(found) < _USED * limit for cost, limit in budgets):
+        found = loosened(uniform.widths(high), max(0.0, high - _LOOSE), high) or found  # what stays alike one step wider, the rest narrower for it
+    return found
 
 
 def _highest(low: float, high: float, holds: Callable[[float], bool]) -> tuple[float, float]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 
 from structprune.analysis.groups import Groups
-from structprune.ir.axes import Atom, Axis, Product, Shape, Sum, kept_size, leaves
+from structprune.ir.axes import Atom, Axis, Product, Shape, Sum, kept_size, leaves, product
 
 Widths = Mapping[Atom, int]
 
@@ -44,13 +45,14 @@ class Uniform:
         ]
         alone = {cluster[0] for cluster in self.clusters if len(cluster) == 1}
         self._work = {atom: [axes for axes in groups.work if any(atom in leaves(a) for a in axes)] for atom in free - alone}
-        parts = dict.fromkeys(_free_part(p, free) for p in self._products) if alike else ()
-        self._streams = {p: streams for p in parts if (streams := _streams(groups, p, free, alone))}
+        self._streams = _streams(groups, free, alone) if alike else {}
+        self._made = {a for p in self._streams for a in leaves(p) if a in free}
         tied = _clusters(free, [*self._products, *(Product((p, *streams)) for p, streams in self._streams.items())])
         self._units = [[c for c in self.clusters if c[0] in atoms] for atoms in map(set, tied)]  # the clusters of one stream, and the stream itself
         self._parts = _equal_parts(groups)
         self._together = _clusters(free, [*(Product(tuple(atoms)) for atoms in tied), *self._parts])
         together = set(map(frozenset, self._together))
+        self._heads = _widths_of_heads(self._streams, free)
         self._loose = [c for c in self.clusters if frozenset(c) in together and not (whole and len(c) > 1)]
 
     @property
@@ -103,14 +105,17 @@ class Uniform:
         """
         if not _is_tied(unit):
             return {}
-        streams = [cluster[0] for cluster in unit if len(cluster) == 1]
-        outer = [cluster[0].size for cluster in unit if len(cluster) > 1]
-        step = max(self._step(a) / a.size for a in streams)
+        streams = [cluster[0] for cluster in unit if self._made.isdisjoint(cluster)]
+        outer = [cluster[0].size for cluster in unit if not self._made.isdisjoint(cluster)]
+        steps = {a: self._heads.get(a) or self._step(a) for a in streams}
+        step = max(steps[a] / a.size for a in streams)
         near = _NEAR_SHARE if self._align else _SAME_SHARE
         for whole, reach in ((True, max(near, 1 / (2 * min(outer))) if self._whole else near), (False, near)):
             number = max(1, int(reach / step))
             for away in sorted(range(-number, number + 1), key=abs):
-                widths = {a: self._aligned(a, share + away * step) for a in streams}
+                widths = {a: _stepped(a, share + away * step, steps[a]) for a in streams}
+                if any(abs(widths[a] / a.size - share) > max(reach, 0 if a in self._heads else steps[a] / a.size / 2) for a in streams):
+                    continue
                 if (found := self._as_wide(unit, widths, whole)) is not None:
                     return found
         return {}
@@ -118,14 +123,19 @@ class Uniform:
     def _as_wide(self, unit: Sequence[Sequence[Atom]], streams: Widths, whole: bool) -> Widths | None:
         widths = dict(streams)
         for cluster in unit:
-            if len(cluster) > 1:
+            if not self._made.isdisjoint(cluster):
                 tied = [(p, stream) for p, its_streams in self._streams.items() if not set(cluster).isdisjoint(leaves(p)) for stream in its_streams]
                 sizes = {(p, kept_size(stream, streams)) for p, stream in tied}
-                found = _factored(cluster, dict(sizes), whole) if len(sizes) == len(dict(sizes)) else None
+                found = _factored(self._outer(cluster), cluster, dict(sizes), whole) if len(sizes) == len(dict(sizes)) else None
                 if found is None:
                     return None
                 widths |= found
         return widths if all(kept_size(coarse, widths) == widths[fine] for coarse, fine in self._counterparts if fine in widths) else None
+
+    def _outer(self, cluster: Sequence[Atom]) -> list[Atom]:
+        """The outermost atom of a cluster, and of the products in which that is not: windows of two shapes have heads of their own, side by side."""
+        others = [atoms for p in self._products if cluster[0] not in (atoms := [a for a in leaves(p) if a in self._free])]
+        return [cluster[0], *dict.fromkeys(atoms[0] for atoms in others if atoms[0] in cluster)]
 
     def _with_equal_parts(self, widths: dict[Atom, int]) -> Widths:
         """With what goes its own way as wide as the part beside it that is tied to a stream."""
@@ -139,8 +149,7 @@ class Uniform:
         return self._steps.get(atom, block(atom.size) if self._align else 1)
 
     def _aligned(self, atom: Atom, share: float) -> int:
-        step = self._step(atom)
-        return min(atom.size, step * _rounded(atom.size * share / step))
+        return _stepped(atom, share, self._step(atom))
 
     def _shared_out(self, cluster: Sequence[Atom], share: float) -> Widths:
         products = [p for p in self._products if any(a in cluster for a in leaves(p))]
@@ -175,24 +184,29 @@ def block(size: int) -> int:
     return next((step for step in ALIGN if size >= 4 * step), 1)
 
 
+def _stepped(atom: Atom, share: float, step: int) -> int:
+    return min(atom.size, step * _rounded(atom.size * share / step))
+
+
 def _is_tied(unit: Sequence[Sequence[Atom]]) -> bool:
     """Whether there are streams, and products that are as large as these."""
     return len(unit) > 1
 
 
-def _factored(cluster: Sequence[Atom], sizes: Mapping[Axis, int], whole: bool) -> Widths | None:
-    """Widths that give the products of a cluster these sizes: the fewest of the outermost atom, and all others in one proportion. None if none do.
+def _factored(outer: Sequence[Atom], cluster: Sequence[Atom], sizes: Mapping[Axis, int], whole: bool) -> Widths | None:
+    """Widths that give the products of a cluster these sizes: the fewest of the outermost atoms, and all others in one proportion. None if none do.
 
-    whole: the others as they are.
+    outer: the outermost, in one proportion themselves; whole: the others as they are.
     """
-    outer, *inner = cluster
-    before, after = next((product.size, size) for product, size in sizes.items())
-    for number in range(1, outer.size + 1):
-        parts = [divmod(atom.size * outer.size * after, before * number) for atom in inner]
-        if all(rest == 0 and (atom.size if whole else 1) <= width <= atom.size for (width, rest), atom in zip(parts, inner, strict=True)):
-            widths = {outer: number} | {atom: width for (width, _), atom in zip(parts, inner, strict=True)}
-            if all(kept_size(product, widths) == size for product, size in sizes.items()):
-                return widths
+    before, after = next((heads.size, size) for heads, size in sizes.items())
+    most = outer[0].size
+    for number in range(1, most + 1):
+        share = Fraction(number, most)
+        widths = {atom: atom.size * (share if atom in outer else Fraction(after, before) / share) for atom in cluster}
+        if all(width.denominator == 1 and (atom.size if whole and atom not in outer else 1) <= width <= atom.size for atom, width in widths.items()):
+            found = {atom: int(width) for atom, width in widths.items()}
+            if all(kept_size(heads, found) == size for heads, size in sizes.items()):
+                return found
     return None
 
 
@@ -204,9 +218,9 @@ def _fit(order: Sequence[Atom], products: Sequence[Product], share: float) -> di
     widths: dict[Atom, int] = {}
     for i, atom in enumerate(order):
         missing, last = 1.0 if not products else 0.0, True
-        for product in (p for p in products if atom in leaves(p)):
-            beside = [a for factor in product.factors if atom not in leaves(factor) for a in leaves(factor)]
-            missing = max(missing, share / _share(product, {a: widths[a] for a in beside if a in widths}))
+        for axis in (p for p in products if atom in leaves(p)):
+            beside = [a for factor in axis.factors if atom not in leaves(factor) for a in leaves(factor)]
+            missing = max(missing, share / _share(axis, {a: widths[a] for a in beside if a in widths}))
             last = last and not any(a in order[i + 1 :] for a in beside)
         wanted = atom.size * min(1.0, missing)
         widths[atom] = _rounded(wanted) if last else max(1, math.ceil(wanted - 1e-9))
@@ -270,21 +284,48 @@ def _products(groups: Groups, free: set[Atom], least: int = 2) -> list[Product]:
     return list(found)
 
 
-def _free_part(axis: Axis, free: set[Atom]) -> Axis:
-    """An axis without the factors that cannot change: of queries, keys and values beside each other, one of the three."""
-    return Product(tuple(f for f in axis.factors if free.intersection(leaves(f)))) if isinstance(axis, Product) else axis
-
-
-def _streams(groups: Groups, product: Axis, free: set[Atom], alone: set[Atom]) -> tuple[Axis, ...]:
-    """What tensors make a product of, or make of it, of the same size: axes whose free atoms share no product.
+def _streams(groups: Groups, free: set[Atom], alone: set[Atom]) -> dict[Axis, tuple[Axis, ...]]:
+    """Of what heads are laid out in, what tensors make it of, or make of it, of the same size: axes whose free atoms share no product.
 
     Several where keys and values are made of other things than queries.
     """
-    found: dict[Axis, None] = {}
+    found: dict[Axis, dict[Axis, None]] = {}
+    recurrent = {atom for shape in groups.axes.values() if len(shape) == 2 for atom in set(leaves(shape[0])).intersection(leaves(shape[1]))}
     for shape in groups.axes.values():
-        if any(product == _free_part(part, free) for axis in shape for part in (axis.terms if isinstance(axis, Sum) else (axis,))):
-            found |= {a: None for a in shape if a.size == product.size and set() < free.intersection(leaves(a)) <= alone}
-    return tuple(found)
+        for axis in shape:
+            for heads in (h for part in (axis.terms if isinstance(axis, Sum) else (axis,)) for h in _heads(part, free)):
+                if len(own := free.intersection(leaves(heads))) == 1 and (len(shape) > 2 or own <= recurrent):
+                    continue  # channels that a convolution makes, for a shuffle; or the gates of hidden units
+                like = (a for a in shape if a.size == heads.size and set() < free.intersection(leaves(a)) <= alone.difference(leaves(heads)))
+                found.setdefault(heads, {}).update(dict.fromkeys(like))
+    read = {a for heads, streams in found.items() if alone.isdisjoint(leaves(heads)) for stream in streams for a in leaves(stream)}
+    made = {a for heads, streams in found.items() if streams for a in leaves(heads)} - read
+    kept = {heads: tuple(s for s in streams if made.isdisjoint(leaves(s))) for heads, streams in found.items() if read.isdisjoint(leaves(heads))}
+    return {heads: streams for heads, streams in kept.items() if streams}
+
+
+def _heads(axis: Axis, free: set[Atom]) -> Iterator[Axis]:
+    """What code may make of a stream, of an axis of several factors: those that can change, of queries, keys and values beside each other one of the
+    three; and these with what cannot change behind them, for heads may have a width that stays.
+    """
+    if isinstance(axis, Product):
+        changing = [bool(free.intersection(leaves(factor))) for factor in axis.factors]
+        if any(changing):
+            behind = product(axis.factors[changing.index(True) :])
+            alone = product(f for f, changes in zip(axis.factors, changing, strict=True) if changes)
+            yield from dict.fromkeys((behind, behind if isinstance(alone, Atom) else alone))
+
+
+def _widths_of_heads(streams: Mapping[Axis, Sequence[Axis]], free: set[Atom]) -> dict[Atom, int]:
+    """By what such streams can change where the heads that are made of them have a width that stays."""
+    found: dict[Atom, int] = {}
+    for heads, its_streams in streams.items():
+        number = free.intersection(leaves(heads))
+        if len(number) == 1 and heads not in number:
+            for stream in its_streams:
+                if isinstance(stream, Atom):
+                    found[stream] = math.lcm(found.get(stream, 1), heads.size // next(iter(number)).size)
+    return found
 
 
 def _equal_parts(groups: Groups) -> list[Product]:

@@ -8,15 +8,20 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from itertools import dropwhile
+from os.path import dirname
+from traceback import StackSummary
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.fx import Tracer
+from torch.fx.proxy import TracerBase
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
-from structprune.ir.graph import held_by
+from structprune.ir.graph import TORCH, held_by
 from structprune.ir.signature import signature_of
 
 
@@ -31,7 +36,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], a
                 collection[leaf] = dict.fromkeys(sorted(dims), Dim.AUTO)
         shapes = collection.dynamic_shapes(model, args, kwargs)
     origins = preserve_node_meta() if signature_of(model) is not None else nullcontext()
-    with _quiet(), _masks_as_they_are(), _modules_where_they_are(), _attributes_kept(model), origins:
+    with _quiet(), _masks_as_they_are(), _modules_where_they_are(), _attributes_kept(model), _methods_on_stacks(), _failed_calls_left(), origins:
         return torch.export.export(model, args, kwargs or None, dynamic_shapes=shapes, strict=False)
 
 
@@ -98,6 +103,46 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
             elif not isinstance(container, tuple):
                 container.clear()
                 container.update(before)
+
+
+@contextmanager
+def _methods_on_stacks() -> Iterator[None]:
+    """The methods and functions that a forward calls are on the stack of a node: torch notes the lines of forwards alone."""
+    filtered = TracerBase._filter_traceback_frames
+
+    def with_methods(tracer: TracerBase, summary: StackSummary) -> StackSummary:
+        forwards = filtered(tracer, summary)
+        places = {dirname(frame.filename) for frame in forwards if frame.name == "forward" and not frame.filename.startswith(TORCH)}
+        kept = set(map(id, forwards))
+        frames = dropwhile(lambda frame: id(frame) not in kept, summary)
+        return StackSummary.from_list([frame for frame in frames if id(frame) in kept or dirname(frame.filename) in places])
+
+    TracerBase._filter_traceback_frames = with_methods  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        TracerBase._filter_traceback_frames = filtered  # type: ignore[method-assign]
+
+
+@contextmanager
+def _failed_calls_left() -> Iterator[None]:
+    """A call of a layer that raises, and whose caller goes on without (`try: layer(x, lengths) except TypeError: layer(x)`), is left."""
+    call = Tracer.call_module
+
+    def call_module(tracer: Tracer, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        depth = len(tracer.module_stack)
+        try:
+            return call(tracer, module, forward, args, kwargs)
+        except BaseException:
+            while len(tracer.module_stack) > depth:
+                tracer.module_stack.popitem()
+            raise
+
+    Tracer.call_module = call_module  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Tracer.call_module = call  # type: ignore[method-assign]
 
 
 @contextmanager

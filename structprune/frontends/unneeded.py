@@ -1,7 +1,7 @@
-"""Layers that run and that no output needs, set aside: see `Graph.whole`.
+"""What runs and no output needs, set aside: see `Graph.whole`.
 
-In evaluation: a head that a wrapper drops, a pooler. In training alone: auxiliary heads. They have to follow what they read, or the user's class
-could not run at the new sizes.
+In evaluation: a head that a wrapper drops, a pooler, the sum that the last of some layers would hand to the next. In training alone: auxiliary heads.
+They have to follow what they read, or the user's class could not run at the new sizes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import Tensor, fx, nn
 
 from structprune.ir.graph import Graph, attribute, size_of
 from structprune.ir.operators import has_effect, operator_name, training_flag
+from structprune.ops import RULES
 
 _SMALL = 4096  # entries of a constant that is compared by what it holds
 
 
 def set_aside(module: fx.GraphModule) -> fx.Graph:
-    """Take what no output needs out of the graph. Returns the layers among it, all that reads parameters and what leads there."""
+    """Take what no output needs out of the graph. Returns of it what reads parameters, what brings several tensors together, and what leads there."""
     graph = module.graph
     needed: set[fx.Node] = set()
     for node in reversed(graph.nodes):
@@ -28,7 +29,11 @@ def set_aside(module: fx.GraphModule) -> fx.Graph:
             needed.update((node, *node.all_input_nodes))
     parameters = {n for n in graph.nodes if n.op == "get_attr" and isinstance(attribute(module, str(n.target)), nn.Parameter)}
     aside = fx.Graph()
-    _copy(graph.nodes, aside, parameters, lambda node: node.name if node in needed else None)
+
+    def matters(node: fx.Node) -> bool:
+        return not parameters.isdisjoint(node.all_input_nodes) or (operator_name(node) in RULES and sum(map(_has_axes, node.all_input_nodes)) > 1)
+
+    _copy(graph.nodes, aside, matters, lambda node: node.name if node in needed else None)
     graph.eliminate_dead_code(has_effect)
     graph.lint()
     module.recompile()
@@ -47,7 +52,7 @@ def of_training(graph: Graph, module: fx.GraphModule, unseen: Collection[int]) -
     aside = fx.Graph()
     aside.graph_copy(graph.unneeded, {})
     before = set(aside.nodes)
-    _copy(module.graph.nodes, aside, parameters, lambda node: own.get(numbers[node]))
+    _copy(module.graph.nodes, aside, lambda node: not parameters.isdisjoint(node.all_input_nodes), lambda node: own.get(numbers[node]))
     tensors: dict[str, Tensor] = {}
     for node in aside.nodes:
         if node.op == "get_attr" and node not in before:
@@ -56,11 +61,16 @@ def of_training(graph: Graph, module: fx.GraphModule, unseen: Collection[int]) -
     return aside, tensors
 
 
-def _copy(nodes: Iterable[fx.Node], into: fx.Graph, parameters: Collection[fx.Node], known: Callable[[fx.Node], str | None]) -> None:
-    """Copy what reads `parameters` and is not known, and what leads there from what is known: of that, placeholders with the names."""
+def _has_axes(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _copy(nodes: Iterable[fx.Node], into: fx.Graph, matters: Callable[[fx.Node], bool], known: Callable[[fx.Node], str | None]) -> None:
+    """Copy what `matters` and is not known, and what leads there from what is known: of that, placeholders with the names."""
     leads: set[fx.Node] = set()
     for node in reversed(list(nodes)):
-        if node.op == "call_function" and known(node) is None and (node in leads or not parameters.isdisjoint(node.all_input_nodes)):  # type: ignore[attr-defined]
+        if node.op == "call_function" and known(node) is None and (node in leads or matters(node)):
             leads.update((node, *node.all_input_nodes))
     copies: dict[fx.Node, fx.Node] = {}
     for node in nodes:

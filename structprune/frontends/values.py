@@ -33,7 +33,7 @@ from structprune.ir.source import parsed
 
 _DATA: Any = Tensor.data
 _ASKING = frozenset({Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__})
-_SIZED = frozenset({"expand", "interpolate", "narrow", "pad", "repeat", "reshape", "view"})  # by numbers behind the first argument
+_SIZED = frozenset({"expand", "interpolate", "narrow", "pad", "permute", "repeat", "reshape", "view"})  # by numbers behind the first argument
 _DERIVING = frozenset({
     # of sizes and numbers alone
     "arange", "eye", "full", "full_like", "linspace", "new_full", "new_ones", "new_tensor", "new_zeros", "ones", "ones_like", "tensor", "zeros",

@@ -19,7 +19,7 @@ from structprune.ir.signature import Signature
 from structprune.ir.source import text_at
 
 ORIGIN = "structprune_origin"  # in the notes that torch keeps of a node: what of the user's own file it was made of
-_TORCH = f"{Path(torch.__file__).parent}/"
+TORCH = f"{Path(torch.__file__).parent}/"
 _PASSES = "torch/fx/passes/"  # their lines stand in for the user's where a pass of torch's added a node
 _HANDING_ON = frozenset({"to", "_to_copy", "detach", "clone", "contiguous", "alias"})
 
@@ -225,7 +225,7 @@ def source_of(node: fx.Node) -> str:
         path = path.strip('"')
         if path.startswith(_PASSES):
             continue
-        if not path.startswith(_TORCH) or not best:
+        if not path.startswith(TORCH) or not best:
             best = f"{'/'.join(Path(path).parts[-2:])}:{line.removeprefix('line ')}"
     return best
 

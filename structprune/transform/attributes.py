@@ -73,10 +73,11 @@ def _choices(modules: Mapping[str, nn.Module], changes: Sequence[Sequence[_Optio
     """Sets of attributes that may explain the changes: first of those that surely do, then of others too.
 
     A number that no attribute explains was computed from the sizes of tensors, and follows by itself; so may one that might be computed from an
-    attribute, and any that an attribute holds by chance.
+    attribute, and any that an attribute holds by chance: modules further out, or a child beside the module that made a node.
     """
     pools = [_explained(changes, lambda o, most=doubt: o.doubt <= most) for doubt in (_MENTIONED, _HELD, _COMPUTED)]  # type: ignore[misc]
     yield from map(_innermost, pools)
+    yield [option for options in pools[_HELD] for option in options if option.level == 0 and option.owner == options[0].owner]
     yield []
     for explained in pools[:_COMPUTED]:
         yield from _smallest_sets(modules, explained)

@@ -26,7 +26,7 @@ from structprune.ir.samples import copies, samples_in
 from structprune.transform.attributes import Attributes, follow, guesses
 from structprune.transform.checks import failed_check
 from structprune.transform.reference import Exact, in_double
-from structprune.transform.scale import Scale, hold_scales
+from structprune.transform.scale import Scale, hold_scales, narrowed
 from structprune.transform.surgery import Surgery
 from structprune.transform.verify import difference, floats, same_noise
 
@@ -114,6 +114,7 @@ def own_class(
     instead = _instead(graph, surgery)
     if instead is None:
         return None, "a branch without channels ends in the middle of a module's forward, which the user's class cannot leave out"
+    scales = narrowed(model, surgery.tensors) | dict(scales)
     scales = {name: scale for name, scale in scales.items() if not any(name == other or name.startswith(f"{other}.") for other in instead)}
     judge = _Judge(graph, surgery, answers)
     note = ""
@@ -140,7 +141,7 @@ def own_class(
                 hold_scales(candidate, needed)
                 if _has_unseen_parameters(model, surgery.tensors):
                     _runs_in_training(candidate, graph)
-                held = f"; hooks on {len(needed)} modules keep the original's attention scale" if needed else ""
+                held = f"; hooks on {len(needed)} modules keep the original's scale" if needed else ""
                 return candidate, f"the user's class agrees with the small graph to {error:.1g}{held}"
             except VerificationError as differs:
                 note = note or f"the user's class does not follow the new sizes: {differs}"

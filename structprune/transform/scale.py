@@ -1,29 +1,35 @@
-"""Attention in the user's own class computes 1/√width of the width that it finds; the small model keeps the scale of the original."""
+"""Attention in the user's own class computes 1/√width of the width that it finds, some norms √width; the small model keeps the original scales."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from structprune.analysis.infer import Types
-from structprune.ir.axes import Keep, kept_size
-from structprune.ir.graph import Graph, owners_of, shape_of
+from structprune.ir.axes import Axis, Keep, kept_size
+from structprune.ir.graph import Graph, owners_of
 from structprune.ir.operators import operator_name
+from structprune.ops import RULES, layout
+from structprune.transform.attention import attend
 
 _PRODUCTS = ("matmul", "bmm")
+_LAYOUTS = frozenset(name for name, rule in RULES.items() if rule.__module__ == layout.__name__)
 _TIMES = frozenset({"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"})
 _OVER = frozenset({"div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__"})
 
 
 @dataclass(frozen=True)
 class Scale:
-    """1/√width of queries and keys: of the original's width, and of what is left of it. `in_code`: the code computes it, not the operator alone."""
+    """1/√width of queries and keys, or √width: of the original's width, and of what is left of it.
+
+    in_code: the code computes it, not the operator alone.
+    """
 
     width: int
     left: int
@@ -43,39 +49,65 @@ class Scale:
 
 
 def changed_scales(graph: Graph, types: Types, keep: Keep) -> dict[str, Scale]:
-    """Modules whose attention loses width and computes its scale from that: by leaving it to the operator, or as a number."""
+    """Modules that compute a scale from a width of which some is lost: attention, as a number or by leaving it to the operator, and norms."""
     widths = {atom: len(entries) for atom, entries in keep.items()}
-    found: dict[str, Scale] = {}
+    attention: dict[str, Scale] = {}
+    others: dict[str, Scale] = {}
     for node in graph.nodes:
-        query = _query(node)
-        if query is None or not owners_of(node):
+        name, factor = operator_name(node), _factor(node)
+        if not owners_of(node) or not (factor or name == "scaled_dot_product_attention"):
             continue
-        width, left = shape_of(query.meta["val"])[-1], kept_size(types.shape(query)[-1], widths)
-        if not 0 < left < width:
-            continue
-        in_code = _same(_factor(node), 1 / math.sqrt(width))
-        if in_code or not _factor(node):
-            owner = owners_of(node)[0]
-            found[owner] = Scale(width, left, in_code or (owner in found and found[owner].in_code))
+        owner = owners_of(node)[0]
+        for axis in _widths_of_queries(node, types):
+            left = kept_size(axis, widths)
+            if 0 < left < axis.size and (not factor or _is_scale(factor, axis.size)):
+                attention[owner] = Scale(axis.size, left, bool(factor) or (owner in attention and attention[owner].in_code))
+        for axis in types.shape(node) if name in ("mul", "div") else ():
+            left = kept_size(axis, widths)
+            if 0 < left < axis.size and _is_scale(factor, axis.size):
+                others[owner] = Scale(axis.size, left, in_code=True)
+    return others | attention
+
+
+def narrowed(model: nn.Module, tensors: Mapping[int, Tensor]) -> dict[str, Scale]:
+    """torch's own attention whose heads together are, in the small `tensors`, no longer as wide as what it reads, as its code takes for granted."""
+
+    def small(tensor: Tensor) -> Tensor:
+        return tensors.get(id(tensor), tensor)
+
+    found: dict[str, Scale] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            width, heads = small(module.out_proj.weight).shape
+            packed = module.in_proj_weight
+            queries = len(small(module.q_proj_weight)) if packed is None else len(small(packed)) / 3
+            if not heads == queries == width:
+                found[name] = Scale(module.head_dim, module.head_dim, in_code=False)
     return found
 
 
-def _query(node: fx.Node) -> fx.Node | None:
-    """The queries or keys that a node may scale, themselves or in their product, the width on the last axis."""
-    if operator_name(node) == "scaled_dot_product_attention":
-        source = node.args[0]
-    else:
-        source = node.args[0] if _factor(node) else None
-        source = _of_product(source) or source
-    return source if isinstance(source, fx.Node) and shape_of(source.meta["val"]) else None
+def _is_scale(factor: float, width: int) -> bool:
+    return _same(factor, width**-0.5) or _same(factor, width**0.5)
 
 
-def _of_product(node: Any) -> fx.Node | None:
-    """The first factor of a matrix product, or of one that goes into a sum (scores of content and of position)."""
-    if isinstance(node, fx.Node) and operator_name(node) in _PRODUCTS:
-        return node.args[0]  # type: ignore[return-value]
-    terms = node.all_input_nodes if isinstance(node, fx.Node) and operator_name(node) == "add" else ()
-    return next((found for term in terms if (found := _of_product(term)) is not None), None)
+def _widths_of_queries(node: fx.Node, types: Types) -> Sequence[Axis]:
+    """Of queries or keys that a node scales, themselves or in their product."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node):
+        return ()
+    return (operator_name(node) in ("mul", "div") and _contracted(source, types)) or types.shape(source)[-1:]
+
+
+def _contracted(node: fx.Node, types: Types) -> Sequence[Axis]:
+    """What a product sums over, or one that is laid out anew, or one that goes into a sum (scores of content and of position)."""
+    name = operator_name(node)
+    if name in _PRODUCTS:
+        return types.shape(node.args[0])[-1:]
+    if name == "einsum":
+        answer = types.shape(node)
+        return [axis for axis in types.shape(node.args[1][0]) if axis not in answer]  # type: ignore[index, arg-type]
+    terms = node.all_input_nodes if name == "add" or name in _LAYOUTS else ()
+    return next((found for term in terms if (found := _contracted(term, types))), ())
 
 
 def _factor(node: fx.Node) -> float:
@@ -97,7 +129,9 @@ def hold_scales(model: nn.Module, scales: Mapping[str, Scale]) -> dict[str, Held
 
 
 class Held:
-    """Hooks around a module's forward, which may call itself. `needed`: whether some attention computed its scale from the width."""
+    """Hooks around a module's forward, which may call itself. `needed`: whether something in it computed a scale from the width, or is torch's own
+    attention, which computes all of itself.
+    """
 
     def __init__(self, module: nn.Module, scale: Scale):
         self.needed = False
@@ -124,6 +158,9 @@ class _Scaled(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if function is F.multi_head_attention_forward:
+            self._held.needed = True
+            return attend(self._scale.factor, *args, **kwargs)
         if function is F.scaled_dot_product_attention:
             said = kwargs.get("scale")
             kwargs["scale"] = self._scale.factor if said is None else self._scale.held(said)

@@ -1,0 +1,263 @@
+"""The user's class comes back, right and trainable: code that is written as much code is, each in its smallest form."""
+
+from __future__ import annotations
+
+import copy
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import models
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import structprune as sp
+from structprune.ir.graph import source_of
+from structprune.result import Result
+from structprune.transform.attention import attend
+
+
+def in_its_class(model: nn.Module, x: tuple[Any, ...], target: str) -> Result:
+    """The result of a compression, of the user's class, and right by an oracle that knows nothing of structprune."""
+    result = sp.compress(model.eval(), x, target)
+    assert type(result.model) is type(model), result.report.data["verification"]["module_note"]
+    error, tolerance = oracle.error_of(model, result.model, {name: cut.keep for name, cut in result.plan.tensors.items()}, x)
+    assert error <= tolerance
+    return result
+
+
+# --- attributes -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sizes:
+    steps: int = 4
+    states: int = 8
+
+
+class InMethod(nn.Module):
+    """What settings say is read in a method that the forward calls (Mamba)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.stem, self.mixed = Sizes(), nn.Linear(6, 20), nn.Linear(8, 3)
+        self.steps = nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mixed(self.scan(self.stem(x)))
+
+    def scan(self, x: Tensor) -> Tensor:
+        steps, left, right = torch.split(x, [self.config.steps, self.config.states, self.config.states], -1)
+        return self.steps(steps).sigmoid() * left.tanh() + right
+
+
+class Heads(nn.Module):
+    """The number of heads is named in another statement than the one that lays them out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.out = 4, nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        number, tokens, heads = *x.shape[:2], self.heads
+        queries, *others = self.qkv(x).chunk(3, -1)
+        q, k, v = (t.reshape(number, tokens, heads, 8).transpose(1, 2) for t in (queries, *others))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(number, tokens, queries.shape[-1]))
+
+
+class ByChance(nn.Module):
+    """A module further out holds numbers that are as large as those of the heads, and stay (axial attention)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dimensions, self.width, self.attention = 4, 32, Heads()
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert (x.dim(), x.shape[-1]) == (self.dimensions, self.width)
+        return self.attention(x.flatten(1, 2))
+
+
+class Sines(nn.Module):
+    """Computes as many sines as its `width` says, whatever it reads: a child that keeps a number which its parent must change (RF-DETR)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.places, self.out = 32, nn.Linear(32, 5), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        waves = torch.arange(self.width, dtype=x.dtype) * x.mean((1, 2)).unsqueeze(-1)
+        return self.places(waves.sin()) + self.out(rows).mean(1)
+
+
+class Chosen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.stem, self.score, self.sines = 32, nn.Linear(6, 32), nn.Linear(6, 1), Sines()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.stem(x)
+        first = self.score(x).squeeze(-1).topk(2, 1).indices
+        return self.sines(x, rows.gather(1, first.unsqueeze(-1).expand(-1, -1, self.width)))
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [(InMethod(), torch.randn(3, 6)), (ByChance(), torch.randn(2, 3, 5, 32)), (Chosen(), torch.randn(2, 7, 6))],
+    ids=["in a method", "by chance", "a child that stays"],
+)
+def test_attributes_follow(model: nn.Module, x: Tensor) -> None:
+    in_its_class(model, (x,), "channels=0.5")
+
+
+def test_an_operator_in_a_method_is_told_with_its_own_line() -> None:
+    graph = sp.trace(InMethod().eval(), torch.randn(3, 6))
+    split = next(node for node in graph.nodes if "split" in node.name)
+    assert source_of(split).endswith(f"test_own_class.py:{InMethod.scan.__code__.co_firstlineno + 1}")
+
+
+# --- scales -----------------------------------------------------------------------------------------------------------------
+
+
+def by_root_mean_square(m: models.Of, x: Tensor) -> Tensor:
+    """A norm that multiplies by the root of the width that it finds (much code on diffusion)."""
+    y = m.stem(x)
+    return m.out(F.normalize(y, dim=-1) * m.gain * y.shape[-1] ** 0.5)
+
+
+def test_the_scale_of_a_norm_stays() -> None:
+    layers = {"stem": nn.Linear(6, 32), "gain": nn.Parameter(torch.rand(32) + 0.5), "out": nn.Linear(32, 3)}
+    result = in_its_class(models.Of(by_root_mean_square, **layers), (torch.randn(2, 5, 6),), "channels=0.5")
+    assert "hooks on 1 modules" in result.report.data["verification"]["module_note"]
+
+
+# --- what runs and no output needs --------------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """The last of the layers hands on a sum that nobody reads (Conv-TasNet); so does a part of what is forecast (N-HiTS)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.out = nn.Conv1d(3, 16, 1), nn.Conv1d(24, 4, 1)
+        self.inner, self.back, self.skip = (nn.ModuleList(nn.Conv1d(a, b, 1) for _ in range(2)) for a, b in ((16, 32), (32, 16), (32, 24)))
+        self.pairs = nn.ModuleList(nn.Conv1d(3, 6, 1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, total, forecast, rest = self.stem(x), 0, 0, x
+        for inner, back, skip, pair in zip(self.inner, self.back, self.skip, self.pairs, strict=True):
+            z = inner(y).relu()
+            y, total = y + back(z), total + skip(z)
+            seen, told = pair(rest).split([3, 3], 1)
+            rest, forecast = rest - seen, forecast + told
+        return self.out(total), forecast
+
+
+def test_sums_that_nobody_reads_still_run() -> None:
+    result = in_its_class(Residual(), (torch.randn(2, 3, 9),), "channels=0.5")
+    assert result.report.data["macs"]["after"] < 0.4 * result.report.data["macs"]["before"]
+
+
+# --- torch's own attention ----------------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Layers of torch's own over rows that the user gives: what they read keeps its width, and their heads do not."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, **options), 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("target", ["channels=0.5", "channels=0.8"])  # whole heads, and heads that are narrower
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_attention_of_torch_narrows_where_its_rows_do_not(target: str, norm_first: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Encoder(norm_first=norm_first), torch.randn(2, 7, 32)
+    small = in_its_class(model, (x,), target).model
+    attention = small.layers.layers[0].self_attn
+    assert attention.out_proj.weight.shape[1] < 32 == attention.out_proj.weight.shape[0]
+    file = io.BytesIO()
+    torch.save(small, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), small(x)) and torch.equal(copy.deepcopy(small)(x), small(x))
+    optimiser, losses = torch.optim.AdamW(small.train().parameters(), 1e-3), []
+    for _ in range(3):
+        torch.manual_seed(1)  # of dropout
+        loss = small(x).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and attention.in_proj_weight.grad.abs().sum() > 0
+
+
+def masks(kind: str) -> dict[str, Tensor]:
+    hidden = torch.zeros(5, 7, dtype=torch.bool)
+    hidden[:, 2] = hidden[3, 4] = True
+    padding = torch.zeros(2, 7, dtype=torch.bool)
+    padding[1, -2:] = True
+    each = hidden.double().masked_fill(hidden, -torch.inf).expand(8, 5, 7) + torch.randn(8, 1, 1)
+    return {"none": {}, "bool": {"attn_mask": hidden}, "each": {"attn_mask": each}, "both": {"attn_mask": hidden, "key_padding_mask": padding}}[kind]
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 12, "vdim": 20}, {"add_bias_kv": True, "add_zero_attn": True}])
+@pytest.mark.parametrize("kind", ["none", "bool", "each", "both"])
+@pytest.mark.parametrize("weights", [True, False])
+def test_attention_of_any_width_is_torchs_where_that_has_one(options: dict[str, Any], kind: str, weights: bool) -> None:
+    torch.manual_seed(0)
+    m = nn.MultiheadAttention(32, 4, dtype=torch.float64, **options)
+    q, k, v = (torch.randn(n, 2, w, dtype=torch.float64) for n, w in ((5, 32), (7, m.kdim), (7, m.vdim)))
+    separate = not m._qkv_same_embed_dim
+    given = {"need_weights": weights, "use_separate_proj_weight": separate, **masks(kind)}
+    if separate:
+        given |= {name: getattr(m, name) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")}
+    args = (32, 4, m.in_proj_weight, m.in_proj_bias, m.bias_k, m.bias_v, m.add_zero_attn, 0.0, m.out_proj.weight, m.out_proj.bias)
+    for average in (True, False):
+        wanted = F.multi_head_attention_forward(q, k, v, *args, average_attn_weights=average, **given)
+        got = attend(8**-0.5, q, k, v, *args, average_attn_weights=average, **given)
+        torch.testing.assert_close(got, wanted)
+    if kind == "none":
+        alone = attend(8**-0.5, q[:, 0], k[:, 0], v[:, 0], *args, **given)
+        torch.testing.assert_close(alone, F.multi_head_attention_forward(q[:, 0], k[:, 0], v[:, 0], *args, **given))
+
+
+# --- what can be traced -------------------------------------------------------------------------------------------------------
+
+
+class Turned(nn.Module):
+    """The order of axes is a tensor that the code makes (CompressAI)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.out = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = torch.cat((torch.tensor([1, 0]), torch.arange(2, x.ndim)))
+        return self.out(self.stem(x).permute(*order).contiguous().relu().permute(*order))
+
+
+class Trying(nn.Module):
+    """A layer is called in one way, and in another where it does not know that (SpeechBrain)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 4, 1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            try:
+                x = block(x, lengths=None)
+            except TypeError:
+                x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("model", [Turned(), Trying()], ids=["an order that is a tensor", "calls that fail"])
+def test_code_is_traced(model: nn.Module) -> None:
+    in_its_class(model, (torch.randn(2, 3, 5, 5),), "channels=0.5")
