@@ -133,6 +133,25 @@ def test_the_scale_of_a_norm_stays() -> None:
     assert "hooks on 1 modules" in result.report.data["verification"]["module_note"]
 
 
+class Compensating(nn.Module):
+    """Code that knows the operator's scale and turns it into its own, whatever the width is (x-transformers): nothing has to be held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.heads, self.stem, self.qkv, self.out = 16**-0.5, 3, nn.Linear(6, 48), nn.Linear(48, 144), nn.Linear(48, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.stem(x)).reshape(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        own = self.scale / q.shape[-1] ** -0.5
+        return self.out(F.scaled_dot_product_attention(q * own, k, v).transpose(1, 2).flatten(2))
+
+
+def test_code_that_makes_up_for_the_scale_itself_is_left_to_it() -> None:
+    result = in_its_class(Compensating(), (torch.randn(2, 5, 6),), "channels=0.5")
+    assert result.model.qkv.out_features // 3 // result.model.heads < 16  # the width of a head
+    assert "hooks" not in result.report.data["verification"]["module_note"]
+
+
 # --- what runs and no output needs --------------------------------------------------------------------------------------------
 
 

@@ -73,11 +73,12 @@ def _choices(modules: Mapping[str, nn.Module], changes: Sequence[Sequence[_Optio
     """Sets of attributes that may explain the changes: first of those that surely do, then of others too.
 
     A number that no attribute explains was computed from the sizes of tensors, and follows by itself; so may one that might be computed from an
-    attribute, and any that an attribute holds by chance: modules further out, or a child beside the module that made a node.
+    attribute, and any that an attribute holds by chance: modules further out, a child beside the module that made a node, or one of many.
     """
     pools = [_explained(changes, lambda o, most=doubt: o.doubt <= most) for doubt in (_MENTIONED, _HELD, _COMPUTED)]  # type: ignore[misc]
     yield from map(_innermost, pools)
     yield [option for options in pools[_HELD] for option in options if option.level == 0 and option.owner == options[0].owner]
+    yield [option for options in pools[_HELD] if len(options) == 1 for option in options]
     yield []
     for explained in pools[:_COMPUTED]:
         yield from _smallest_sets(modules, explained)
