@@ -54,6 +54,20 @@ class InMethod(nn.Module):
         return self.steps(steps).sigmoid() * left.tanh() + right
 
 
+class ByVariables(nn.Module):
+    """What settings say is read under the same names, in statements before (LitGPT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.stem, self.mixed = Sizes(), nn.Linear(6, 24), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps, states = self.config.steps, self.config.states
+        read = self.stem(x)
+        left, right = read.split([states, read.shape[-1] - states], -1)
+        return self.mixed((left.unsqueeze(-2) * right.view(len(x), steps, -1).sum(-1, keepdim=True)).flatten(1))
+
+
 class Heads(nn.Module):
     """The number of heads is named in another statement than the one that lays them out."""
 
@@ -105,8 +119,13 @@ class Chosen(nn.Module):
 
 @pytest.mark.parametrize(
     ("model", "x"),
-    [(InMethod(), torch.randn(3, 6)), (ByChance(), torch.randn(2, 3, 5, 32)), (Chosen(), torch.randn(2, 7, 6))],
-    ids=["in a method", "by chance", "a child that stays"],
+    [
+        (InMethod(), torch.randn(3, 6)),
+        (ByVariables(), torch.randn(3, 6)),
+        (ByChance(), torch.randn(2, 3, 5, 32)),
+        (Chosen(), torch.randn(2, 7, 6)),
+    ],
+    ids=["in a method", "by variables", "by chance", "a child that stays"],
 )
 def test_attributes_follow(model: nn.Module, x: Tensor) -> None:
     in_its_class(model, (x,), "channels=0.5")

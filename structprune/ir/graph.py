@@ -219,20 +219,20 @@ def source_of(node: fx.Node) -> str:
     if ORIGIN in (node.meta.get("custom") or {}):
         return str(node.meta["custom"][ORIGIN])
     best = ""
-    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
-    for frame in frames:
-        path, line = frame.removeprefix("File ").split(", ")[:2]
-        path = path.strip('"')
-        if path.startswith(_PASSES):
-            continue
-        if not path.startswith(TORCH) or not best:
-            best = f"{'/'.join(Path(path).parts[-2:])}:{line.removeprefix('line ')}"
+    for path, line in _frames(node):
+        if not path.startswith(_PASSES) and (not path.startswith(TORCH) or not best):
+            best = f"{'/'.join(Path(path).parts[-2:])}:{line}"
     return best
 
 
 def source_code_of(node: fx.Node) -> str:
     """The statements of the user's code on the way to a node, as text."""
-    return "\n".join(text_at(file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or ""))
+    return "\n".join(text_at(path, line) for path, line in _frames(node))
+
+
+def _frames(node: fx.Node) -> list[tuple[str, int]]:
+    """The files and lines on the way to a node, the innermost last."""
+    return [(path, int(line)) for path, line in re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")]
 
 
 def owners_of(node: fx.Node) -> list[str]:

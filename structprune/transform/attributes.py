@@ -135,17 +135,19 @@ def _values_in(module: nn.Module) -> Mapping[str, Any]:
 def _holding(held: Mapping[str, Mapping[str, Any]], code: str, level: int, old: Number, new: Number, known: bool) -> list[_Option]:
     """The attributes of a module and its children (by their names) that explain a change.
 
-    Of those that the code mentions, the ones that hold the number, or else that it may be computed from; without such, any that hold it.
+    Of those that the code mentions, the ones that hold the number, or else that it may be computed from; without such, those that it has a variable
+    of the same name for, or any that hold it, but for settings, which many share.
     known: of a layer of torch's own, whose code is not told, and reads no other numbers.
     """
 
-    def mentioned(name: str) -> bool:
+    def mentioned(name: str, before: str = r"\._*") -> bool:
         *_, last = name.split(".")
-        return re.search(rf"\._*{last.lstrip('_')}\b", code) is not None  # a public name and a private one of the same are one thing
+        return re.search(rf"{before}{last.lstrip('_')}\b(?!\s*=[^=])", code) is not None  # a public name and a private one of the same are one thing
 
     found = [(m, a) for m, attributes in held.items() for a, v in attributes.items() if _holds(v, old)]
     sure = [_Option(level, m, a, old, new, _MENTIONED) for m, a in found if known or mentioned(a)]
-    by_chance = [_Option(level, m, a, old, new, _HELD) for m, a in found if "." not in a]  # not a setting, which many share
+    variables = [(m, a) for m, a in found if mentioned(a, r"(?<![\w.])")]
+    by_chance = [_Option(level, m, a, old, new, _HELD) for m, a in variables or found if variables or "." not in a]
     if isinstance(old, tuple) or isinstance(new, tuple):
         return sure or by_chance
     module, attributes = next(iter(held.items()))
