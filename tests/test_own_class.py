@@ -68,6 +68,52 @@ class ByVariables(nn.Module):
         return self.mixed((left.unsqueeze(-2) * right.view(len(x), steps, -1).sum(-1, keepdim=True)).flatten(1))
 
 
+class Grouped(nn.Module):
+    """Of two attributes that hold one number the code mentions one, and computes with both (torchtune)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = self.key_heads = 4
+        self.stem, self.q, self.kv, self.out = nn.Linear(6, 32), nn.Linear(32, 64), nn.Linear(32, 128), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, repeats = self.stem(x), self.heads // self.key_heads
+        q = self.q(y).view(*x.shape[:2], self.key_heads * repeats, -1).transpose(1, 2)
+        k, v = self.kv(y).view(*x.shape[:2], 2, self.key_heads, -1).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Scaled(nn.Embedding):
+    """Rows that are scaled by the width that the class says (Gemma)."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * torch.tensor(self.embedding_dim**0.5)
+
+
+class Rotating(nn.Module):
+    """Two layers share a table of 24 positions, of which the example reaches 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = Scaled(20, 32), nn.Linear(32, 3)
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+        table = torch.randn(24, 32)
+        for layer in self.layers:
+            layer.register_buffer("table", table)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y = self.embed(ids)
+        for layer in self.layers:
+            y = y + layer(y * layer.table[: ids.shape[1]]).relu()
+        return self.out(y)
+
+
+def test_a_table_that_layers_share_keeps_the_positions_beyond_the_example() -> None:
+    result = in_its_class(Rotating(), (torch.randint(0, 20, (2, 5)),), "channels=0.5")
+    assert result.model.layers[1].table.shape == (24, 16)
+    assert result.model(torch.randint(0, 20, (3, 24))).shape == (3, 24, 3)
+
+
 class Heads(nn.Module):
     """The number of heads is named in another statement than the one that lays them out."""
 
@@ -122,10 +168,11 @@ class Chosen(nn.Module):
     [
         (InMethod(), torch.randn(3, 6)),
         (ByVariables(), torch.randn(3, 6)),
+        (Grouped(), torch.randn(2, 5, 6)),
         (ByChance(), torch.randn(2, 3, 5, 32)),
         (Chosen(), torch.randn(2, 7, 6)),
     ],
-    ids=["in a method", "by variables", "by chance", "a child that stays"],
+    ids=["in a method", "by variables", "two of one size", "by chance", "a child that stays"],
 )
 def test_attributes_follow(model: nn.Module, x: Tensor) -> None:
     in_its_class(model, (x,), "channels=0.5")

@@ -108,7 +108,7 @@ def find_groups(graph: Graph, ignore: Iterable[str] = ()) -> Groups:
         }
     )
     work = tuple(tuple(map(types.solver.resolve, w.axes)) for w in types.work)
-    _keep_unread_entries(types, members)
+    _keep_unread_entries(graph, types, members)
     _keep_unneeded(graph, types)
     _keep_tables(types, work)
     for how in ("mean", "variance"):
@@ -152,12 +152,15 @@ def _ignore(graph: Graph, types: Types, named: Mapping[str, Shape], pattern: str
             types.solver.freeze(axis, Reason("ignored", pattern))
 
 
-def _keep_unread_entries(types: Types, members: Mapping[Atom, list[Member]]) -> None:
-    """Freeze what stands in one tensor and is part of no product and no sum: rows of a table of positions beyond the example's length."""
+def _keep_unread_entries(graph: Graph, types: Types, members: Mapping[Atom, list[Member]]) -> None:
+    """Freeze what stands in one tensor (by whatever names) and is part of no product and no sum: rows of a table of positions beyond the example's
+    length.
+    """
+    first = {name: names[0] for names in graph.aliases.values() for name in names}
     axes = itertools.chain((axis for w in types.work for axis in w.axes), (reading.axis for reading in types.readings))
     read = {atom for axis in axes for atom in types.solver.atoms(axis)}
     for atom, where in members.items():
-        if len(where) == 1 and atom not in read:
+        if atom not in read and len({(first.get(member.tensor, member.tensor), member.dim) for member in where}) == 1:
             types.solver.freeze(atom, Reason("entries that the example does not reach"))
 
 

@@ -25,7 +25,7 @@ Attributes = dict[str, dict[str, Any]]  # module name -> attribute, or attribute
 _MANY_KEYS = 12  # attributes in doubt, of which small sets are tried
 _CHOICES = 16
 
-_MENTIONED, _HELD, _COMPUTED = range(3)
+_MENTIONED, _HELD, _COMPUTED, _BESIDE = range(4)
 _LISTS = (tuple, list, torch.Size)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -35,10 +35,12 @@ def guesses(model: nn.Module, tensors: Mapping[int, Tensor], literals: Literals)
     modules = dict(model.named_modules())
     choices = list(itertools.islice(_choices(modules, _explanations(modules, literals)), _CHOICES))
     tried: list[Attributes] = []
-    for among in (None, "torch.", ""):  # torch's own layers describe themselves; in others a number may mean something else
-        for chosen in choices if among is None else choices[:2]:
+    of_torch = {name: module for name, module in modules.items() if _is_of_torch(module)}  # classes made of these may compute scales from their sizes
+    ways: list[tuple[Mapping[str, nn.Module], str | None]] = [(modules, None), (modules, "torch."), (modules, ""), (of_torch, None)]
+    for described, among in ways:  # torch's own layers describe themselves; in others a number may mean something else
+        for chosen in choices if (described, among) == ways[0] else choices[:2]:
             for options in (chosen, chosen[::-1]):  # of 8 heads as wide as 8 channels, the number of the heads may be the first or the last to change
-                attributes = _described(modules, tensors, _followed(modules, options))
+                attributes = _described(described, tensors, _followed(modules, options))
                 if among is not None:
                     attributes = _sizes_by_value(modules, tensors, attributes, among)
                 if attributes not in tried:
@@ -66,7 +68,8 @@ class _Option(NamedTuple):
     name: str
     old: Number
     new: Number
-    doubt: int  # _MENTIONED in the source line; or _HELD by the module; or the number may be _COMPUTED from it: 3 · self.width, or self.width // 2
+    doubt: int  # _MENTIONED in the source line; or _HELD by the module; or the number may be _COMPUTED from it: 3 · self.width, or self.width // 2;
+    # or it is _BESIDE one that is mentioned, and as large: heads of queries and of keys
 
 
 def _choices(modules: Mapping[str, nn.Module], changes: Sequence[Sequence[_Option]]) -> Iterator[list[_Option]]:
@@ -79,6 +82,7 @@ def _choices(modules: Mapping[str, nn.Module], changes: Sequence[Sequence[_Optio
     yield from map(_innermost, pools)
     yield [option for options in pools[_HELD] for option in options if option.level == 0 and option.owner == options[0].owner]
     yield [option for options in pools[_HELD] if len(options) == 1 for option in options]
+    yield _innermost(_explained(changes, lambda o: o.doubt != _COMPUTED))
     yield []
     for explained in pools[:_COMPUTED]:
         yield from _smallest_sets(modules, explained)
@@ -148,13 +152,15 @@ def _holding(held: Mapping[str, Mapping[str, Any]], code: str, level: int, old: 
     sure = [_Option(level, m, a, old, new, _MENTIONED) for m, a in found if known or mentioned(a)]
     variables = [(m, a) for m, a in found if mentioned(a, r"(?<![\w.])")]
     by_chance = [_Option(level, m, a, old, new, _HELD) for m, a in variables or found if variables or "." not in a]
-    if isinstance(old, tuple) or isinstance(new, tuple):
+    if sure and not known:
+        return sure + [_Option(level, m, a, old, new, _BESIDE) for m, a in found if "." not in a and not mentioned(a)]
+    if sure or isinstance(old, tuple) or isinstance(new, tuple):
         return sure or by_chance
     module, attributes = next(iter(held.items()))
     numbers = [(a, v) for a, v in attributes.items() if type(v) is int and v > 1 and v != old and mentioned(a)]
     factors = [_Option(level, module, a, v, v * new // old, _COMPUTED) for a, v in numbers if old % v == 0 and v * new % old == 0]
     multiples = [_Option(level, module, a, v, v // old * new, _COMPUTED) for a, v in numbers if v % old == 0]
-    return sure or [*factors, *multiples] or by_chance
+    return [*factors, *multiples] or by_chance
 
 
 def _smallest_sets(modules: Mapping[str, nn.Module], changes: Sequence[tuple[_Option, ...]]) -> Iterator[list[_Option]]:

@@ -129,11 +129,7 @@ def own_class(
             try:
                 candidate = rebuild(model, surgery.tensors, attributes, instead)
                 judged = copy.deepcopy(candidate).double() if double else candidate
-                hooks = hold_scales(judged, scales)
-                error, attributes = _by_its_checks(judge, judged, model, attributes, double)
-                if error > _SINGLE and hooks:  # code may make up for the lost width itself
-                    _remove(hooks)
-                    error, hooks = judge.error_of(judged, double), {}
+                error, attributes, hooks = _with_its_scales(judge, judged, model, attributes, scales, double)
                 if _TOLERANCE < error < _SINGLE and not double:
                     doubtful.append((error, attributes))
                 if not error <= _TOLERANCE:
@@ -151,6 +147,24 @@ def own_class(
                 _log.debug("the user's class does not run at the new sizes", exc_info=True)
                 note = note or f"the user's class does not run at the new sizes: {one_line(raised)}"
     return None, note
+
+
+def _with_its_scales(
+    judge: _Judge, candidate: nn.Module, model: nn.Module, attributes: Attributes, scales: Mapping[str, Scale], double: bool
+) -> tuple[float, Attributes, dict[str, Held]]:
+    """The error of a candidate, its attributes, and the hooks under which it is that small: on attention, on norms too, or none, for code may make up
+    for a lost width itself.
+    """
+    attention = {name: scale for name, scale in scales.items() if scale.of_attention}
+    ways = [attention, dict(scales), {}]
+    for number, held in enumerate(ways):
+        if held not in ways[:number]:
+            hooks = hold_scales(candidate, held)
+            error, attributes = _by_its_checks(judge, candidate, model, attributes, double)
+            if error <= _SINGLE:
+                break
+            _remove(hooks)
+    return error, attributes, hooks
 
 
 def _remove(hooks: Mapping[str, Held]) -> None:

@@ -28,12 +28,13 @@ _OVER = frozenset({"div", "div_", "divide", "true_divide", "__truediv__", "__itr
 class Scale:
     """1/√width of queries and keys, or √width: of the original's width, and of what is left of it.
 
-    in_code: the code computes it, not the operator alone.
+    in_code: the code computes it, not the operator alone; of_attention: it is that of attention, or else of a norm.
     """
 
     width: int
     left: int
     in_code: bool
+    of_attention: bool = True
 
     @property
     def factor(self) -> float:
@@ -65,7 +66,7 @@ def changed_scales(graph: Graph, types: Types, keep: Keep) -> dict[str, Scale]:
         for axis in types.shape(node) if name in ("mul", "div") else ():
             left = kept_size(axis, widths)
             if 0 < left < axis.size and _is_scale(factor, axis.size):
-                others[owner] = Scale(axis.size, left, in_code=True)
+                others[owner] = Scale(axis.size, left, in_code=True, of_attention=False)
     return others | attention
 
 
