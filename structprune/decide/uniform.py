@@ -115,7 +115,7 @@ class Uniform:
             for away in sorted(range(-number, number + 1), key=abs):
                 widths = {a: _stepped(a, share + away * step, steps[a]) for a in streams}
                 if any(abs(widths[a] / a.size - share) > max(reach, 0 if a in self._heads else steps[a] / a.size / 2) for a in streams):
-                    continue
+                    continue  # whole heads are large steps, which no rounding excuses
                 if (found := self._as_wide(unit, widths, whole)) is not None:
                     return found
         return {}
@@ -312,8 +312,8 @@ def _heads(axis: Axis, free: set[Atom]) -> Iterator[Axis]:
         changing = [bool(free.intersection(leaves(factor))) for factor in axis.factors]
         if any(changing):
             behind = product(axis.factors[changing.index(True) :])
-            alone = product(f for f, changes in zip(axis.factors, changing, strict=True) if changes)
-            yield from dict.fromkeys((behind, behind if isinstance(alone, Atom) else alone))
+            part = product(f for f, changes in zip(axis.factors, changing, strict=True) if changes)
+            yield from dict.fromkeys((behind, behind if isinstance(part, Atom) else part))
 
 
 def _widths_of_heads(streams: Mapping[Axis, Sequence[Axis]], free: set[Atom]) -> dict[Atom, int]:

@@ -36,9 +36,10 @@ def guesses(model: nn.Module, tensors: Mapping[int, Tensor], literals: Literals)
     choices = list(itertools.islice(_choices(modules, _explanations(modules, literals)), _CHOICES))
     tried: list[Attributes] = []
     of_torch = {name: module for name, module in modules.items() if _is_of_torch(module)}  # classes made of these may compute scales from their sizes
-    ways: list[tuple[Mapping[str, nn.Module], str | None]] = [(modules, None), (modules, "torch."), (modules, ""), (of_torch, None)]
-    for described, among in ways:  # torch's own layers describe themselves; in others a number may mean something else
-        for chosen in choices if (described, among) == ways[0] else choices[:2]:
+    few = choices[:2]
+    ways = ((modules, None, choices), (modules, "torch.", few), (modules, "", few), (of_torch, None, few))
+    for described, among, all_chosen in ways:  # torch's own layers describe themselves; in others a number may mean something else
+        for chosen in all_chosen:
             for options in (chosen, chosen[::-1]):  # of 8 heads as wide as 8 channels, the number of the heads may be the first or the last to change
                 attributes = _described(described, tensors, _followed(modules, options))
                 if among is not None:
