@@ -291,11 +291,13 @@ def _streams(groups: Groups, free: set[Atom], alone: set[Atom]) -> dict[Axis, tu
     """
     found: dict[Axis, dict[Axis, None]] = {}
     recurrent = {atom for shape in groups.axes.values() if len(shape) == 2 for atom in set(leaves(shape[0])).intersection(leaves(shape[1]))}
+    grouped = {a for shape in groups.axes.values() if len(shape) > 2 and shape[1] in free - alone for a in (shape[1], *leaves(shape[0]))}
     for shape in groups.axes.values():
         for axis in shape:
             for heads in (h for part in (axis.terms if isinstance(axis, Sum) else (axis,)) for h in _heads(part, free)):
-                if len(own := free.intersection(leaves(heads))) == 1 and (len(shape) > 2 or own <= recurrent):
-                    continue  # channels that a convolution makes, for a shuffle; or the gates of hidden units
+                own = free.intersection(leaves(heads))
+                if own & grouped or (len(own) == 1 and (len(shape) > 2 or own <= recurrent)):
+                    continue  # the groups of a convolution, or channels that it makes for a shuffle, or gates of hidden units: no heads
                 like = (a for a in shape if a.size == heads.size and set() < free.intersection(leaves(a)) <= alone.difference(leaves(heads)))
                 found.setdefault(heads, {}).update(dict.fromkeys(like))
     read = {a for heads, streams in found.items() if alone.isdisjoint(leaves(heads)) for stream in streams for a in leaves(stream)}
