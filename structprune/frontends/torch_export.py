@@ -106,6 +106,17 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+    """Something of torch's is another while a model is traced."""
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
+@contextmanager
 def _methods_on_stacks() -> Iterator[None]:
     """The methods and functions that a forward calls are on the stack of a node: torch notes the lines of forwards alone."""
     filtered = TracerBase._filter_traceback_frames
@@ -117,11 +128,8 @@ def _methods_on_stacks() -> Iterator[None]:
         frames = dropwhile(lambda frame: id(frame) not in kept, summary)
         return StackSummary.from_list([frame for frame in frames if id(frame) in kept or dirname(frame.filename) in places])
 
-    TracerBase._filter_traceback_frames = with_methods  # type: ignore[method-assign, assignment]
-    try:
+    with _replaced(TracerBase, "_filter_traceback_frames", with_methods):
         yield
-    finally:
-        TracerBase._filter_traceback_frames = filtered  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -138,11 +146,8 @@ def _failed_calls_left() -> Iterator[None]:
                 tracer.module_stack.popitem()
             raise
 
-    Tracer.call_module = call_module  # type: ignore[method-assign, assignment]
-    try:
+    with _replaced(Tracer, "call_module", call_module):
         yield
-    finally:
-        Tracer.call_module = call  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -151,13 +156,8 @@ def _masks_as_they_are() -> Iterator[None]:
 
     It does so only to choose a kernel: taken as any other mask, it answers the same.
     """
-    layers = nn.modules.transformer
-    detect = layers._detect_is_causal_mask
-    layers._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
-    try:
+    with _replaced(nn.modules.transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True):
         yield
-    finally:
-        layers._detect_is_causal_mask = detect
 
 
 @contextmanager
@@ -171,8 +171,5 @@ def _modules_where_they_are() -> Iterator[None]:
         there = all(device in (None, t.device) and (dtype in (None, t.dtype) or not t.is_floating_point()) for t in tensors)
         return module if there else move(module, *args, **kwargs)
 
-    nn.Module.to = to  # type: ignore[method-assign, assignment]
-    try:
+    with _replaced(nn.Module, "to", to):
         yield
-    finally:
-        nn.Module.to = move  # type: ignore[method-assign]
