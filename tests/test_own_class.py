@@ -218,6 +218,17 @@ def test_code_that_makes_up_for_the_scale_itself_is_left_to_it() -> None:
     assert "hooks" not in result.report.data["verification"]["module_note"]
 
 
+def by_sizes(m: models.Of, x: Tensor) -> Tensor:
+    """Numbers that are computed of sizes, which are free, and are no scale of anything."""
+    return m.out(m.stem(x).relu() * (x.shape[1] * 0.25)) + x.shape[1] * 0.5
+
+
+def test_code_that_computes_with_free_sizes_has_no_scale() -> None:
+    model = models.Of(by_sizes, stem=nn.Linear(6, 16), out=nn.Linear(16, 3)).eval()
+    small = sp.compress(model, (torch.randn(2, 8, 6),), "channels=0.5", dynamic=(1,)).model
+    assert isinstance(small, models.Of) and small(torch.randn(3, 5, 6)).shape == (3, 5, 3)
+
+
 # --- what runs and no output needs --------------------------------------------------------------------------------------------
 
 

@@ -56,8 +56,8 @@ def changed_scales(graph: Graph, types: Types, keep: Keep) -> dict[str, Scale]:
     others: dict[str, Scale] = {}
     for node in graph.nodes:
         name, factor = operator_name(node), _factor(node)
-        if not owners_of(node) or not (factor or name == "scaled_dot_product_attention"):
-            continue
+        if not owners_of(node) or not isinstance(node.meta.get("val"), Tensor) or not (factor or name == "scaled_dot_product_attention"):
+            continue  # among others, code that computes with sizes: 0.5 * x.shape[1]
         owner = owners_of(node)[0]
         for axis in _widths_of_queries(node, types):
             left = kept_size(axis, widths)
