@@ -37,7 +37,7 @@ from structprune.recovery.compensate import Fitted
 from structprune.recovery.compensate import compensate as compensated
 from structprune.recovery.matching import Matched, match, must_learn
 from structprune.result import Clock, Evaluate, Progress, Result
-from structprune.transform.memory import freed_at_once
+from structprune.transform.memory import freed_or_kept
 from structprune.transform.own_class import came_as_graph, own_class, take_values
 from structprune.transform.scale import changed_scales
 from structprune.transform.surgery import Surgery, operate
@@ -339,7 +339,7 @@ def realise(
     """
     options = ready.options if ready is not None else Options()
     keep = decide.atoms_of(plan, groups)
-    with freed_at_once(graph.module.state_dict().values()):
+    with freed_or_kept(graph):
         with clock("surgery"):
             surgery = operate(graph, groups.types, keep, plan.tensors)
         with _buffers_kept(surgery.module):

@@ -1,43 +1,61 @@
-"""Freed tensors go back to the system at once, while a model is rebuilt and checked.
+"""Large blocks of memory, while a model is rebuilt and checked: given back to the system at once, or kept for the next tensor of that size.
 
-glibc keeps freed blocks below a threshold that it raises to 32 MiB by itself, and the tensors of a network, each a little larger than the
-one before, fit into none of the holes: peak memory was 1.8 times ResNet-50's own size, and is 0.7 times so.
+glibc gives back what is larger than a threshold, which it raises to 32 MiB by itself. What it keeps leaves holes that the next tensor, a little
+larger, does not fit into: DeiT-Tiny's peak is 2.8 times its own size, and 1.4 times where all goes back. What it gives back comes again
+full of zeros, page by page, which takes as long as the arithmetic: checking a video Swin took 18 seconds, and takes 9 where blocks are kept.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
 
+from structprune.ir.graph import Graph, shape_of
+
+LIVE = 4  # activations of the largest size that are alive at one time
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
-_LEAST, _MOST = 128 << 10, 2 << 20  # bytes; smaller blocks cost time, larger ones memory
+_LEAST, _MOST = 128 << 10, 256 << 20  # bytes; smaller blocks cost time, larger ones are weights
 _GLIBC_AT_MOST = 32 << 20
-_SHARE = 256  # a block is worth its time if it is more than this part of the model
+_SMALL = 64 << 20  # bytes of a model, of which holes are a large part
+
+
+def largest_activation(graph: Graph) -> int:
+    """In bytes, in float64, of the whole example."""
+    values = [n.meta.get("val") for n in graph.nodes if n.op == "call_function"]
+    return max((8 * math.prod(shape_of(v)) for v in values if isinstance(v, Tensor)), default=0)
+
+
+def own_size(graph: Graph) -> int:
+    """Bytes of the model's tensors."""
+    return sum(t.numel() * t.element_size() for t in graph.module.state_dict().values())
 
 
 @contextmanager
-def freed_at_once(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """tensors: those of the model; the larger they are, the larger the blocks that are worth giving back.
+def freed_or_kept(graph: Graph) -> Iterator[None]:
+    """Blocks of a small model with smaller activations go back to the system at once, those of others at the end.
 
     Does nothing where the C library is not glibc, or the user has set the threshold. Afterwards it stands where glibc itself would have
     moved it after the first large tensor.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ else None
-    if mallopt is None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ else None
+    if libc is None or not hasattr(libc, "mallopt"):
         yield
         return
 
     def set_threshold(size: int) -> None:
-        mallopt(_MMAP_THRESHOLD, size)
-        mallopt(_TRIM_THRESHOLD, 2 * size)
+        libc.mallopt(_MMAP_THRESHOLD, size)
+        libc.mallopt(_TRIM_THRESHOLD, 2 * size)
 
-    set_threshold(min(_MOST, max(_LEAST, sum(t.numel() * t.element_size() for t in tensors) // _SHARE)))
+    size = own_size(graph)
+    set_threshold(_LEAST if LIVE * largest_activation(graph) < size < _SMALL else _MOST)
     try:
         yield
     finally:
         set_threshold(_GLIBC_AT_MOST)
+        libc.malloc_trim(0)

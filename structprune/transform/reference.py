@@ -9,7 +9,7 @@ definition, over the kept entries.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -78,21 +78,17 @@ class Masked(Exact):
                 return fx.Interpreter.get_attr(self, n.target, (), {})  # type: ignore[arg-type]
             value = super().run_node(n)
             return value if n in self._types.constants else self._without(value, self._types.nodes.get(n))  # once for all readers
-        if n.op != "call_function" or name in _ENTRY_BY_ENTRY or n.target is operator.getitem:
+        if n.op != "call_function" or name in _ENTRY_BY_ENTRY or n.target is operator.getitem or self._row_by_row(n):
             return super().run_node(n)
         if name in _LINEAR and (answer := self._shorter_sums(n)) is not None:
+            return answer
+        if name in _MEANS | _NORMS and (answer := self._over_kept(n)) is not None:
             return answer
         written = n.args[0] if n.args and has_effect(n) else None  # an operator in place needs the tensor itself
         silenced = n.args[1] if name in _LINEAR else None
         alone = self._alone(n)
         args = fx.map_arg(n.args, lambda a: self.env[a] if a is written or a is silenced else self._read(a, alone))
         kwargs = fx.map_arg(n.kwargs, lambda a: self._read(a, alone))
-        operand = n.args[0] if n.args else None
-        if name in _OVER_KEPT and isinstance(operand, fx.Node):
-            masks = self._masks_of(self._types.nodes[operand], self.env[operand])
-            if any(mask is not None for mask in masks):
-                given = named_arguments(n, args, kwargs)
-                return _OVER_KEPT[name](masks, given.pop(next(iter(given))), **given)
         answer = self.call_function(n.target, args, kwargs)
         for dim, mask in alone.items():
             answer = _with_removed(answer, dim, mask)
@@ -119,19 +115,48 @@ class Masked(Exact):
         answer = self.call_function(n.target, (x, weight, bias), given)
         return answer if made is None else _with_removed(answer, channels, made)
 
+    def _over_kept(self, n: fx.Node) -> Any:
+        """What a mean, or another operator that counts entries, makes of those that stay; None where all do."""
+        source, *rest = n.args
+        assert isinstance(source, fx.Node)
+        given = named_arguments(n, (source, *fx.map_arg(rest, self._read)), fx.map_arg(n.kwargs, self._read))
+        del given[next(iter(given))]
+        x, shape = self.env[source], self._types.nodes[source]
+        dims = _dims_across(operator_name(n), x, given)
+        masks = {d: mask for d in dims if (mask := self._mask(shape[d], x.shape[d])) is not None and mask.any()}
+        if not masks:
+            return None
+        for d, mask in masks.items():
+            x = x.index_select(d, mask.nonzero()[:, 0])
+        if operator_name(n) in _MEANS:
+            return self.call_function(n.target, (x,), given)
+        for d, mask in masks.items():  # of a norm
+            scale = {name: given[name] for name in ("weight", "bias") if given.get(name) is not None}
+            given |= {name: value.index_select(d - dims[0], mask.nonzero()[:, 0]) for name, value in scale.items()}
+        if "num_groups" in given:
+            given["num_groups"] = int(masks[1].view(given["num_groups"], -1).any(1).sum())
+        else:
+            given["normalized_shape"] = list(x.shape[dims[0] :])
+        answer = self.call_function(n.target, (x,), given)
+        for d, mask in masks.items():
+            answer = _with_removed(answer, d, mask)
+        return answer
+
+    def _row_by_row(self, n: fx.Node) -> bool:
+        """Whether this is a softmax along an axis of which all entries stay: each row by itself."""
+        if operator_name(n) not in _SOFTMAX:
+            return False
+        dim = named_arguments(n, n.args, n.kwargs)["dim"]
+        return not n.meta["val"].dim() or self._mask(self._types.shape(n)[dim], n.meta["val"].shape[dim]) is None
+
     def _alone(self, n: fx.Node) -> dict[int, Tensor]:
-        """Masks by axis, counted from the last, of heads that a product or a softmax treats each by itself: those that go are left out."""
+        """Masks by axis, counted from the last, of heads that a product treats each by itself: those that go are left out."""
         name, answer = operator_name(n), n.meta["val"]
         operands = [self.env[a] for a in n.all_input_nodes if isinstance(self.env[a], Tensor)]
-        if name in _SOFTMAX and answer.dim():
-            along = named_arguments(n, n.args, n.kwargs)["dim"]
-            axes = set(range(-answer.dim(), 0)) - {along % answer.dim() - answer.dim()}
-        elif name in _OF_MATRICES and all(operand.dim() > 1 for operand in operands):
-            axes = set(range(-answer.dim(), -2))
-        else:
+        if name not in _OF_MATRICES or not answer.is_floating_point() or any(operand.dim() < 2 for operand in operands):
             return {}
         found: dict[int, Tensor] = {}
-        for d in sorted(axes) if answer.is_floating_point() else ():
+        for d in range(-answer.dim(), -2):
             mask = self._mask(self._types.nodes[n][d], max(operand.shape[d] for operand in operands if operand.dim() >= -d))
             if mask is not None and mask.any() and not mask.all():
                 found[d] = mask
@@ -191,96 +216,19 @@ def _weighs(weight: fx.Node, user: fx.Node) -> bool:
     return operator_name(user) in _LINEAR and user.args[1] is weight and weight not in (user.args[0], *user.args[2:])
 
 
-# --- operators whose arithmetic depends on how many entries there are ---------------------------------------------------------
-
-
-def _weights(masks: list[Tensor | None], x: Tensor, dims: list[int]) -> Tensor:
-    """1 for the entries that stay and 0 for the others, in a shape that broadcasts against x."""
-    weight = torch.ones([x.shape[d] if d in dims else 1 for d in range(x.dim())], dtype=x.dtype)
-    for dim in dims:
-        mask = masks[dim]
-        if mask is not None:
-            weight = weight * mask.to(x.dtype).view([-1 if d == dim else 1 for d in range(x.dim())])
-    return weight
-
-
-def _dims(x: Tensor, dim: Any) -> list[int]:
-    """The dimensions that a reduction runs over."""
+def _dims_across(name: str, x: Tensor, given: Mapping[str, Any]) -> list[int]:
+    """Which dimensions of its first operand a mean or a norm reads across."""
+    if name == "group_norm":
+        return [1]
+    if name in _NORMS:
+        return list(range(x.dim() - len(given["normalized_shape"]), x.dim()))
+    dim = given.get("dim")
     return [d % x.dim() for d in (dim if isinstance(dim, (list, tuple)) else [dim])] if dim not in (None, []) else list(range(x.dim()))
 
 
-def _mean(masks: list[Tensor | None], x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Tensor:
-    dims = _dims(x, dim)
-    weight = _weights(masks, x, dims)
-    return (x * weight).sum(dims, keepdim=keepdim) / weight.sum()
+_MEANS = frozenset({"mean", "var", "std", "var_mean", "std_mean"})
 
-
-def _variance(
-    masks: list[Tensor | None], x: Tensor, dim: Any = None, correction: float | None = None, keepdim: bool = False, unbiased: bool = True
-) -> Tensor:
-    """Σ(x - mean)² / (entries - correction); correction is 1 where neither it nor `unbiased` is given."""
-    dims = _dims(x, dim)
-    stays = _weights(masks, x, dims)
-    squares = ((x - _mean(masks, x, dims, keepdim=True)).square() * stays).sum(dims, keepdim=keepdim)
-    return squares / (stays.sum() - (float(unbiased) if correction is None else correction))
-
-
-def _deviation(masks: list[Tensor | None], x: Tensor, **given: Any) -> Tensor:
-    return _variance(masks, x, **given).sqrt()
-
-
-def _variance_mean(masks: list[Tensor | None], x: Tensor, dim: Any = None, keepdim: bool = False, **given: Any) -> tuple[Tensor, Tensor]:
-    return _variance(masks, x, dim, keepdim=keepdim, **given), _mean(masks, x, dim, keepdim)
-
-
-def _deviation_mean(masks: list[Tensor | None], x: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
-    variance, mean = _variance_mean(masks, x, **given)
-    return variance.sqrt(), mean
-
-
-def _layer_norm(
-    masks: list[Tensor | None], x: Tensor, normalized_shape: list[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, **_: Any
-) -> Tensor:
-    dims = list(range(x.dim() - len(normalized_shape), x.dim()))
-    stays = _weights(masks, x, dims)
-    centred = x - (x * stays).sum(dims, keepdim=True) / stays.sum()
-    out = centred / ((centred.square() * stays).sum(dims, keepdim=True) / stays.sum() + eps).sqrt()
-    return _affine(out, weight, bias)
-
-
-def _rms_norm(masks: list[Tensor | None], x: Tensor, normalized_shape: list[int], weight: Any = None, eps: float | None = None) -> Tensor:
-    dims = list(range(x.dim() - len(normalized_shape), x.dim()))
-    stays = _weights(masks, x, dims)
-    floor = torch.finfo(x.dtype).eps if eps is None else eps
-    return _affine(x / ((x.square() * stays).sum(dims, keepdim=True) / stays.sum() + floor).sqrt(), weight, None)
-
-
-def _group_norm(masks: list[Tensor | None], x: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, **_: Any) -> Tensor:
-    stays = torch.ones(x.shape[1], dtype=x.dtype) if masks[1] is None else masks[1].to(x.dtype)
-    split = x.reshape(x.shape[0], num_groups, -1)
-    counts = stays.view(num_groups, -1, 1).expand(-1, -1, split.shape[2] // (x.shape[1] // num_groups)).reshape(1, num_groups, -1)
-    number = counts.sum(2, keepdim=True).clamp_min(1)  # a removed group has no entries, and no readers
-    centred = split - (split * counts).sum(2, keepdim=True) / number
-    out = (centred / ((centred.square() * counts).sum(2, keepdim=True) / number + eps).sqrt()).reshape(x.shape)
-    one_channel = [1, -1] + [1] * (x.dim() - 2)
-    return _affine(out, weight if weight is None else weight.view(one_channel), bias if bias is None else bias.view(one_channel))
-
-
-def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    x = x if weight is None else x * weight
-    return x if bias is None else x + bias
-
-
-_OVER_KEPT: dict[str, Callable[..., Any]] = {
-    "mean": _mean,
-    "var": _variance,
-    "std": _deviation,
-    "var_mean": _variance_mean,
-    "std_mean": _deviation_mean,
-    "layer_norm": _layer_norm,
-    "rms_norm": _rms_norm,
-    "group_norm": _group_norm,
-}
+_NORMS = frozenset({"layer_norm", "rms_norm", "group_norm"})
 
 _OF_MATRICES = frozenset({"matmul", "bmm", "scaled_dot_product_attention"})
 
