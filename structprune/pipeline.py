@@ -234,7 +234,7 @@ def _prepare(given: _Given, targets: Sequence[str], options: Options, clock: Clo
     with clock("infer"):
         groups = find_groups(graph, options.ignore)
     samples = given.samples(graph, groups, options.seed, clock)
-    with clock("score"):
+    with clock("score"), freed_or_kept(graph, _work(groups, samples)):
         saliency = decide.saliency(graph, groups, options.criterion, model=folded, samples=samples, seed=options.seed, say=clock.say)
     dense = None
     if measured:
@@ -339,7 +339,7 @@ def realise(
     """
     options = ready.options if ready is not None else Options()
     keep = decide.atoms_of(plan, groups)
-    with freed_or_kept(graph):
+    with freed_or_kept(graph, _work(groups, ready.samples if ready is not None else None)):
         with clock("surgery"):
             surgery = operate(graph, groups.types, keep, plan.tensors)
         with _buffers_kept(surgery.module):
@@ -367,6 +367,11 @@ def realise(
     report = _report(graph, groups, plan, surgery, verification, own is not None, note, clock, ready, found, fitted, matched, accuracy)
     given = (ready.samples, ready.evaluate) if ready is not None else ()
     return Result(small, plan, report, graph, surgery.module, clock, options.deployed(), found, *given)
+
+
+def _work(groups: Groups, samples: Samples | None) -> int:
+    """Multiply-accumulates of one call on the example, or of as many as there are samples."""
+    return groups.macs() * (1 if samples is None else len(samples))
 
 
 @contextmanager

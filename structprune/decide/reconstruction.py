@@ -27,6 +27,7 @@ from structprune.ir.axes import Atom
 
 _RIDGE = 1e-3  # of the mean diagonal, and more where there are few rows
 _AT_ONCE = 32  # steps in which half of a wide group's channels go
+_COMPACT = 7 / 8  # what is left of the columns when those that are gone are left out
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class _State:
             return
         ridge = _RIDGE + 0.1 * moments.gram.shape[-1] / max(1, moments.rows)
         self._inverse = torch.cholesky_inverse(factor(moments.gram, ridge))
+        self._stays = torch.ones(moments.gram.shape[-1], dtype=torch.bool)
 
     def costs(self, channels: Tensor) -> Tensor:
         """[channels]: of removing each of them alone, now."""
@@ -85,9 +87,21 @@ class _State:
         root = factor(rows[:, :, gone], 0.0)
         cost = float(torch.linalg.solve_triangular(root, weight.transpose(1, 2), upper=False).square().sum())
         solved = torch.cholesky_solve(rows, root)
-        self.weight = self.weight - weight @ solved
-        self._inverse = self._inverse - rows.transpose(1, 2) @ solved
+        self.weight.baddbmm_(weight, solved, alpha=-1)
+        self._inverse.baddbmm_(rows.transpose(1, 2), solved, alpha=-1)
+        self._stays[gone] = False
+        if int(self._stays.sum()) < _COMPACT * len(self._stays):
+            self._compact()
         return cost
+
+    def _compact(self) -> None:
+        """Leave out the columns that are gone: a step takes time and memory in proportion to the square of their number."""
+        assert self._inverse is not None
+        kept = self._stays.nonzero()[:, 0]
+        self.weight = self.weight.index_select(2, kept)
+        self._inverse = self._inverse.index_select(1, kept).index_select(2, kept)
+        self.columns = (self._stays.cumsum(0) - 1)[self.columns]  # of channels that are gone: nobody asks for them again
+        self._stays = torch.ones(len(kept), dtype=torch.bool)
 
 
 def _state(moments: Moments, groups: Groups, atom: Atom) -> _State | None:

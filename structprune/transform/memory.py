@@ -20,9 +20,11 @@ from structprune.ir.graph import Graph, shape_of
 
 LIVE = 4  # activations of the largest size that are alive at one time
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
-_LEAST, _MOST = 128 << 10, 256 << 20  # bytes; smaller blocks cost time, larger ones are weights
+_LEAST, _MOST = 128 << 10, 2 << 20  # bytes; smaller blocks cost time, larger ones memory
+_SHARE = 256  # a block is worth its time if it is more than this part of the model
+_KEPT = 256 << 20  # bytes; larger blocks are weights
 _GLIBC_AT_MOST = 32 << 20
-_SMALL = 64 << 20  # bytes of a model, of which holes are a large part
+_HEAVY = 10_000_000_000  # multiply-accumulates
 
 
 def largest_activation(graph: Graph) -> int:
@@ -37,11 +39,11 @@ def own_size(graph: Graph) -> int:
 
 
 @contextmanager
-def freed_or_kept(graph: Graph) -> Iterator[None]:
-    """Blocks of a small model with smaller activations go back to the system at once, those of others at the end.
+def freed_or_kept(graph: Graph, work: float) -> Iterator[None]:
+    """Where there is little work, blocks go back to the system at once; where there is much, at the end.
 
-    Does nothing where the C library is not glibc, or the user has set the threshold. Afterwards it stands where glibc itself would have
-    moved it after the first large tensor.
+    work: multiply-accumulates, of all that is about to run. Does nothing where the C library is not glibc, or the user has set the threshold.
+    Afterwards that stands where glibc itself would have moved it after the first large tensor.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ else None
     if libc is None or not hasattr(libc, "mallopt"):
@@ -52,8 +54,7 @@ def freed_or_kept(graph: Graph) -> Iterator[None]:
         libc.mallopt(_MMAP_THRESHOLD, size)
         libc.mallopt(_TRIM_THRESHOLD, 2 * size)
 
-    size = own_size(graph)
-    set_threshold(_LEAST if LIVE * largest_activation(graph) < size < _SMALL else _MOST)
+    set_threshold(_KEPT if work > _HEAVY else min(_MOST, max(_LEAST, own_size(graph) // _SHARE)))
     try:
         yield
     finally:
