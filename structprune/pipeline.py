@@ -234,7 +234,7 @@ def _prepare(given: _Given, targets: Sequence[str], options: Options, clock: Clo
     with clock("infer"):
         groups = find_groups(graph, options.ignore)
     samples = given.samples(graph, groups, options.seed, clock)
-    with clock("score"), freed_or_kept(graph, _work(groups, samples)):
+    with clock("score"):
         saliency = decide.saliency(graph, groups, options.criterion, model=folded, samples=samples, seed=options.seed, say=clock.say)
     dense = None
     if measured:
@@ -339,7 +339,7 @@ def realise(
     """
     options = ready.options if ready is not None else Options()
     keep = decide.atoms_of(plan, groups)
-    with freed_or_kept(graph, _work(groups, ready.samples if ready is not None else None)):
+    with freed_or_kept(graph, groups.macs()):
         with clock("surgery"):
             surgery = operate(graph, groups.types, keep, plan.tensors)
         with _buffers_kept(surgery.module):
@@ -350,28 +350,23 @@ def realise(
             if own is None and not came_as_graph(model, graph):  # a class that agrees with the graph needs no other proof
                 with clock("verify"), _buffers_kept(model):
                     verify_trace(model, graph)
+    _follow(own, surgery.module)
+    small = own if own is not None else surgery.module
+    accuracy = _scores_of(ready, "pruned", small, clock)
+    fitted: Sequence[Fitted] | None = None
+    matched: Matched | None = None
+    if ready is not None and ready.samples is not None and options.compensate:
+        with clock("compensate"):
+            turned = turns(measured_logits(graph, groups.types, ready.samples), keep)
+            fitted = compensated(graph, groups.types, keep, surgery, ready.samples, clock.say, turned)
+        if options.matching:
+            with clock("match"), _buffers_kept(graph.module), _buffers_kept(surgery.module):
+                matched = match(graph, groups.types, keep, surgery, ready.samples, options.matching, options.seed, clock.say, turned)
         _follow(own, surgery.module)
-        small = own if own is not None else surgery.module
-        accuracy = _scores_of(ready, "pruned", small, clock)
-        fitted: Sequence[Fitted] | None = None
-        matched: Matched | None = None
-        if ready is not None and ready.samples is not None and options.compensate:
-            with clock("compensate"):
-                turned = turns(measured_logits(graph, groups.types, ready.samples), keep)
-                fitted = compensated(graph, groups.types, keep, surgery, ready.samples, clock.say, turned)
-            if options.matching:
-                with clock("match"), _buffers_kept(graph.module), _buffers_kept(surgery.module):
-                    matched = match(graph, groups.types, keep, surgery, ready.samples, options.matching, options.seed, clock.say, turned)
-            _follow(own, surgery.module)
-            accuracy |= _scores_of(ready, "after", small, clock)
+        accuracy |= _scores_of(ready, "after", small, clock)
     report = _report(graph, groups, plan, surgery, verification, own is not None, note, clock, ready, found, fitted, matched, accuracy)
     given = (ready.samples, ready.evaluate) if ready is not None else ()
     return Result(small, plan, report, graph, surgery.module, clock, options.deployed(), found, *given)
-
-
-def _work(groups: Groups, samples: Samples | None) -> int:
-    """Multiply-accumulates of one call on the example, or of as many as there are samples."""
-    return groups.macs() * (1 if samples is None else len(samples))
 
 
 @contextmanager

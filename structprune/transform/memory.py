@@ -42,7 +42,7 @@ def own_size(graph: Graph) -> int:
 def freed_or_kept(graph: Graph, work: float) -> Iterator[None]:
     """Where there is little work, blocks go back to the system at once; where there is much, at the end.
 
-    work: multiply-accumulates, of all that is about to run. Does nothing where the C library is not glibc, or the user has set the threshold.
+    work: multiply-accumulates of the model on its example. Does nothing where the C library is not glibc, or the user has set the threshold.
     Afterwards that stands where glibc itself would have moved it after the first large tensor.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ else None
