@@ -47,11 +47,11 @@ def _case(name: str) -> tuple[Any, tuple[Any, ...]]:
 
 def ours(name: str) -> dict[str, Any]:
     """Seconds of every stage of structprune."""
-    import structprune
+    from structprune import compress
 
     model, inputs = _case(name)
     started = time.perf_counter()
-    result = structprune.compress(model, inputs, target="channels=0.5")
+    result = compress(model, inputs, target="channels=0.5")
     total = time.perf_counter() - started
     seconds = result.report.data["seconds"]
     return {
@@ -67,11 +67,11 @@ def sampled(name: str) -> dict[str, Any]:
     """Seconds of the stages that look at samples, and of the whole call."""
     import torch
 
-    import structprune
+    from structprune import compress
 
     model, inputs = _case(name)
     started = time.perf_counter()
-    result = structprune.compress(model, inputs, target="macs=0.5", calibration=torch.randn(SAMPLES, 3, 224, 224))
+    result = compress(model, inputs, target="macs=0.5", calibration=torch.randn(SAMPLES, 3, 224, 224))
     seconds = result.report.data["seconds"]
     return {"model": name, "score": seconds["score"], "compensate": seconds["compensate"], "whole": time.perf_counter() - started}
 
@@ -152,7 +152,8 @@ def main() -> None:
     if arguments.write:
         root = Path(__file__).parent.parent
         (root / "bench/results").mkdir(exist_ok=True)
-        (root / "bench/results/compile_time.json").write_text(json.dumps({"ran_on": ran_on, "rows": rows, "with_samples": with_samples}, indent=1) + "\n")
+        kept = {"ran_on": ran_on, "rows": rows, "with_samples": with_samples}
+        (root / "bench/results/compile_time.json").write_text(json.dumps(kept, indent=1) + "\n")
         text = (__doc__ or "").strip().split("\n\n")
         (root / "docs/compile_time.md").write_text(
             f"# What compression itself costs\n\nWritten by `bench/compile_time.py --write`.\n\n{text[-1]}\n\n{tables}\n\n{ran_on}.\n"
