@@ -339,7 +339,7 @@ def realise(
     """
     options = ready.options if ready is not None else Options()
     keep = decide.atoms_of(plan, groups)
-    with freed_or_kept(graph, groups.macs()):
+    with freed_or_kept(graph.module.state_dict().values(), groups.macs()):
         with clock("surgery"):
             surgery = operate(graph, groups.types, keep, plan.tensors)
         with _buffers_kept(surgery.module):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from models import Of
 from torch import Tensor, fx, nn
 
+import structprune as sp
 from structprune.analysis.groups import Groups, find_groups
 from structprune.decide.plan import atoms_of, cuts, planned
 from structprune.errors import PlanError, VerificationError
@@ -29,6 +30,7 @@ from structprune.ir.graph import Graph
 from structprune.ir.operators import operator_name
 from structprune.ir.plan import Cut, Plan, PlannedGroup
 from structprune.ir.traced import TracedModule
+from structprune.ops import RULES
 from structprune.transform import reference
 from structprune.transform import verify as verification
 from structprune.transform.surgery import operate
@@ -458,6 +460,23 @@ def test_heads_that_are_left_out_answer_as_heads_that_are_zero(attend: Callable[
     assert any(left_out)
     monkeypatch.setattr(reference.Masked, "_alone", lambda self, node: {})
     torch.testing.assert_close(quick, answer(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_norm_whose_groups_lose_unlike_numbers_of_channels_is_caught(monkeypatch: pytest.MonkeyPatch):
+    """With a rule that lets each channel go by itself, the small model norms three channels of one group with one of the other."""
+
+    def wrong(equations: Any, x: Any, num_groups: int, *parameters: Any) -> Any:
+        for parameter in parameters[:2]:
+            equations.equate(x[1], parameter[0])
+        return x
+
+    monkeypatch.setitem(RULES, "group_norm", wrong)
+    torch.manual_seed(0)
+    model = Of(lambda m, x: m.head(m.norm(m.a(x))), a=conv(3, 8), norm=nn.GroupNorm(2, 8), head=conv(8, 3)).eval()
+    with torch.no_grad():
+        model.a.weight[[3, 5, 6, 7]] *= 0.01
+    with pytest.raises(VerificationError, match="differs from the reference"):
+        sp.compress(model, torch.randn(2, 3, 6, 6), "channels=0.5")
 
 
 @pytest.mark.parametrize(("pool", "sides"), [(nn.AdaptiveAvgPool2d(2), [64]), (nn.AvgPool2d(48), [64, 96])])

@@ -8,17 +8,13 @@ full of zeros, page by page, which takes as long as the arithmetic: checking a v
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
 
-from structprune.ir.graph import Graph, shape_of
-
-LIVE = 4  # activations of the largest size that are alive at one time
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LEAST, _MOST = 128 << 10, 2 << 20  # bytes; smaller blocks cost time, larger ones memory
 _SHARE = 256  # a block is worth its time if it is more than this part of the model
@@ -27,23 +23,13 @@ _GLIBC_AT_MOST = 32 << 20
 _HEAVY = 10_000_000_000  # multiply-accumulates
 
 
-def largest_activation(graph: Graph) -> int:
-    """In bytes, in float64, of the whole example."""
-    values = [n.meta.get("val") for n in graph.nodes if n.op == "call_function"]
-    return max((8 * math.prod(shape_of(v)) for v in values if isinstance(v, Tensor)), default=0)
-
-
-def own_size(graph: Graph) -> int:
-    """Bytes of the model's tensors."""
-    return sum(t.numel() * t.element_size() for t in graph.module.state_dict().values())
-
-
 @contextmanager
-def freed_or_kept(graph: Graph, work: float) -> Iterator[None]:
+def freed_or_kept(tensors: Iterable[Tensor], work: float) -> Iterator[None]:
     """Where there is little work, blocks go back to the system at once; where there is much, at the end.
 
-    work: multiply-accumulates of the model on its example. Does nothing where the C library is not glibc, or the user has set the threshold.
-    Afterwards that stands where glibc itself would have moved it after the first large tensor.
+    tensors: those of the model; the larger they are, the larger the blocks that are worth giving back. work: its multiply-accumulates.
+    Does nothing where the C library is not glibc, or the user has set the threshold. Afterwards that stands where glibc itself would have moved
+    it after the first large tensor.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ else None
     if libc is None or not hasattr(libc, "mallopt"):
@@ -54,7 +40,7 @@ def freed_or_kept(graph: Graph, work: float) -> Iterator[None]:
         libc.mallopt(_MMAP_THRESHOLD, size)
         libc.mallopt(_TRIM_THRESHOLD, 2 * size)
 
-    set_threshold(_KEPT if work > _HEAVY else min(_MOST, max(_LEAST, own_size(graph) // _SHARE)))
+    set_threshold(_KEPT if work > _HEAVY else min(_MOST, max(_LEAST, sum(t.numel() * t.element_size() for t in tensors) // _SHARE)))
     try:
         yield
     finally:

@@ -2,8 +2,8 @@
 
 It knows axis types and which entries of each atom stay, but nothing of a plan's slices, of resized literals or of the small graph:
 wherever an operator reads across channels, it reads zeros for the removed ones. Convolutions and linear layers, in which most of the time goes,
-leave the zeros out of their sums, and attention leaves out whole heads. Means, variances and norms over a pruned axis are computed from their
-definition, over the kept entries.
+leave the zeros out of their sums, and attention leaves out whole heads. Means, variances and norms over a pruned axis are those of the kept
+entries alone.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Masked(Exact):
         return answer if made is None else _with_removed(answer, channels, made)
 
     def _over_kept(self, n: fx.Node) -> Any:
-        """What a mean, or another operator that counts entries, makes of those that stay; None where all do."""
+        """What a mean, a norm, or another operator that counts entries makes of those that stay; None where all do."""
         source, *rest = n.args
         assert isinstance(source, fx.Node)
         given = named_arguments(n, (source, *fx.map_arg(rest, self._read)), fx.map_arg(n.kwargs, self._read))
@@ -126,21 +126,28 @@ class Masked(Exact):
         masks = {d: mask for d in dims if (mask := self._mask(shape[d], x.shape[d])) is not None and mask.any()}
         if not masks:
             return None
+        if operator_name(n) == "group_norm":
+            return self._group_by_group(n, x, masks[1], given)
+        scales = [name for name in ("weight", "bias") if given.get(name) is not None]  # of a norm, over the same dimensions
         for d, mask in masks.items():
-            x = x.index_select(d, mask.nonzero()[:, 0])
+            kept = mask.nonzero()[:, 0]
+            x = x.index_select(d, kept)
+            given |= {name: given[name].index_select(d - dims[0], kept) for name in scales}
         if operator_name(n) in _MEANS:
             return self.call_function(n.target, (x,), given)
-        for d, mask in masks.items():  # of a norm
-            scale = {name: given[name] for name in ("weight", "bias") if given.get(name) is not None}
-            given |= {name: value.index_select(d - dims[0], mask.nonzero()[:, 0]) for name, value in scale.items()}
-        if "num_groups" in given:
-            given["num_groups"] = int(masks[1].view(given["num_groups"], -1).any(1).sum())
-        else:
-            given["normalized_shape"] = list(x.shape[dims[0] :])
-        answer = self.call_function(n.target, (x,), given)
+        answer = self.call_function(n.target, (x,), given | {"normalized_shape": list(x.shape[dims[0] :])})
         for d, mask in masks.items():
             answer = _with_removed(answer, d, mask)
         return answer
+
+    def _group_by_group(self, n: fx.Node, x: Tensor, mask: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """A group norm, each of the original's groups by itself: those of the small model may be others by mistake."""
+        answers = []
+        for kept in mask.nonzero()[:, 0].split(mask.view(given["num_groups"], -1).sum(1).tolist()):
+            if len(kept):
+                own = {name: given[name].index_select(0, kept) for name in ("weight", "bias") if given.get(name) is not None}
+                answers.append(self.call_function(n.target, (x.index_select(1, kept),), {**given, **own, "num_groups": 1}))
+        return _with_removed(torch.cat(answers, 1), 1, mask)
 
     def _row_by_row(self, n: fx.Node) -> bool:
         """Whether this is a softmax along an axis of which all entries stay: each row by itself."""

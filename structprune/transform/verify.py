@@ -18,12 +18,11 @@ from torch.utils import _pytree as pytree
 from structprune.analysis.infer import Types
 from structprune.errors import TraceError, VerificationError, first_line
 from structprune.ir.axes import Keep
-from structprune.ir.graph import Graph, results_in
+from structprune.ir.graph import Graph, results_in, shape_of
 from structprune.ir.operators import operator_name
 from structprune.ir.samples import copies
 from structprune.ir.traced import in_mode
 from structprune.ops import RULES, contraction
-from structprune.transform.memory import LIVE, largest_activation, own_size
 from structprune.transform.precision import type_of
 from structprune.transform.reference import Exact, Masked, in_double
 
@@ -33,6 +32,7 @@ TOLERANCE = 1e-8  # of what pruning itself changed; one wrong channel among hund
 _ROUNDING = 1e-9  # of the answer: what float64 arithmetic may lose in a deep network
 _WORK = 3_000_000_000  # multiply-accumulates that float64 may take in one comparison
 _MEMORY = 8 << 20  # bytes that the activations of one comparison may take, or as many as the model's own tensors
+_LIVE = 4  # activations of the largest size that are alive at one time
 _SAMPLES = 32
 _LARGE = 96  # pixels: a longer side may become shorter
 _STRIDE = 32  # pixels: networks halve a picture five times
@@ -244,7 +244,10 @@ def _smaller(values: Sequence[Any], share: float) -> list[Any]:
 
 
 def _samples_in_memory(graph: Graph, batch: int) -> float:
-    return max(_MEMORY, own_size(graph) / 2) * batch / max(1, LIVE * largest_activation(graph))
+    values = [n.meta.get("val") for n in graph.nodes if n.op == "call_function"]
+    largest = max((8 * math.prod(shape_of(v)) for v in values if isinstance(v, Tensor)), default=0)
+    own = sum(t.numel() * t.element_size() for t in graph.module.parameters())
+    return max(_MEMORY, own / 2) * batch / max(1, _LIVE * largest)
 
 
 def _unsafe_inputs(graph: Graph) -> set[int]:
