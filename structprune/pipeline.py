@@ -25,10 +25,10 @@ from structprune.closed_loop import Dense, Found, measure_dense, plan_for_latenc
 from structprune.decide.cost import Cost, memory
 from structprune.decide.saliency import Saliency
 from structprune.errors import InputError, TargetError
+from structprune.frontends.devices import device_of
 from structprune.frontends.finite import must_be_finite
-from structprune.frontends.parametrizations import fold_parametrizations
 from structprune.frontends.samples import samples_of
-from structprune.frontends.trace import Dynamic, trace
+from structprune.frontends.trace import Dynamic, plain, trace
 from structprune.ir.axes import Atom
 from structprune.ir.graph import Graph, results_in
 from structprune.ir.plan import Plan
@@ -71,7 +71,7 @@ def compress(
 ) -> Result:
     """Make `model` smaller, and prove it: the result has passed verification, or an error is raised.
 
-    model: in any mode, with any forward that torch.export can trace; it is left untouched.
+    model: in any mode, on any device, with any forward that torch.export can trace; it is left untouched. The small one is on the CPU.
     example_inputs: positional inputs of one call, the batch on the first axis; `example_kwargs` the keyword ones.
     target: what must hold: 'latency=0.5', 'latency=4ms', 'channels=0.5', 'macs=2G', 'params=0.3', 'memory=0.5' (activations that are alive
         at one time) or 'size=10MB' (the ONNX file); several, joined by commas, hold together. A latency is that in
@@ -177,9 +177,13 @@ class _Given:
     def traced(self, clock: Clock) -> tuple[nn.Module, Graph]:
         """The model with its parametrizations folded, and its graph. Raises InputError for values that are not finite, and TraceError."""
         with clock("trace"):
-            folded = fold_parametrizations(self.model)
+            folded = plain(self.model)
             must_be_finite(folded, self.example_inputs, self.example_kwargs)
-            return folded, trace(folded, self.example_inputs, self.example_kwargs, dynamic=self.dynamic)
+            graph = trace(folded, self.example_inputs, self.example_kwargs, dynamic=self.dynamic)
+        device = device_of(self.model)
+        if device.type != "cpu":
+            graph = replace(graph, notes=(*graph.notes, f"the model came on {device}, the small one is on the CPU: result.model.to('{device}')"))
+        return folded, graph
 
     def samples(self, graph: Graph, groups: Groups, seed: int, clock: Clock) -> Samples | None:
         """Not more than tell something new, evenly spread over all that were given."""
@@ -195,6 +199,14 @@ class _Given:
         if len(kept) < len(given):
             clock.say(f"{len(kept)} of {len(given)} samples are used: more take time, and tell little")
         return kept
+
+    @property
+    def evaluation(self) -> Evaluate | None:
+        """`evaluate`, of models on the device that the user's came on."""
+        evaluate, device = self.evaluate, device_of(self.model)
+        if evaluate is None or device.type == "cpu":
+            return evaluate
+        return lambda model: evaluate(copy.deepcopy(model).to(device))
 
     def score(self, clock: Clock) -> float | None:
         """What the user's evaluation says of the model."""
@@ -240,7 +252,7 @@ def _prepare(given: _Given, targets: Sequence[str], options: Options, clock: Clo
     if measured:
         with clock("time operators"):
             dense = measure_dense(graph, groups, deployed, options.align, clock.say)
-    return _Ready(folded, graph, groups, samples, saliency, dense, given.evaluate, given.score(clock), options, clock)
+    return _Ready(folded, graph, groups, samples, saliency, dense, given.evaluation, given.score(clock), options, clock)
 
 
 def _decide(ready: _Ready, target: str) -> Result:
@@ -272,7 +284,7 @@ def _without_dead(given: _Given, options: Options, clock: Clock, plan: Plan | No
     scores = decide.Saliency(decide.TARGET, {name: (~gone).astype(float) for name, gone in dead.channels.items()})
     samples = given.samples(graph, groups, options.seed, clock)
     options = replace(options, criterion=decide.TARGET, compensate=False, matching=0)  # nothing is lost
-    ready = _Ready(silent, graph, groups, samples, scores, None, given.evaluate, given.score(clock), options, clock)
+    ready = _Ready(silent, graph, groups, samples, scores, None, given.evaluation, given.score(clock), options, clock)
     result = realise(silent, graph, groups, plan, clock, ready=ready)
     with clock("verify"):
         own = max((torch.finfo(p.dtype).eps for p in given.model.parameters() if p.is_floating_point()), default=0.0)
@@ -292,11 +304,11 @@ def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> 
     if plan.target == decide.TARGET:
         return _without_dead(_Given(model, args, kwargs), Options(ignore=plan.ignore), clock, plan).model
     with clock("trace"):
-        folded = fold_parametrizations(model)
+        folded = plain(model)
         graph = trace(folded, args, kwargs)
     with clock("infer"):
         groups = find_groups(graph, plan.ignore)
-    return realise(folded, graph, groups, plan, clock).model
+    return realise(folded, graph, groups, plan, clock).model.to(device_of(model))
 
 
 def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: tuple[Any, ...] | Tensor | None = None) -> Verification:
@@ -306,7 +318,7 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: tuple
     for a plan of another model.
     """
     args, kwargs = decide.example_inputs(plan.inputs) if example_inputs is None else (example_inputs, {})
-    graph = trace(fold_parametrizations(model), args, kwargs)
+    graph = trace(plain(model), args, kwargs)
     groups = find_groups(graph, plan.ignore)
     traced = trace(small, graph.args, graph.kwargs, batch=graph.dynamic_batch)
     return compare(graph, groups.types, decide.atoms_of(plan, groups), traced.module)
@@ -314,7 +326,7 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: tuple
 
 def inspect(model: nn.Module, example_inputs: tuple[Any, ...] | Tensor, *, example_kwargs: Mapping[str, Any] | None = None) -> Groups:
     """What can be pruned, what cannot, and why: groups, sizes, costs, frozen axes with reason and source line."""
-    return find_groups(trace(fold_parametrizations(model), example_inputs, example_kwargs))
+    return find_groups(trace(plain(model), example_inputs, example_kwargs))
 
 
 def explain(
@@ -326,7 +338,7 @@ def explain(
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """In words and source lines: what couples two layers; or what one layer is coupled to, and why its other axes stay."""
-    graph = trace(fold_parametrizations(model), example_inputs, example_kwargs)
+    graph = trace(plain(model), example_inputs, example_kwargs)
     return why(graph, find_groups(graph), layer, other)
 
 

@@ -137,10 +137,6 @@ def why_not(model: nn.Module, args: tuple[Tensor, ...]) -> str | None:
     return None
 
 
-def device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
 def described(args: Iterable[Any], kwargs: Mapping[str, Any] | None = None) -> str:
     """Inputs as they are written for --input: `1x3x8x8, mask=1x16:bool`."""
     return ", ".join([_written(a) for a in args] + [f"{name}={_written(v)}" for name, v in (kwargs or {}).items()])

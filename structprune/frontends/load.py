@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from structprune.errors import InputError, did_you_mean, one_line
 from structprune.frontends.archives import check_archive
-from structprune.frontends.example_inputs import candidates, described, device_of, in_tuple, input_tensors, needed_inputs, own_inputs, why_not
+from structprune.frontends.devices import device_of
+from structprune.frontends.example_inputs import candidates, described, in_tuple, input_tensors, needed_inputs, own_inputs, why_not
 from structprune.frontends.torchscript import is_torchscript, load_torchscript
 from structprune.frontends.users_code import called, import_from_current_directory, named_object
 from structprune.frontends.weights import adapted, difference, unwrapped

@@ -58,9 +58,13 @@ def _inputs_and_label(piece: Any, inputs: int) -> tuple[Any, Tensor | None]:
     if isinstance(piece, (tuple, list)) and len(piece) >= 2:
         nested = len(piece) == 2 and isinstance(piece[0], (tuple, list, Mapping))
         if nested or len(piece) == inputs + 1:
-            label = torch.as_tensor(piece[-1])
+            label = _tensor(piece[-1])
             return (piece[0] if len(piece) == 2 else tuple(piece[:-1])), label
     return piece, None
+
+
+def _tensor(value: Any) -> Tensor:
+    return value.cpu() if isinstance(value, Tensor) else torch.as_tensor(value)
 
 
 def _ordered(inputs: Any, graph: Graph, batch: str) -> list[Any]:
@@ -85,7 +89,7 @@ def _checked(values: list[Any], graph: Graph, batch: str) -> list[Any]:
         if not isinstance(traced, Tensor):
             checked.append(value)
             continue
-        value = torch.as_tensor(value)
+        value = _tensor(value)
         wanted = shape_of(traced)
         free = [d for d, size in enumerate(traced.shape) if is_dynamic(size)]
         if value.dim() != len(wanted) or any(value.shape[d] != wanted[d] for d in range(len(wanted)) if d not in free):
@@ -94,7 +98,7 @@ def _checked(values: list[Any], graph: Graph, batch: str) -> list[Any]:
         value = value.to(traced.dtype)
         if value.is_floating_point() and not value.isfinite().all():
             raise InputError(f"{batch}: {name} holds values that are not finite")
-        if len(checked) in graph.held and not torch.equal(value, graph.flat_inputs()[len(checked)].to(value.device)):
+        if len(checked) in graph.held and not torch.equal(value, graph.flat_inputs()[len(checked)]):
             raise InputError(f"{batch}: {name} is not the example's, and the model's code decides by its values; give batches with the same")
         checked.append(value)
     return checked

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError, TraceError, first_line
 from structprune.frontends.definitions import is_for_onnx
+from structprune.frontends.devices import on_cpu, values_on_cpu
 from structprune.frontends.exported import FIXED_BATCH, from_exported, names_in, operators_of, unlifted
 from structprune.frontends.parametrizations import fold_parametrizations
 from structprune.frontends.torch_export import called_once, export, unaware
@@ -33,6 +34,11 @@ _log = logging.getLogger(__name__)
 _DROPPED = "the model's code drops the first axis of one sample (squeeze)"
 
 Dynamic: TypeAlias = Sequence[int] | Mapping[str, Sequence[int]]
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The model as it is traced: on the CPU, with weights that nothing computes; the model itself where it is so."""
+    return fold_parametrizations(on_cpu(model))
 
 
 def trace(
@@ -55,10 +61,10 @@ def trace(
 
 
 def _traced(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[str, Any] | None, dynamic: Dynamic, batch: bool) -> Graph:
-    model = fold_parametrizations(model)
+    model = plain(model)
     promised = signature_of(model)
-    args = (args,) if isinstance(args, Tensor) else tuple(args)
-    args, kwargs = args if promised is None else promised.given(args), dict(kwargs or {})
+    args = values_on_cpu((args,) if isinstance(args, Tensor) else tuple(args))
+    args, kwargs = args if promised is None else promised.given(args), values_on_cpu(dict(kwargs or {}))
     notes: list[str] = []
     given = pytree.tree_leaves((args, kwargs))
     wanted = _wanted_axes(model, args, kwargs, dynamic)

@@ -1,0 +1,37 @@
+"""Models on a GPU are analysed, cut and checked on the CPU: in float64, and against copies that a GPU may have no room for."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from structprune.ir.graph import results_in
+
+Values = TypeVar("Values")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first tensor lies that is not on the CPU; the CPU where all are."""
+    places = (t.device for t in [*model.parameters(), *model.buffers()])
+    return next((place for place in places if place.type not in ("cpu", "meta")), torch.device("cpu"))
+
+
+def on_cpu(model: nn.Module) -> nn.Module:
+    """The model itself, or a copy of it on the CPU, tensors that are plain attributes included."""
+    if device_of(model).type == "cpu":
+        return model
+    memo: dict[int, Any] = {**results_in(model)}
+    for tensor in pytree.tree_leaves([vars(part) for part in model.modules()]):
+        if isinstance(tensor, Tensor):
+            there = tensor.detach().cpu()
+            memo[id(tensor)] = nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
+    return copy.deepcopy(model, memo)
+
+
+def values_on_cpu(values: Values) -> Values:
+    """The same, with every tensor on the CPU."""
+    return pytree.tree_map_only(Tensor, lambda t: t.cpu(), values)  # type: ignore[no-any-return]
