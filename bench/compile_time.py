@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 MODELS = ("resnet18", "resnet50", "resnet152", "densenet201", "swin_t", "vit_b_16")
-LIMIT = 600  # seconds for one model with one tool
+LIMIT = 300  # seconds for one model with one tool
 MEMORY = 16 << 30
 STAGES = ("infer", "plan", "surgery", "verify", "rebuild")
 SAMPLED = ("resnet18", "resnet50", "swin_t")

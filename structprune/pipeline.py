@@ -302,7 +302,7 @@ def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> 
     args, kwargs = decide.example_inputs(plan.inputs)
     clock = Clock(progress)
     if plan.target == decide.TARGET:
-        return _without_dead(_Given(model, args, kwargs), Options(ignore=plan.ignore), clock, plan).model
+        return _without_dead(_Given(model, args, kwargs), Options(ignore=plan.ignore), clock, plan).model.to(device_of(model))
     with clock("trace"):
         folded = plain(model)
         graph = trace(folded, args, kwargs)
@@ -318,7 +318,7 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: tuple
     for a plan of another model.
     """
     args, kwargs = decide.example_inputs(plan.inputs) if example_inputs is None else (example_inputs, {})
-    graph = trace(plain(model), args, kwargs)
+    graph = trace(model, args, kwargs)
     groups = find_groups(graph, plan.ignore)
     traced = trace(small, graph.args, graph.kwargs, batch=graph.dynamic_batch)
     return compare(graph, groups.types, decide.atoms_of(plan, groups), traced.module)
@@ -326,7 +326,7 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: tuple
 
 def inspect(model: nn.Module, example_inputs: tuple[Any, ...] | Tensor, *, example_kwargs: Mapping[str, Any] | None = None) -> Groups:
     """What can be pruned, what cannot, and why: groups, sizes, costs, frozen axes with reason and source line."""
-    return find_groups(trace(plain(model), example_inputs, example_kwargs))
+    return find_groups(trace(model, example_inputs, example_kwargs))
 
 
 def explain(
@@ -338,7 +338,7 @@ def explain(
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """In words and source lines: what couples two layers; or what one layer is coupled to, and why its other axes stay."""
-    graph = trace(plain(model), example_inputs, example_kwargs)
+    graph = trace(model, example_inputs, example_kwargs)
     return why(graph, find_groups(graph), layer, other)
 
 

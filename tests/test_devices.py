@@ -76,6 +76,10 @@ def test_an_evaluation_gets_every_model_where_the_users_is_and_so_does_a_replay(
     seen = []
     result = sp.compress(model, torch.randn(2, 3, 8, 8), "channels=0.5", evaluate=lambda m: float(seen.append(m) or len(seen)))
     assert seen[0] is model and seen[1] is not result.model and moved == [(4, "cuda:0")]
-    moved.clear()
-    sp.apply(on_gpu(), result.plan)
-    assert moved == [(4, "cuda:0")]
+    for target, width in (("channels=0.5", 4), ("dead", 7)):
+        with torch.no_grad():
+            model.a.weight.held[3], model.norm.weight.held[3], model.norm.bias.held[3] = 0, 0, 0
+        plan = sp.compress(model, torch.randn(2, 3, 8, 8), target).plan
+        moved.clear()
+        sp.apply(model, plan)
+        assert moved == [(width, "cuda:0")], target

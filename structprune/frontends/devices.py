@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from structprune.ir.graph import results_in
-
 Values = TypeVar("Values")
 
 
@@ -24,7 +22,7 @@ def on_cpu(model: nn.Module) -> nn.Module:
     """The model itself, or a copy of it on the CPU, tensors that are plain attributes included."""
     if device_of(model).type == "cpu":
         return model
-    memo: dict[int, Any] = {**results_in(model)}
+    memo: dict[int, Any] = {}
     for tensor in pytree.tree_leaves([vars(part) for part in model.modules()]):
         if isinstance(tensor, Tensor):
             there = tensor.detach().cpu()
