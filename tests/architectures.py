@@ -788,8 +788,28 @@ def vision_language() -> Model:
     return VisionLanguage(), (torch.tensor([[1, 11, 11, 11, 11, 4, 5], [3, 2, 11, 11, 11, 11, 9]]), torch.randn(2, 3, 8, 8))
 
 
+class StyledImage(nn.Module):
+    """A picture's style scales the kernels, and all pictures of a batch are groups of one convolution (StyleGAN2's modulated convolution)."""
+
+    def __init__(self, d: int = 24) -> None:
+        super().__init__()
+        self.style, self.inp, self.out = nn.Linear(8, d), nn.Conv2d(3, d, 3, padding=1), nn.Conv2d(2 * d, 3, 1)
+        self.weight = nn.Parameter(torch.randn(2 * d, d, 3, 3))
+
+    def forward(self, style: Tensor, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        weight = self.weight * (self.style(style) + 1)[:, None, :, None, None]
+        weight = weight * torch.rsqrt(weight.square().sum((2, 3, 4), keepdim=True) + 1e-8)
+        y = F.conv2d(x.view(1, -1, *x.shape[2:]), weight.flatten(0, 1), padding=1, groups=len(x))
+        return self.out(F.leaky_relu(y.view(len(x), -1, *x.shape[2:]), 0.2))
+
+
+def styled_image() -> Model:
+    return StyledImage(), (torch.randn(2, 8), torch.randn(2, 3, 8, 8))
+
+
 ALL = (
     yolo, anchor_head, weighted_pyramid, detr, deformable_attention, detector, mask_head, unet, diffusion_unet, diffusion_transformer,
     super_resolution, translator, summariser, experts, expert_modules, dispatched_experts, vision_language, speech_ctc, conformer, wave, vocoder,
-    stepwise, state_space, point_net, contrastive, slow_fast, radiance, grouped_experts,
+    stepwise, state_space, point_net, contrastive, slow_fast, radiance, grouped_experts, styled_image,
 )  # fmt: skip
