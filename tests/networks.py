@@ -399,7 +399,9 @@ def squeeze_and_excite(draw: st.DrawFn, state: State) -> Step:
 
 @step(IMAGE, when=lambda state: state.channels > 1)
 def mean_over_channels(draw: st.DrawFn, state: State) -> Step:
-    return Step(lambda m, x: x * torch.sigmoid(x.mean(1, keepdim=True)), inexact=True)
+    spread = one_of(draw, lambda gate, x: gate, lambda gate, x: gate.expand_as(x), lambda gate, x: gate.repeat(1, x.shape[1], 1, 1),
+                    lambda gate, x: gate.tile(x.shape[1], 1, 1))  # fmt: skip
+    return Step(lambda m, x: x * spread(torch.sigmoid(x.mean(1, keepdim=True)), x), inexact=True)
 
 
 # -------------------------------------------------------------------------------------------------- taking channels apart

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import fx
@@ -128,9 +129,12 @@ def expand(eq: Equations, x: Shape, *_: Any, **__: Any) -> Shape:
 
 @rule("repeat", "tile")
 def repeat(eq: Equations, x: Shape, repeats: list[Any]) -> Shape:
-    """Each axis becomes copies · itself. The number of copies stays: a copy has no channels of its own."""
+    """An axis of size 1 becomes a fresh one, of copies. Others become copies · themselves, and the number of copies stays."""
     padded = (*(UNIT,) * (len(eq.out) - len(x)), *x)
-    return tuple(product((eq.frozen(size // axis.size, "copies of the same entries"), axis)) for axis, size in zip(padded, eq.out, strict=True))
+    return tuple(
+        eq.fresh(size) if axis.size == 1 else product((eq.frozen(size // axis.size, "copies of the same entries"), axis))
+        for axis, size in zip(padded, eq.out, strict=True)
+    )
 
 
 @rule("repeat_interleave")
@@ -156,16 +160,17 @@ def interleavesize_of(new: Resize, node: fx.Node) -> None:
 # --- literal sizes ------------------------------------------------------------------------------------------------------
 
 
-def _sizes(new: Resize, node: fx.Node, name: str, first: int = 0) -> None:
-    """Write the sizes of the answer's axes, from axis `first` on, into the list argument `name`.
+def _sizes(new: Resize, node: fx.Node, name: str, dims: Iterable[int | None]) -> None:
+    """Write the sizes of the answer's axes `dims` into the list argument `name`; where there is None, a number stays.
 
     A size that is computed (from a dynamic batch, say) is scaled: its dynamic part is not ours to know.
     """
-    old = list(new.argument(node, name))
     sizes: list[Any] = []
     shape = node.meta["val"].shape
-    for i, size in enumerate(old):
-        dim = first + i + (len(shape) - first - len(old) if node.target._opname == "expand" else 0)  # type: ignore[union-attr]
+    for size, dim in zip(new.argument(node, name), dims, strict=True):
+        if dim is None:
+            sizes.append(size)
+            continue
         kept = new.size(node, dim)
         whole = size_of(shape[dim])
         if kept == whole or (size == -1 and not isinstance(size, fx.Node)):
@@ -196,13 +201,26 @@ def scaled(new: Resize, before: fx.Node, size: fx.Node, kept: int, whole: int) -
         return graph.call_function(operator.floordiv, (graph.call_function(operator.mul, (size, kept)), whole))
 
 
-@resizer("view", "reshape", "_unsafe_view", "_reshape_alias", "view_copy", "expand", "new_zeros", "new_ones", "new_full", "new_empty",
+@resizer("view", "reshape", "_unsafe_view", "_reshape_alias", "view_copy", "new_zeros", "new_ones", "new_full", "new_empty",
          "zeros", "ones", "full", "empty")  # fmt: skip
 def whole_shape(new: Resize, node: fx.Node) -> None:
-    _sizes(new, node, "size" if new.has(node, "size") else "shape")
+    _sizes(new, node, "size" if new.has(node, "size") else "shape", range(new.rank(node)))
+
+
+@resizer("expand")
+def shape_from_the_last(new: Resize, node: fx.Node) -> None:
+    _sizes(new, node, "size", range(new.rank(node) - len(new.argument(node, "size")), new.rank(node)))
+
+
+@resizer("repeat", "tile")
+def numbers_of_copies(new: Resize, node: fx.Node) -> None:
+    """How often an axis of size 1 stands there is the size of the answer's."""
+    name, x, rank = "repeats" if new.has(node, "repeats") else "dims", new.argument(node, "self"), new.rank(node)
+    repeated = {rank - back: size_of(size) for back, size in enumerate(reversed(x.meta["val"].shape), start=1)}
+    _sizes(new, node, name, [dim if repeated.get(dim, 1) == 1 else None for dim in range(rank - len(new.argument(node, name)), rank)])
 
 
 @resizer("unflatten")
 def part_of_shape(new: Resize, node: fx.Node) -> None:
-    x = new.argument(node, "self")
-    _sizes(new, node, "sizes", first=axis_index(new.argument(node, "dim"), new.rank(x)))
+    first = axis_index(new.argument(node, "dim"), new.rank(new.argument(node, "self")))
+    _sizes(new, node, "sizes", range(first, first + len(new.argument(node, "sizes"))))
