@@ -85,7 +85,8 @@ class Masked(Exact):
         if name in _MEANS | _NORMS and (answer := self._over_kept(n)) is not None:
             return answer
         written = n.args[0] if n.args and has_effect(n) else None  # an operator in place needs the tensor itself
-        silenced = n.args[1] if name in _LINEAR and n.args[1].op == "get_attr" else None  # zeros in its input silence it; computed, it may hold NaN
+        weight = n.args[1] if name in _LINEAR else None
+        silenced = weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None  # by zeros in its input; a computed one may hold NaN
         alone = self._alone(n)
         args = fx.map_arg(n.args, lambda a: self.env[a] if a is written or a is silenced else self._read(a, alone))
         kwargs = fx.map_arg(n.kwargs, lambda a: self._read(a, alone))
