@@ -256,6 +256,17 @@ def test_sums_that_nobody_reads_still_run() -> None:
     assert result.report.data["macs"]["after"] < 0.4 * result.report.data["macs"]["before"]
 
 
+def by_kernel(m: models.Of, x: Tensor) -> Tensor:
+    """A part of a weight is asked for its size alone."""
+    return m.out(m.stem(x).relu() * m.stem.weight[0][0].numel() ** -0.5)
+
+
+def test_the_size_of_a_part_of_a_weight_ties_nothing() -> None:
+    model = models.Of(by_kernel, stem=nn.Conv1d(3, 16, 5), out=nn.Conv1d(16, 4, 1))
+    result = in_its_class(model, (torch.randn(2, 3, 9),), "channels=0.5")
+    assert result.model.stem.out_channels == 8
+
+
 # --- torch's own attention ----------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from structprune.ir.graph import Graph, attribute, size_of
 from structprune.ir.operators import has_effect, operator_name, training_flag
 from structprune.ops import RULES
 
+_PARTS = frozenset({"select", "slice", "narrow", "detach", "alias"})  # code that asks a part of a tensor for its size leaves these
 _SMALL = 4096  # entries of a constant that is compared by what it holds
 
 
@@ -31,6 +32,8 @@ def set_aside(module: fx.GraphModule) -> fx.Graph:
     aside = fx.Graph()
 
     def matters(node: fx.Node) -> bool:
+        if _is_part(node):
+            return False
         return not parameters.isdisjoint(node.all_input_nodes) or (operator_name(node) in RULES and sum(map(_has_axes, node.all_input_nodes)) > 1)
 
     _copy(graph.nodes, aside, matters, lambda node: node.name if node in needed else None)
@@ -59,6 +62,11 @@ def of_training(graph: Graph, module: fx.GraphModule, unseen: Collection[int]) -
             name = f"_in_training_{len(tensors)}"
             tensors[name], node.target = attribute(module, str(node.target)), name
     return aside, tensors
+
+
+def _is_part(node: fx.Node) -> bool:
+    """Whether all that becomes of a node is parts of it."""
+    return operator_name(node) in _PARTS and all(map(_is_part, node.users))
 
 
 def _has_axes(node: fx.Node) -> bool:
