@@ -196,6 +196,12 @@ def test_a_volume_that_is_sampled_can_be_written_as_onnx(how: dict[str, Any], tm
     assert_onnx_agrees(result, torch.randn(3, 2, 4, 5, 6), tmp_path)
 
 
+def test_a_hamming_window_is_torchs_in_onnx(tmp_path: Path) -> None:
+    model = models.Of(lambda m, x: m.last(m.first(x).relu() * torch.hamming_window(20)), first=nn.Conv1d(8, 16, 1), last=nn.Conv1d(16, 4, 1))
+    result = sp.compress(model.eval(), (torch.randn(2, 8, 20),), target="channels=0.5")
+    assert_onnx_agrees(result, torch.randn(3, 8, 20), tmp_path)
+
+
 def assert_onnx_agrees(result: sp.Result, x: Tensor, folder: Path) -> None:
     """Both files of an output directory, of the small model and of the original."""
     result.save(folder / "out", latency=False)

@@ -115,7 +115,7 @@ def masked(network: Network, tensors: Mapping[str, Cut]) -> oracle.Masked:
     answer = oracle.masked(network, {name: cut.keep for name, cut in tensors.items()}, means=False)
     for name, module in answer.model.named_modules():
         if isinstance(module, RmsNorm) and f"{name}.weight" in tensors:
-            module.forward = partial(_over_kept, module, torch.tensor(tensors[f"{name}.weight"].keep[0]))  # type: ignore[method-assign]
+            module.forward = partial(_over_kept, module, torch.tensor(tensors[f"{name}.weight"].keep[0], dtype=torch.long))  # type: ignore[method-assign]
     return answer
 
 

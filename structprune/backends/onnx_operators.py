@@ -54,6 +54,11 @@ def _sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = 
     return op.TopK(x, op.Gather(op.Shape(x), _ints(dim), axis=0), axis=dim, largest=int(descending), sorted=1)
 
 
+def _hamming_window(length: int, *_: Any, **__: Any) -> Any:
+    """ONNX's has 25/46 where torch has 0.54."""
+    return op.Constant(value_floats=torch.hamming_window(length).tolist())
+
+
 def _ints(*values: int) -> Any:
     return op.Constant(value_ints=values)
 
@@ -67,6 +72,7 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.grid_sampler_3d.default: _grid_sample_3d,
     torch.ops.aten.sort.stable: _sort,
     torch.ops.aten._grouped_mm.default: _grouped_mm,
+    torch.ops.aten.hamming_window.default: _hamming_window,
 }
 
 
