@@ -20,6 +20,7 @@ from structprune.backends.benchmark import environment
 from structprune.backends.report import Report
 from structprune.backends.runtimes import Runtime
 from structprune.calibrate.logits import measured_logits, turns
+from structprune.calibrate.stepping import takes_one
 from structprune.calibrate.synthetic import SYNTHETIC, synthetic
 from structprune.closed_loop import Dense, Found, measure_dense, plan_for_latency
 from structprune.decide.cost import Cost, memory
@@ -195,7 +196,9 @@ class _Given:
             with clock("make samples"):
                 return synthetic(graph, groups.macs(), seed, clock.say)
         given = samples_of(self.calibration, graph)
-        kept = given.spread(_MOST_SAMPLES, graph.dynamic_batch)
+        if given.divisible and not takes_one(graph.module, given):
+            given = replace(given, divisible=False)
+        kept = given.spread(_MOST_SAMPLES)
         if len(kept) < len(given):
             clock.say(f"{len(kept)} of {len(given)} samples are used: more take time, and tell little")
         return kept

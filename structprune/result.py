@@ -152,7 +152,7 @@ class Result:
         """Write model.int8.onnx; what it loses beside model.onnx, and what it gains."""
         assert self.samples is not None
         target = work / "model.int8.onnx"
-        found = quantized(work / "model.onnx", target, self.samples, self.graph.dynamic_batch) | {"bytes": target.stat().st_size}
+        found = quantized(work / "model.onnx", target, self.samples) | {"bytes": target.stat().st_size}
         if self.evaluate is not None:
             try:
                 found["accuracy"] = self.evaluate(OnnxModule(target))

@@ -122,6 +122,19 @@ def test_every_method_keeps_every_budget(name: str, method: str) -> None:
     assert all(1 <= found.widths[g.atom] <= g.size for g in groups)
 
 
+def test_a_budget_is_met_where_the_program_only_comes_near_it() -> None:
+    """A convolution from a concatenation to one of the same parts: its work is expanded to the first order."""
+
+    def shifted(m: models.Of, x: Tensor) -> Tensor:
+        parts = m.inp(x).chunk(3, 1)
+        return m.out(m.mix(torch.cat([part.roll(n, 2) for n, part in enumerate(parts)], 1)) + torch.cat(parts, 1))
+
+    model = models.Of(shifted, inp=nn.Conv1d(4, 48, 1), mix=nn.Conv1d(48, 48, 1), out=nn.Conv1d(48, 4, 1)).eval()
+    for share in (0.2, 0.35, 0.5, 0.65, 0.8):
+        data = sp.compress(model, (torch.randn(2, 4, 8),), f"macs={share}", allocation="milp").report.data
+        assert 0.6 * share <= data["macs"]["after"] / data["macs"]["before"] <= share
+
+
 def test_the_program_loses_no_more_than_the_simpler_methods() -> None:
     model, inputs = models.build("residual")
     graph = sp.trace(model, inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -222,15 +223,16 @@ def test_samples_are_spread_over_all_and_cut_between_neighbours() -> None:
         assert of.labels is not None and [len(label) for label in of.labels] == [len(batch[0]) for batch in of.batches]
         return [int(n) for batch in of.batches for n in batch[0]]
 
+    whole = replace(samples, divisible=False)
     assert numbers(samples.spread(4)) == [0, 3, 6, 9] and numbers(samples.spread(0)) == [0] and samples.spread(12) is samples
-    assert numbers(samples.spread(7, divisible=False)) == numbers(samples)[:5] and samples.spread(3).batches[0][1] == 7
+    assert numbers(whole.spread(7)) == numbers(samples)[:5] and samples.spread(3).batches[0][1] == 7
     seen, held_out = samples.cut(0.75)
     assert (numbers(seen), numbers(held_out)) == ([0, 1, 2, 3, 4, 6, 7, 8, 9, 10], [5, 11])
     many = Samples([[torch.arange(64)]])
     assert many.cut(0.75)[1].batches[0][0].tolist() == [*range(24, 32), *range(56, 64)]
-    assert [len(part.batches) for part in samples.cut(0.75, divisible=False)] == [2, 1]
-    alone = Samples([[torch.zeros(4)]])
-    assert alone.cut(0.75, divisible=False) == (alone, alone)
+    assert [len(part.batches) for part in whole.cut(0.75)] == [2, 1]
+    alone = Samples([[torch.zeros(4)]], divisible=False)
+    assert alone.cut(0.75) == (alone, alone)
 
 
 def narrowing() -> tuple[nn.Module, Tensor]:
@@ -245,7 +247,7 @@ def test_no_process_that_shares_the_work_starts_without_samples(monkeypatch: pyt
     model = models.Of(lambda m, x: m.a(x).reshape(40, -1), a=nn.Linear(8, 4)).eval()
     graph = sp.trace(model, (torch.randn(40, 8),))
     assert not graph.dynamic_batch
-    samples = Samples([[torch.full((40, 8), float(n))] for n in range(5)])
+    samples = Samples([[torch.full((40, 8), float(n))] for n in range(5)], divisible=False)
     monkeypatch.setattr(processes, "sharers", lambda: 2)
     seen = []
     for rank in range(2):
@@ -376,6 +378,52 @@ def test_bad_calibration_data_is_refused(data: list[Any], words: str) -> None:
     model, inputs = models.build("residual")
     with pytest.raises(InputError, match=words):
         sp.compress(model, inputs, calibration=data)
+
+
+NODES = torch.randn(10, 6), torch.tensor([[0, 3, 9, 5, 9, 1], [1, 9, 2, 4, 8, 0]])
+
+
+def messages(m: models.Of, x: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+    """A graph: its nodes are no samples, and what is told of all of them together is one row."""
+    sent = m.message(x[edges[0]]).relu()
+    received = torch.zeros(len(x), sent.shape[1]).index_add(0, edges[1], sent)
+    return m.out(received), m.of_all(m.pooled(received.sum(0)).relu())
+
+
+def covariance(m: models.Of, x: Tensor) -> Tensor:
+    """Products of channels with each other (bilinear pooling)."""
+    y = m.stem(x)
+    return m.out((y @ y.transpose(1, 2)).flatten(1))
+
+
+def on_a_grid(m: models.Of, x: Tensor) -> Tensor:
+    """A list of constants, as `meshgrid` answers, behind a branch that may go whole."""
+    y = m.stem(x)
+    rows, columns = torch.meshgrid(torch.arange(3.0), torch.arange(4.0), indexing="ij")
+    return m.out(y + (m.up(m.down(y).relu()) + (rows + columns).flatten().view(1, 1, -1)))
+
+
+def told_apart(m: models.Of, x: Tensor) -> Tensor:
+    """Each sample beside the mean of its half of the batch (StyleGAN's discriminator): no batch of three will do."""
+    y = m.stem(x).relu()
+    return m.out((y.view(2, -1, *y.shape[1:]) - y.view(2, -1, *y.shape[1:]).mean(1, keepdim=True)).view(y.shape).mean(2))
+
+
+ODD = {
+    messages: ({"message": nn.Linear(6, 16), "out": nn.Linear(16, 3), "pooled": nn.Linear(16, 8), "of_all": nn.Linear(8, 2)}, NODES),
+    covariance: ({"stem": nn.Conv1d(3, 8, 1), "out": nn.Linear(64, 4)}, (torch.randn(4, 3, 12),)),
+    on_a_grid: ({n: nn.Conv1d(*w, 1) for n, w in {"stem": (3, 8), "down": (8, 8), "up": (8, 8), "out": (8, 4)}.items()}, (torch.randn(4, 3, 12),)),
+    told_apart: ({"stem": nn.Conv1d(3, 16, 3), "out": nn.Linear(16, 4)}, (torch.randn(4, 3, 12),)),
+}
+
+
+@pytest.mark.parametrize("run", ODD, ids=lambda run: run.__name__)
+def test_what_is_no_picture_calibrates_too(run: Callable[..., Any]) -> None:
+    layers, inputs = ODD[run]
+    batches = [inputs, *((torch.randn_like(inputs[0]), *inputs[1:]) for _ in range(3))]
+    result = sp.compress(models.Of(run, **layers).eval(), inputs, "macs=0.6", calibration=batches)
+    assert result.report.data["macs"]["after"] <= 0.6 * result.report.data["macs"]["before"]
+    assert result.report.data["calibration"]["samples"] > len(batches)
 
 
 def test_reconstruction_asks_for_samples() -> None:

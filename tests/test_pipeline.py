@@ -497,6 +497,23 @@ def test_a_batch_that_the_model_fixes_is_static_and_said() -> None:
     assert any("static batch" in note for note in data["notes"])
 
 
+@pytest.mark.parametrize("parts", [True, False], ids=["parts", "kernels"])
+def test_a_batch_that_cannot_have_any_size_is_static_and_said(parts: bool, tmp_path: Path) -> None:
+    """What is equal parts of the batch does not run on three samples; a kernel of each sample's own is no convolution of ONNX's."""
+
+    def run(m: models.Of, x: torch.Tensor) -> torch.Tensor:
+        y = m.stem(x)
+        if parts:
+            return m.out((y.view(2, -1, *y.shape[1:]) - 1).view(y.shape))
+        kernels = m.kernel(x.mean(2)).reshape(-1, 1, 3)
+        return m.out(nn.functional.conv1d(y.reshape(1, -1, 9), kernels, groups=len(kernels)).reshape(len(x), -1, 7))
+
+    layers = {"stem": nn.Conv1d(3, 8, 1), "kernel": nn.Linear(3, 24), "out": nn.Conv1d(8, 2, 1)}
+    result = sp.compress(models.Of(run, **layers).eval(), (torch.randn(4, 3, 9),), target="channels=0.5")
+    assert any("static batch" in note for note in result.report.data["notes"])
+    result.export_onnx(tmp_path / "model.onnx")
+
+
 def test_a_batch_of_one_that_the_model_fixes_stays_one(tmp_path: Path) -> None:
     """Swin's window_reverse asks for int(windows / number); tracing, which needs two samples for a free batch, fixes it to two there."""
 

@@ -23,7 +23,7 @@ _SEEN = 0.75  # of the samples calibrate; the others judge
 _LEAST = 8  # samples, in all
 
 
-def quantize(model: Path, target: Path, samples: Samples, dynamic_batch: bool) -> dict[str, Any]:
+def quantize(model: Path, target: Path, samples: Samples) -> dict[str, Any]:
     """Write `target`, which computes in 8 bits (QDQ), and say how it answers beside `model` on samples that it has not seen.
 
     `agreement`: the share of samples with the same largest entry, of an answer of (samples, classes); `error`: root mean squared difference of the
@@ -31,7 +31,7 @@ def quantize(model: Path, target: Path, samples: Samples, dynamic_batch: bool) -
     """
     if len(samples) < _LEAST:
         raise InputError(f"int8 takes at least {_LEAST} calibration samples, not {len(samples)}; give more (--calibration)")
-    seen, held_out = samples.cut(_SEEN, dynamic_batch)
+    seen, held_out = samples.cut(_SEEN)
     names = onnx.input_names(model)
     with _quiet():
         quantize_static(

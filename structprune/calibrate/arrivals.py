@@ -43,11 +43,11 @@ def arrivals(graph: Graph, samples: Samples, memory: float = MEMORY) -> dict[fx.
     Of several processes that share the work, each gets its share, and the memory of all makes room. Raises InputError for fewer samples than
     processes.
     """
-    divisible = graph.dynamic_batch
-    count = samples.count(divisible)
-    each = 1 if divisible else max(1, len(samples) // count)
+    count = samples.count
+    each = max(1, len(samples) // count)
     if count < (sharers := processes.sharers()):
-        raise InputError(f"{count} {'samples' if divisible else 'batches'} cannot be shared by {sharers} processes; give more, or leave out sharded")
+        parts = "samples" if samples.divisible else "batches"
+        raise InputError(f"{count} {parts} cannot be shared by {sharers} processes; give more, or leave out sharded")
     waiting = list(range(count))
     found: dict[fx.Node, list[Arrival]] = {}
     for node, taken in _bytes_ahead(graph):
@@ -58,7 +58,7 @@ def arrivals(graph: Graph, samples: Samples, memory: float = MEMORY) -> dict[fx.
             joining = [number for place, number in enumerate(waiting) if place in places]
             waiting = [number for place, number in enumerate(waiting) if place not in places]
             found[node if found else next(iter(graph.nodes))] = [
-                Arrival(batch, first) for first, some in _pieces(processes.share_of(joining), count) for batch in samples.of(some, divisible).batches
+                Arrival(batch, first) for first, some in _pieces(processes.share_of(joining), count) for batch in samples.of(some).batches
             ]
     return found
 

@@ -101,8 +101,8 @@ def _relevance(graph: Graph, known: Mapping[fx.Node, Reader], samples: Samples, 
     sums: dict[fx.Node, Tensor] = {}
     number = 0
     generator = torch.Generator().manual_seed(seed)
-    for batch in samples.spread(_GRADIENTS, graph.dynamic_batch).batches:
-        for part in _parts(batch) if graph.dynamic_batch else [batch]:
+    for batch in samples.spread(_GRADIENTS).batches:
+        for part in _parts(batch) if samples.divisible else [batch]:
             if number >= _GRADIENTS:
                 break
             run = Stepping(graph.module, [part])

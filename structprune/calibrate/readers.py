@@ -90,7 +90,7 @@ def reader_of(node: fx.Node) -> Reader | None:
             window = given["weight"].meta["val"].shape[2:]
             padding = [d * (int(k) - 1) // 2 if padding == "same" else 0 for d, k in zip(dilation, window, strict=True)]
         kind = "transposed" if transposed else "conv"
-        return _reader(node, kind, given["input"], given["weight"], given["bias"], stride, _each(padding, rank), dilation, int(given["groups"]))
+        return _reader(node, kind, given["input"], given["weight"], given["bias"], stride, _each(padding, rank), dilation, given["groups"])
     return None
 
 
@@ -207,6 +207,7 @@ def rows_of_input(reader: Reader, x: Tensor, window: Sequence[int], space: Seque
 
 
 def _chosen_rows(values: Tensor, chosen: Tensor | None) -> Tensor:
+    values = values[None] if values.dim() == 1 else values  # what belongs to all samples is one row
     flat = values.reshape(values.shape[0], -1, values.shape[-1])
     return (flat if chosen is None else flat.index_select(1, chosen)).reshape(-1, values.shape[-1])
 

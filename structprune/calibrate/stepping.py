@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from structprune.ir.graph import written_to
-from structprune.ir.samples import copies
+from structprune.ir.samples import Samples, copies, samples_in
+
+_log = logging.getLogger(__name__)
 
 
 class Stepping:
@@ -79,6 +83,20 @@ def answer(module: fx.GraphModule, batch: Sequence[Any]) -> Any:
         value = run.step()
         run.forget(node)
     return value
+
+
+@torch.no_grad()
+def takes_one(module: fx.GraphModule, samples: Samples) -> bool:
+    """Whether the module takes one sample of a batch. The nodes of a graph, which its edges speak of by number, are no samples."""
+    batch = next((batch for batch in samples.batches if samples_in(batch) > 1), None)
+    if batch is None:
+        return True
+    try:
+        answer(module, Samples([batch]).of({0}).batches[0])
+    except (RuntimeError, IndexError, ValueError):
+        _log.debug("the model does not take one sample", exc_info=True)
+        return False
+    return True
 
 
 def _last_readers(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

@@ -44,7 +44,7 @@ _MANY_OPTIONS = 64  # of an atom, in a model of few groups
 _ALL_OPTIONS = 500  # of a model
 _WORK = 2.0  # of the loss of half of every group: what it is worth to keep all multiply-accumulates
 _UNITS = {"latency": (1e3, " ms"), "memory": (1.0, " B"), "size": (1.0, " B")}  # as people read them
-_TRUE_LIMIT = 3  # attempts with a smaller limit, where a term of the program was an approximation
+_TRUE_LIMIT = 5  # attempts with a smaller limit, where a term of the program was an approximation
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,8 @@ def _solved(
     choices = _choices(clusters, lost.curves, offered)
     if method == "greedy":
         return _greedy(choices, budgets)
-    return _milp(*_with_nothing(choices, lost.curves, branches), budgets, lost.worth, _SECONDS / among)
+    found = _milp(*_with_nothing(choices, lost.curves, branches), budgets, lost.worth, _SECONDS / among)
+    return found or _greedy(choices, budgets)  # which needs no approximation
 
 
 def _choices(clusters: Sequence[Sequence[Atom]], losses: Mapping[Atom, np.ndarray], offered: Mapping[Atom, Sequence[int]]) -> list[Choice]:
@@ -290,16 +291,16 @@ def _inside(widths: Sequence[int], least: int | None, most: int | None) -> list[
 def _milp(
     choices: Sequence[Choice], implied: Sequence[Implication], budgets: Sequence[tuple[Cost, float]], worth: Cost | None, seconds: float
 ) -> tuple[Widths, float | None] | None:
-    """The program's answer; with smaller limits where it exceeds the true ones."""
+    """The program's answer; with smaller and smaller limits where it exceeds the true ones. None where there is none."""
     limits = [limit for _, limit in budgets]
-    for _ in range(_TRUE_LIMIT):
+    for attempt in range(_TRUE_LIMIT):
         solution = solve(choices, [(cost, limit) for (cost, _), limit in zip(budgets, limits, strict=True)], worth, seconds, implied=implied)
         if solution is None:
             return None
         true = [cost(solution.widths) for cost, _ in budgets]
         if all(spent <= limit * (1 + 1e-6) for spent, (_, limit) in zip(true, budgets, strict=True)):
             return solution.widths, solution.gap
-        limits = [own * min(1.0, limit / spent) for own, spent, (_, limit) in zip(limits, true, budgets, strict=True)]
+        limits = [own * min(1.0, limit / spent) ** 2**attempt for own, spent, (_, limit) in zip(limits, true, budgets, strict=True)]
     return None
 
 

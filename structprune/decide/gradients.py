@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -276,8 +277,8 @@ def _batches(samples: Samples) -> Iterator[tuple[list[Any], Tensor | None]]:
 def _one_by_one(graph: Graph, samples: Samples) -> Iterator[tuple[list[Any], Tensor | None]]:
     """Some samples as batches of one; whole batches where the model takes no others, or labels are not one for each sample."""
     each_has_its_label = (label is None or (label.dim() and len(label) == samples_in(batch)) for batch, label in _batches(samples))
-    apart = graph.dynamic_batch and all(each_has_its_label)
-    for batch, label in _batches(samples.spread(_ONE_BY_ONE, apart)):
+    apart = samples.divisible and all(each_has_its_label)
+    for batch, label in _batches(replace(samples, divisible=apart).spread(_ONE_BY_ONE)):
         for part in [slice(n, n + 1) for n in range(samples_in(batch))] if apart else [slice(None)]:
             yield (
                 [v[part] if isinstance(v, Tensor) and v.dim() else v for v in batch],

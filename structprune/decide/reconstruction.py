@@ -111,8 +111,10 @@ def _state(moments: Moments, groups: Groups, atom: Atom) -> _State | None:
     if not found or (reader.kind == "transposed" and reader.groups > 1):
         return None
     window = moments.weight.shape[-1] // axis.size
-    columns = [(entries[:, :, None] * window + np.arange(window)).reshape(atom.size, -1) for entries in found]
-    return _State(moments, np.concatenate(columns, 1))
+    columns = np.concatenate([(entries[:, :, None] * window + np.arange(window)).reshape(atom.size, -1) for entries in found], 1)
+    if len(np.unique(columns)) < columns.size:  # products of channels with each other go with either
+        return None
+    return _State(moments, columns)
 
 
 def _eliminate(states: list[_State], size: int) -> Curve:

@@ -63,7 +63,7 @@ def saliency(
     if samples is None:
         return Saliency(name, scores)
     say("moments of what layers read")
-    seen, held_out = samples.cut(_SEEN, graph.dynamic_batch)
+    seen, held_out = samples.cut(_SEEN)
     found = moments(graph, seen, seed)
     curves = reconstruction(groups, found) if reconstructed else {}
     logits = measured_logits(graph, groups.types, seen)

@@ -85,7 +85,7 @@ def measured_losses(
 def _some(samples: Samples, graph: Graph, groups: Groups, runs: int) -> Sequence[list[Any]]:
     """As many of the samples as the work allows."""
     example = max(1, groups.macs() // samples_in(graph.given_inputs()))
-    return samples.spread(int(min(_MOST, max(_LEAST, _WORK / (runs * example)))), graph.dynamic_batch).batches
+    return samples.spread(int(min(_MOST, max(_LEAST, _WORK / (runs * example))))).batches
 
 
 def _run(module: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> list[Tensor]:

@@ -35,7 +35,7 @@ def samples_of(calibration: Iterable[Any] | Tensor, graph: Graph) -> Samples:
         raise InputError("calibration= holds no batch; give an iterable of input batches, or one tensor of many samples")
     if labels and len(labels) != len(batches):
         raise InputError(f"calibration= has labels for {len(labels)} of {len(batches)} batches; give all or none")
-    return Samples(batches, labels or None)
+    return Samples(batches, labels or None, divisible=graph.dynamic_batch)
 
 
 def batch_of(piece: Any, graph: Graph, batch: str) -> tuple[list[Any], Tensor | None]:

@@ -26,11 +26,14 @@ from structprune.frontends.unneeded import of_training
 from structprune.frontends.users_code import users_line
 from structprune.frontends.values import KnownValues, may_decide
 from structprune.ir.graph import Graph, is_dynamic, repeated, written_to
-from structprune.ir.operators import operator_name
+from structprune.ir.operators import named_arguments, operator_name
 from structprune.ir.signature import Signature, signature_of
 from structprune.ir.traced import TracedModule, in_mode
+from structprune.ops import RULES, contraction
 
 _log = logging.getLogger(__name__)
+_CONVOLUTIONS = (contraction.conv, contraction.conv_transpose, contraction.convolution)
+_PRIME = 1009  # samples, which no code divides into equal parts
 _DROPPED = "the model's code drops the first axis of one sample (squeeze)"
 
 Dynamic: TypeAlias = Sequence[int] | Mapping[str, Sequence[int]]
@@ -86,10 +89,12 @@ def _traced(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[st
                     exported = export(model, example[0], example[1], axes)
                 if promised is not None:
                     _check_against_file(promised, exported, example[0], any(doubled))
-                elif any(two and not free for two, free in zip(doubled, _first_axes(exported), strict=True)):
+                elif any(two and not is_dynamic(size) for two, size in zip(doubled, _first_sizes(exported), strict=True)):
                     raise InputError(FIXED_BATCH)  # and that to two samples, where the user has one
                 elif any(doubled) and _drops_single_axes(exported):
                     raise InputError(_DROPPED)
+                elif bound := _bound_by_batch(exported):
+                    raise InputError(bound)
                 args, kwargs = example
                 break
             except Exception as error:  # torch.export raises whatever the model's code meets
@@ -279,11 +284,11 @@ def _must_keep(exported: ExportedProgram, held: Container[str]) -> None:
             raise TraceError(f"the model's code asks for the value of {name} and changes it, as at a first call: run the model on an input before")
 
 
-def _first_axes(exported: ExportedProgram) -> list[bool]:
-    """Of each leaf of the arguments, whether its first axis may have another size."""
+def _first_sizes(exported: ExportedProgram) -> list[Any]:
+    """Of each leaf of the arguments the size of its first axis; None where there is none."""
     values = {n.name: n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder"}
     shapes: list[Sequence[Any]] = [getattr(values.get(str(name)), "shape", ()) for name in exported.graph_signature.user_inputs]
-    return [bool(shape) and is_dynamic(shape[0]) for shape in shapes]
+    return [shape[0] if shape else None for shape in shapes]
 
 
 def _drops_single_axes(exported: ExportedProgram) -> bool:
@@ -295,6 +300,20 @@ def _drops_single_axes(exported: ExportedProgram) -> bool:
             if any(is_dynamic(shape[d]) for d in (range(len(shape)) if dims is None else dims if isinstance(dims, (list, tuple)) else [dims])):
                 return True
     return False
+
+
+def _bound_by_batch(exported: ExportedProgram) -> str:
+    """In words, why the batch, which is free in the program, cannot have any size; empty where it can."""
+    batch = next(filter(is_dynamic, _first_sizes(exported)), None)
+    if batch is None:
+        return ""
+    for node in exported.graph.nodes:
+        if RULES.get(operator_name(node)) in _CONVOLUTIONS and isinstance(named_arguments(node, node.args, node.kwargs).get("groups"), fx.Node):
+            return "each sample is convolved with a kernel of its own, as a group, and ONNX has no free number of groups"
+    for guard in batch.node.shape_env.guards:  # what torch found out that the code needs
+        if "Mod(" in str(guard.expr) and str(guard.expr.subs(batch.node.expr, _PRIME)) == "False":
+            return "the model's code divides the batch into equal parts"
+    return ""
 
 
 def _two_samples(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,47 +39,48 @@ def copies(batch: Iterable[Any]) -> list[Any]:
 class Samples:
     """Batches of inputs. Each is a list in the order of the graph's placeholders, the batch on the first axis of its tensors.
 
-    `labels`: of every batch, where they were given. `made`: from the model itself, not by the user.
+    `labels`: of every batch, where they were given. `made`: from the model itself, not by the user. `divisible`: whether the model takes other
+    batches than these, of one sample, say; where it does not, batches count instead of samples.
     """
 
     batches: Sequence[list[Any]]
     labels: Sequence[Tensor] | None = None
     made: bool = False
+    divisible: bool = True
 
     def __len__(self) -> int:
         """How many samples there are in all batches together."""
         return sum(map(samples_in, self.batches))
 
-    def spread(self, number: int, divisible: bool = True) -> Samples:
+    @property
+    def count(self) -> int:
+        """How many samples there are, or batches where those are not divisible."""
+        return len(self) if self.divisible else len(self.batches)
+
+    def spread(self, number: int) -> Samples:
         """So many of them, evenly spread over all, for neighbours may be alike; whole batches where those are not divisible; one at least."""
         if number >= len(self):
             return self
-        count = self.count(divisible)
-        places = np.linspace(0, count, max(1, number * count // len(self)), endpoint=False).astype(int)
-        return self.of(set(places.tolist()), divisible)
+        places = np.linspace(0, self.count, max(1, number * self.count // len(self)), endpoint=False).astype(int)
+        return self.of(set(places.tolist()))
 
-    def cut(self, share: float, divisible: bool = True) -> tuple[Samples, Samples]:
+    def cut(self, share: float) -> tuple[Samples, Samples]:
         """About that share of them, and the rest, see `held_back`; all of them twice where one batch is all and is not divisible."""
-        count = self.count(divisible)
-        if count < 2:
+        if self.count < 2:
             return self, self
-        rest = held_back(count, 1 - share)
-        return self.of(set(range(count)) - rest, divisible), self.of(rest, divisible)
+        rest = held_back(self.count, 1 - share)
+        return self.of(set(range(self.count)) - rest), self.of(rest)
 
-    def count(self, divisible: bool = True) -> int:
-        """How many samples there are, or batches where those are not divisible."""
-        return len(self) if divisible else len(self.batches)
-
-    def of(self, chosen: Set[int], divisible: bool = True) -> Samples:
+    def of(self, chosen: Set[int]) -> Samples:
         """The samples, or batches, of these numbers."""
         batches, labels, first = [], [], 0
         for place, batch in enumerate(self.batches):
             size = samples_in(batch)
-            own = torch.tensor([n for n in range(size) if (first + n if divisible else place) in chosen], dtype=torch.int64)
+            own = torch.tensor([n for n in range(size) if (first + n if self.divisible else place) in chosen], dtype=torch.int64)
             first += size
             if not len(own):
                 continue
             batches.append([v[own.to(v.device)] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v for v in batch])
             if self.labels is not None:
                 labels.append(self.labels[place] if len(own) == size else self.labels[place][own])
-        return Samples(batches, labels if self.labels is not None else None, self.made)
+        return replace(self, batches=batches, labels=labels if self.labels is not None else None)

@@ -71,14 +71,14 @@ def match(
     """Train the small model's parameters, in place, on samples without labels; on every process, where several share the work."""
     loss = _loss(graph, types, keep, surgery, turned)
     parameters = [p for p in surgery.module.parameters() if p.is_floating_point()]
-    size = _samples_of_a_step(graph)
-    learnt, held = samples.cut(1 - _HELD, graph.dynamic_batch)
+    size = _samples_of_a_step(graph) if samples.divisible else 1
+    learnt, held = samples.cut(1 - _HELD)
     start = [p.detach().clone() for p in parameters]
     before = _mean(loss, held, size)
     if not math.isfinite(before):  # an answer holds masks of -inf, say: there is no error to make smaller
         return Matched(0, None, None, kept=False)
     optimiser = torch.optim.Adam(parameters, _LR)
-    batches = _batches(learnt, size, _order(learnt.count(size is not None), seed))
+    batches = _batches(learnt, size, _order(learnt.count, seed))
     with _learning(parameters):
         for step, batch in zip(range(steps), batches, strict=False):
             optimiser.param_groups[0]["lr"] = _LR * schedule(step, steps)
@@ -119,15 +119,12 @@ def _loss(graph: Graph, types: Types, keep: Keep, surgery: Surgery, turned: Mapp
 
 
 @torch.no_grad()
-def _mean(loss: Callable[[Sequence[Any]], Tensor], samples: Samples, size: int | None) -> float:
-    batches = list(_batches(samples, size, iter(range(samples.count(size is not None)))))
+def _mean(loss: Callable[[Sequence[Any]], Tensor], samples: Samples, size: int) -> float:
+    batches = list(_batches(samples, size, iter(range(samples.count))))
     return sum(float(loss(batch)) * samples_in(batch) for batch in batches) / len(samples)
 
 
-def _samples_of_a_step(graph: Graph) -> int | None:
-    """None where the graph takes no other batches than the example's."""
-    if not graph.dynamic_batch:
-        return None
+def _samples_of_a_step(graph: Graph) -> int:
     each = sum(map(bytes_of, graph.nodes)) / samples_in(graph.given_inputs())
     return max(1, min(_MOST, int(_MEMORY / max(each, 1))))
 
@@ -139,10 +136,10 @@ def _order(count: int, seed: int) -> Iterator[int]:
         yield from torch.randperm(count, generator=generator).tolist()
 
 
-def _batches(samples: Samples, size: int | None, order: Iterator[int]) -> Iterator[list[Any]]:
+def _batches(samples: Samples, size: int, order: Iterator[int]) -> Iterator[list[Any]]:
     """Samples of these numbers, so many at a time; or batches as they are, one at a time."""
-    while chosen := set(islice(order, size or 1)):
-        yield _joined(samples.of(chosen, size is not None).batches)
+    while chosen := set(islice(order, size)):
+        yield _joined(samples.of(chosen).batches)
 
 
 def _joined(batches: Sequence[list[Any]]) -> list[Any]:

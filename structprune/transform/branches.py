@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from structprune.analysis.groups import Groups
 from structprune.analysis.infer import Types
@@ -286,7 +287,7 @@ def _of_weights(node: fx.Node, tensor: Callable[[fx.Node], Tensor]) -> Tensor:
 
 def _values(arguments: Any, of: Callable[[fx.Node], Tensor]) -> Any:
     """Arguments of a call in float64: copies, for it may write to them."""
-    return fx.node.map_aggregate(fx.node.map_arg(arguments, lambda n: of(n).clone()), in_double)
+    return fx.node.map_aggregate(fx.node.map_arg(arguments, lambda n: pytree.tree_map_only(Tensor, Tensor.clone, of(n))), in_double)
 
 
 def _looks_away_from_positions(node: fx.Node, function: Any, args: Sequence[Any], size: Sequence[int] | None) -> bool:
