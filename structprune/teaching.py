@@ -10,20 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from structprune import processes
+from structprune.analysis.groups import find_groups
 from structprune.backends import directory as out
 from structprune.backends import onnx
 from structprune.backends.benchmark import place_of
 from structprune.backends.report import Report
 from structprune.backends.runtimes import runtime
+from structprune.decide import atoms_of
 from structprune.errors import InputError
 from structprune.frontends.program import load_graph
 from structprune.frontends.users_code import named_object, users_code
 from structprune.ir.plan import Plan
-from structprune.recovery.finetune import Flat, Recipe, Train, Trained, answers_of, finetune, flat, teacher_of
+from structprune.ir.traced import TracedModule
+from structprune.recovery.finetune import AUTO, Flat, Recipe, Train, Trained, answers_of, finetune, teacher_of
+from structprune.recovery.hints import dense_teacher
 from structprune.result import Clock, Evaluate, Progress, Result
 from structprune.transform.own_class import take_values
 
@@ -37,7 +41,7 @@ def recover(
     teacher: Callable[..., Any] | None = None,
     distill: Sequence[str] = ("logits",),
     labels: bool | str = "auto",
-    features: Sequence[str] = (),
+    features: Sequence[str] | str = AUTO,
     ema: float | None = 0.999,
     evaluate: Evaluate | None = None,
     patience: int | None = None,
@@ -57,7 +61,8 @@ def recover(
     distill: what of its answers is learnt: 'logits' (distributions over classes), 'dist' (correlations of these), 'mse' (the answers themselves,
         which the others fall back to where answers look like no logits).
     labels: 'auto' learns from labels where batches have them, True demands them, False learns from the teacher alone.
-    features: names of modules that keep their widths, whose answers are learnt too.
+    features: what is learnt inside the model, of the channels that stay: names of modules, for their answers, or 'auto' for what the dense model's
+        layers read, unless distill is empty. A teacher of your own has no features but those of modules that keep their widths.
     ema: the share of the running mean of the weights that stays at each step; the mean is what comes out. None for the weights of the last step.
     evaluate: model -> a score, higher is better; asked before and after every epoch, for the report.
     patience: end when so many epochs brought no better score, and return the best weights, were they those before training.
@@ -67,7 +72,9 @@ def recover(
 
     docs/recovery.md tells of the losses and defaults. Raises InputError for anything that cannot be used.
     """
-    recipe = Recipe(epochs, lr, tuple(distill), labels, tuple(features), ema, patience, seed)
+    if features == AUTO and not distill:
+        features = ()
+    recipe = Recipe(epochs, lr, tuple(distill), labels, features if isinstance(features, str) else tuple(features), ema, patience, seed)
     if patience is not None and evaluate is None:
         raise InputError("patience= needs evaluate=, a function of the model that returns a score, to know when to end")
     place = place_of(processes.local_device(device))
@@ -85,13 +92,16 @@ def recover(
 
     path = Path(checkpoint) if checkpoint is not None else None
     with clock("recover"), processes.joined(place):
+        student = copy.deepcopy(small)
+        taught, inside = _teacher(result, teacher, student, recipe.features, place)
         trained = finetune(
-            copy.deepcopy(small),
-            _teacher(result, teacher, recipe, place),
+            student,
+            taught,
             train,
             result.graph,
             recipe,
             device=place,
+            inside=inside,
             score=score if evaluate is not None else None,
             path=path,
             progress=say,
@@ -134,11 +144,15 @@ def recover_directory(
     return full
 
 
-def _teacher(result: Result, given: Callable[..., Any] | None, recipe: Recipe, place: torch.device) -> Flat:
+def _teacher(
+    result: Result, given: Callable[..., Any] | None, student: TracedModule, features: Sequence[str] | str, place: torch.device
+) -> tuple[Flat, dict[str, fx.Node]]:
+    """The teacher, and by name the student's nodes that its features are for."""
     if given is not None:
-        return teacher_of(given, result.graph, recipe.features)
-    module = result.graph.module if place.type == "cpu" else copy.deepcopy(result.graph.module)
-    return flat(module, answers_of(module, recipe.features)).to(place)  # type: ignore[no-any-return]
+        names = [] if features == AUTO else features
+        return teacher_of(given, result.graph, names), dict(zip(names, answers_of(student, names), strict=True))
+    groups = find_groups(result.graph, result.plan.ignore)
+    return dense_teacher(result.graph, groups.types, atoms_of(result.plan, groups), student, features, place)
 
 
 def _record(trained: Trained, recipe: Recipe, teacher: Any, place: torch.device) -> dict[str, Any]:
@@ -146,7 +160,7 @@ def _record(trained: Trained, recipe: Recipe, teacher: Any, place: torch.device)
     return {
         **trained.record,
         "distill": list(recipe.distill),
-        "features": list(recipe.features),
+        "features": recipe.features if recipe.features == AUTO else list(recipe.features),
         "labels": any("labels" in epoch["losses"] for epoch in trained.record["epochs"]),
         "teacher": type(teacher).__name__ if isinstance(teacher, nn.Module) else "the dense model" if teacher is None else "a function",
         "ema": recipe.ema,

@@ -22,10 +22,13 @@ from torch import Tensor, nn
 
 import structprune as sp
 from structprune import demo
+from structprune.analysis.groups import find_groups
+from structprune.decide import atoms_of
 from structprune.errors import InputError
 from structprune.recovery import checkpoint as checkpoints
 from structprune.recovery.distil import correlation, divergence, from_labels, losses, relative_error
-from structprune.recovery.finetune import decay, schedule
+from structprune.recovery.finetune import decay, flat, schedule
+from structprune.recovery.hints import dense_teacher
 
 
 class Small(nn.Module):
@@ -124,7 +127,7 @@ def test_labels_are_used_ignored_or_demanded(small: sp.Result) -> None:
         choice: sp.recover(small, labelled(2), labels=choice).report.data["recovery"]["epochs"][0]["losses"].keys()
         for choice in ("auto", True, False)
     }
-    assert terms == {"auto": {"logits", "labels"}, True: {"logits", "labels"}, False: {"logits"}}
+    assert terms == {"auto": {"logits", "features", "labels"}, True: {"logits", "features", "labels"}, False: {"logits", "features"}}
     assert sp.recover(small, labelled(2), distill=()).report.data["recovery"]["epochs"][0]["losses"].keys() == {"labels"}
     with pytest.raises(InputError, match="batch 0 of epoch 1 has no labels"):
         sp.recover(small, [noise(4)], labels=True)
@@ -138,19 +141,34 @@ def test_labels_alone_are_learnt(small: sp.Result) -> None:
     assert last["losses"]["labels"] < 0.5 * first["losses"]["labels"]
 
 
-def test_features_are_learnt_and_must_keep_their_width(small: sp.Result) -> None:
+def test_features_are_learnt(small: sp.Result) -> None:
+    """Of the channels that stay; a teacher of the user's own has to have as many."""
     model = Small().double()
-    result = sp.compress(model, noise(4), "channels=0.5", ignore=["second.*"])
-    for teacher in (None, model):
-        losses_of = [
-            epoch["losses"]
-            for epoch in sp.recover(result, labelled(4), epochs=4, features=["second"], teacher=teacher).report.data["recovery"]["epochs"]
-        ]
-        assert losses_of[-1]["features"] < losses_of[0]["features"]
+    wide = sp.compress(model, noise(4), "channels=0.5", ignore=["second.*"])
+    for result, features, teacher in ((wide, ["second"], None), (wide, ["second"], model), (small, ["second"], None), (small, "auto", None)):
+        epochs = sp.recover(result, labelled(4), epochs=4, features=features, teacher=teacher).report.data["recovery"]["epochs"]
+        assert epochs[-1]["losses"]["features"] < epochs[0]["losses"]["features"]
+    assert "features" not in sp.recover(small, labelled(1), features=()).report.data["recovery"]["epochs"][0]["losses"]
     with pytest.raises(InputError, match="'second' is 4x16x6x6 in the teacher and 4x8x6x6 in the small model"):
-        sp.recover(small, labelled(1), features=["second"])
+        sp.recover(small, labelled(1), features=["second"], teacher=Small().double())
     with pytest.raises(InputError, match="'third', which is no module"):
         sp.recover(small, labelled(1), features=["third"])
+    with pytest.raises(InputError, match="features= is a list of names of modules, or 'auto', not 'second'"):
+        sp.recover(small, labelled(1), features="second")
+
+
+@pytest.mark.parametrize("batch", [4, 6])
+def test_features_are_those_of_the_channels_that_stay(batch: int) -> None:
+    """The dense model's own layers, cut down to the same channels, are what the small model reads where nothing was lost before."""
+    result = sp.compress(Small().double(), noise(4), "channels=0.5")
+    groups = find_groups(result.graph)
+    keep = atoms_of(result.plan, groups)
+    teacher, inside = dense_teacher(result.graph, groups.types, keep, result.small, "auto", torch.device("cpu"))
+    _, wanted = teacher(noise(batch))
+    _, found = flat(result.small, list(inside.values()))(noise(batch))
+    assert inside and [w.shape for w in wanted] == [f.shape for f in found]
+    first = list(inside).index("relu")
+    torch.testing.assert_close(found[first], wanted[first])  # its layer reads the input, of which nothing goes
 
 
 def test_transformers_take_adamw_and_answers_that_are_no_logits_their_error() -> None:
@@ -160,7 +178,7 @@ def test_transformers_take_adamw_and_answers_that_are_no_logits_their_error() ->
     recovered = sp.recover(result, [{"x": x}] * 5, epochs=4, lr=1e-2)
     record = recovered.report.data["recovery"]
     assert record["optimiser"] == "adamw"
-    assert record["epochs"][0]["losses"].keys() == {"mse", "logits"}
+    assert record["epochs"][0]["losses"].keys() == {"mse", "logits", "features"}
     assert record["epochs"][-1]["losses"]["mse"] < 0.5 * record["epochs"][0]["losses"]["mse"]
     answers = recovered.model(x)
     assert torch.allclose(answers["hidden"], recovered.small(x)["hidden"], atol=1e-6)

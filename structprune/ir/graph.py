@@ -56,10 +56,17 @@ class Graph:
     @property
     def batched(self) -> tuple[bool, ...]:
         """Of every input, whether its first axis is the batch: free, and of one size with the first that is. Others may be free on their own."""
+        return tuple(size is not None and size == self.batch for size in self._first_free)
+
+    @property
+    def batch(self) -> str | None:
+        """The size of the batch, where it is free, as the sizes of values write it."""
+        return next((size for size in self._first_free if size is not None), None)
+
+    @property
+    def _first_free(self) -> list[str | None]:
         shapes: list[Sequence[Any]] = [getattr(n.meta.get("val"), "shape", ()) for n in self.nodes if n.op == "placeholder"]
-        first = [str(shape[0]) if 0 in axes else None for shape, axes in zip(shapes, self.dynamic, strict=True)]
-        batch = next((size for size in first if size is not None), None)
-        return tuple(size is not None and size == batch for size in first)
+        return [str(shape[0]) if 0 in axes else None for shape, axes in zip(shapes, self.dynamic, strict=True)]
 
     @property
     def nodes(self) -> list[fx.Node]:

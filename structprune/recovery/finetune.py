@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -48,6 +49,8 @@ _MOMENTUM = 0.9
 _WEIGHT_DECAY = {"sgd": 1e-4, "adamw": 0.01}  # of tensors with more than one axis; scales, shifts and biases have one
 _WARM_UP = 0.05  # of all steps
 _LARGEST_GRADIENT = 5.0  # its norm; a longer one is cut to this
+_OF_FEATURES = 4.0  # times what they lose: on ResNet-20 and MobileNetV2 with held-out images, better than 1 and 16
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class Recipe:
     epochs: int = 1
     lr: float | None = None
     distill: tuple[str, ...] = ("logits",)
-    labels: bool | str = "auto"
-    features: tuple[str, ...] = ()
+    labels: bool | str = AUTO
+    features: tuple[str, ...] | str = AUTO
     ema: float | None = 0.999
     patience: int | None = None
     seed: int = 0
@@ -74,7 +77,9 @@ class Recipe:
             raise InputError(f"lr= must be above 0, not {self.lr}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise InputError(f"ema= is the share of the running mean that stays at each step, between 0 and 1, or None; not {self.ema}")
-        if self.labels not in (True, False, "auto"):
+        if isinstance(self.features, str) and self.features != AUTO:
+            raise InputError(f"features= is a list of names of modules, or {AUTO!r}, not {self.features!r}")
+        if self.labels not in (True, False, AUTO):
             raise InputError(f"labels= is True, False or 'auto', not {self.labels!r}")
 
 
@@ -122,19 +127,21 @@ def finetune(
     recipe: Recipe,
     *,
     device: torch.device,
+    inside: Mapping[str, fx.Node] = MappingProxyType({}),
     score: Callable[[Mapping[str, Tensor]], float] | None = None,
     path: Path | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Trained:
     """Train `student`, which is changed, on `device`. The user's own random state stays as it is.
 
-    graph: says what a batch is. score: weights -> higher is better, asked before and after every epoch. path: of the checkpoint.
+    graph: says what a batch is. inside: nodes of the student's graph that the teacher's features are for, by name, in their order.
+    score: weights -> higher is better, asked before and after every epoch. path: of the checkpoint.
     Raises InputError for a batch, a teacher or a checkpoint that does not fit, and for a loss that is not finite.
     """
     if processes.count() > 1 and not graph.dynamic_batch:
         raise InputError("the model takes batches of one size only, which processes cannot share; train in one process, without torchrun")
     mean = follows_batches(copy.deepcopy(flat(student)).to(device))
-    student = flat(student, answers_of(student, recipe.features)).to(device).train()  # type: ignore[assignment]
+    student = flat(student, list(inside.values())).to(device).train()  # type: ignore[assignment]
     student = distributed.with_shared_statistics(student)
     parameters = [p for p in student.parameters() if p.requires_grad]
     if not parameters:
@@ -157,7 +164,7 @@ def finetune(
             for inputs, labels in _batches(train, graph, recipe, len(run.epochs), device, skip=run.batch):
                 for group in run.optimiser.param_groups:
                     group["lr"] = lr * schedule(run.step, batches * recipe.epochs)
-                _advance(run, _step(run, teacher, inputs, labels, graph, recipe, parameters), recipe.ema)
+                _advance(run, _step(run, teacher, inputs, labels, graph, recipe, inside, parameters), recipe.ema)
                 if keeper.is_due():
                     keeper.write(run.to_dict())
             _end_epoch(run, recipe, progress)
@@ -237,7 +244,14 @@ def decay(step: int, most: float) -> float:
 
 
 def _step(
-    run: _Run, teacher: Flat, inputs: list[Any], labels: Tensor | None, graph: Graph, recipe: Recipe, parameters: Sequence[nn.Parameter]
+    run: _Run,
+    teacher: Flat,
+    inputs: list[Any],
+    labels: Tensor | None,
+    graph: Graph,
+    recipe: Recipe,
+    inside: Iterable[str],
+    parameters: Sequence[nn.Parameter],
 ) -> dict[str, float]:
     """Follow the gradient of one batch; returns the losses before it."""
     mine, sizes = distributed.share_of(inputs)
@@ -251,11 +265,11 @@ def _step(
             *_paired(answers, targets, graph, sizes),
             distill=recipe.distill,
             labels=labels,
-            features=_matched(recipe.features, features, wanted, sizes),
+            features=_matched(inside, features, wanted, sizes),
         )
         if not terms:
             raise InputError("there is nothing to learn from: no labels, and no distill= or features=; give one of them")
-        loss = sum(terms.values(), torch.zeros((), device=device))
+        loss = sum((_OF_FEATURES * term if name == "features" else term for name, term in terms.items()), torch.zeros((), device=device))
         if not loss.isfinite():
             raise InputError(f"the loss is not finite at step {run.step + 1}; give a smaller lr= than {run.optimiser.param_groups[0]['lr']:.2g}")
         run.optimiser.zero_grad()
@@ -280,7 +294,7 @@ def _paired(answers: Sequence[Any], targets: Sequence[Any], graph: Graph, sizes:
     )
 
 
-def _matched(names: Sequence[str], mine: Sequence[Tensor], theirs: Sequence[Tensor], sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+def _matched(names: Iterable[str], mine: Sequence[Tensor], theirs: Sequence[Tensor], sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """Features of all processes in pairs. Raises InputError for those that pruning made narrower."""
     for name, a, b in zip(names, mine, theirs, strict=True):
         if a.shape != b.shape:

@@ -24,6 +24,7 @@ from structprune.ops.rules import Literals, Resize
 from structprune.transform.branches import Folding, Needed, ending_with_modules, fold, void_nodes, whole_modules
 
 CONSTANT = "constant"  # how a stand-in is called in its module
+ORIGINAL = "original"  # in the meta of a small node: the name of the dense one that it is a copy of
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ def _copied(graph: Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     assert output is not None
     fresh.output(output[0])
     fresh._codegen = copy.deepcopy(graph.module.graph._codegen)
+    for old, new in copies.items():
+        new.meta[ORIGINAL] = old.name
     return fresh, {new: old for old, new in copies.items()}
 
 
