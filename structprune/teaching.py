@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from structprune.backends import onnx
 from structprune.backends.benchmark import place_of
 from structprune.backends.report import Report
 from structprune.backends.runtimes import runtime
-from structprune.decide import atoms_of
-from structprune.errors import InputError
+from structprune.decide import atoms_of, example_inputs
+from structprune.errors import InputError, StructpruneError
 from structprune.frontends.program import load_graph
+from structprune.frontends.trace import trace
 from structprune.frontends.users_code import named_object, users_code
 from structprune.ir.plan import Plan
 from structprune.ir.traced import TracedModule
@@ -30,6 +33,9 @@ from structprune.recovery.finetune import AUTO, Flat, Recipe, Train, Trained, an
 from structprune.recovery.hints import dense_teacher
 from structprune.result import Clock, Evaluate, Progress, Result
 from structprune.transform.own_class import take_values
+from structprune.transform.surgery import operate
+
+_log = logging.getLogger(__name__)
 
 
 def recover(
@@ -121,13 +127,15 @@ def recover_directory(
     """`recover` for the model of an output directory, written to another one (or the same), all files or none; returns the full report.
 
     train: 'module:function', which returns batches, or is a function of the epoch that does. teacher: by default the directory's original.onnx in
-    ONNX Runtime. options: as of `recover`. Raises as it does, and VerificationError where ONNX Runtime disagrees with the new model.
+    ONNX Runtime, which has no features; the model that was pruned has. options: as of `recover`. Raises as it does, and VerificationError where
+    ONNX Runtime disagrees with the new model.
     """
     source, target = Path(directory), Path(target)
     out.check_writable(target)
     result = _result_of(source, Clock(progress))
-    dense = teacher if teacher is not None else _in_onnxruntime(source / "original.onnx")
-    recovered = recover(result, _train(train), teacher=dense, progress=progress, **options)
+    pruned = _beside(teacher, result) if teacher is not None else None
+    dense = None if pruned is not None else teacher if teacher is not None else _in_onnxruntime(source / "original.onnx")
+    recovered = recover(pruned or result, _train(train), teacher=dense, progress=progress, **options)
     report = recovered.report.to_dict()
     report["recovery"]["teacher"] = type(teacher).__name__ if teacher is not None else "original.onnx"
     if processes.rank() != 0:  # the first process writes
@@ -191,6 +199,25 @@ def _result_of(directory: Path, clock: Clock) -> Result:
     small = out.load(directory)
     clock.seconds = dict(report.data.get("seconds") or {})
     return Result(small, Plan.load(directory / "plan.json"), report, graph, small, clock, runtime("onnxruntime", "cpu", None))
+
+
+def _beside(dense: nn.Module, result: Result) -> Result | None:
+    """The model of an output directory as what `compress` made of `dense`; None where its plan is of another model."""
+    args, kwargs = example_inputs(result.plan.inputs)
+    lengths = {name: axes for name, axes in zip(result.graph.input_names, result.graph.dynamic, strict=True) if axes}
+    try:
+        graph = trace(dense, args, kwargs, dynamic=lengths)
+        groups = find_groups(graph, result.plan.ignore)
+        surgery = operate(graph, groups.types, atoms_of(result.plan, groups), result.plan.tensors)
+    except StructpruneError:
+        _log.debug("the teacher is not the model that was pruned", exc_info=True)
+        return None
+    values, small = result.small.state_dict(), surgery.module
+    if graph.dynamic != result.graph.dynamic or {n: t.shape for n, t in values.items()} != {n: t.shape for n, t in small.state_dict().items()}:
+        return None
+    with torch.no_grad():
+        take_values(small, values)
+    return replace(result, model=small, graph=graph, small=small)
 
 
 def _train(spec: str) -> Train:

@@ -474,6 +474,8 @@ def test_the_command_writes_a_whole_directory_again(pruned: sp.Result, run, tmp_
     status, out, err = run("recover", "small", "--train", "mydata:shuffled", "--out", "small", "--teacher", "demo", "--lr", "0.01")
     assert (status, "trained for 8 steps" in " ".join(out.split())) == (0, True), err
     assert demo.accuracy(sp.load("small")) > 0.75
+    recovery = json.loads(Path("small/report.json").read_text())["recovery"]
+    assert recovery["teacher"] == "DemoNet" and "features" in recovery["epochs"][0]["losses"]  # it is the model that was pruned
 
     for arguments, words in [
         (("nowhere", "--train", "mydata:batches"), "nowhere: original.onnx is missing"),
