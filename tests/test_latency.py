@@ -53,9 +53,9 @@ def chain(width: int = 64) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
 
 
 def decoder() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    """Transposed convolutions: with an activation, in groups, and with a larger answer than its window asks for."""
+    """Transposed convolutions: with an activation and no bias, in groups, and with a larger answer than its window asks for."""
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ConvTranspose2d(32, 32, 4, stride=2, padding=1), nn.ReLU(),
+    layers = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ConvTranspose2d(32, 32, 4, 2, 1, bias=False), nn.ReLU(),
                            nn.ConvTranspose2d(32, 16, 3, stride=2, output_padding=1, groups=2), nn.ReLU(), nn.Conv2d(16, 4, 1))  # fmt: skip
     return layers.eval(), (torch.randn(2, 3, 10, 10),)
 

@@ -215,10 +215,11 @@ def _settings(node: Any, inputs: Sequence[tuple[int, ...]], weights: Mapping[str
     if "Conv" not in node.op_type:
         return {}
     rank = len(inputs[0]) - 2
+    kernel = weights[node.input[1]] if node.input[1] in weights else inputs[1]
     return {
         "batch": inputs[0][0],
         "space": list(inputs[0][2:]),
-        "window": list(weights.get(node.input[1], inputs[1])[2:]),
+        "window": list(kernel[2:]),
         "strides": list(given.get("strides", [1] * rank)),
         "pads": list(given.get("pads", [0] * 2 * rank)),
         "dilations": list(given.get("dilations", [1] * rank)),
