@@ -418,7 +418,8 @@ def page(results: dict[str, Any]) -> str:
         "In per cent; ± is the standard deviation over seeds, their number in brackets, and without ± there is one seed: differences of a few tenths "
         "of a point are within its noise. *Owed* was not measured. torch-pruning's best is chosen by the test images, which favours it; its pruners "
         "stop at up to 0.02 fewer multiply-accumulates than structprune, and only structprune's epoch has a teacher, which favour structprune. No "
-        "rate was tuned for anyone, but for that of *matched*, which the test crops of efficientnet_lite0, seed 0, chose. "
+        "rate was tuned for anyone, but for that of *matched*, which the test crops of efficientnet_lite0, seed 0, chose; how much it counts what a "
+        "recovered network learns inside was chosen with another resnet20, on training images that it had not seen. "
         "Rows were measured beside other work, so seconds are left out, and over several commits."
     )
     parts = ["# Accuracy", "Written by `bench/accuracy.py --write`.", description[0], description[-1], reading, table(results["rows"])]
