@@ -27,8 +27,8 @@ def dense_teacher(
 ) -> tuple[Flat, dict[str, fx.Node]]:
     """The dense model as a teacher, whose features are what is kept of its own, and by name the nodes of `small` that they are for.
 
-    features: names of modules, whose answers are compared; or AUTO, for what the layers read. Raises InputError for a module that has no answer in
-    either model.
+    features: names of modules, whose answers are compared; or AUTO, for what the layers read. Raises InputError for a module that has no answer
+    in one of the two models.
     """
     copies = {str(n.meta[ORIGINAL]): n for n in small.graph.nodes if ORIGINAL in n.meta}
     if features == AUTO:
