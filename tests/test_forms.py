@@ -18,6 +18,7 @@ from torch import nn
 
 import structprune as sp
 from structprune import demo
+from structprune.backends import kernels
 from structprune.backends.directory import verify_directory
 from structprune.backends.onnx import ExportError, check
 from structprune.errors import InputError, StructpruneError, VerificationError
@@ -165,6 +166,8 @@ def test_a_file_that_onnx_runtime_refuses_is_told(tmp_path: Path) -> None:
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), str(tmp_path / "bad.onnx"))
     with pytest.raises(ExportError, match=r"does not take bad\.onnx.*Squeeze"):
         check(tmp_path / "bad.onnx", nn.Identity(), (torch.ones(2, 3),), {})
+    with pytest.raises(ExportError, match=r"does not take bad\.onnx.*Squeeze"):
+        kernels.profile(tmp_path / "bad.onnx", [np.ones((2, 3), np.float32)], threads=1)
 
 
 class Iterated(nn.Module):

@@ -22,7 +22,7 @@ import onnxruntime
 from onnx import helper
 
 from structprune.backends.microbenchmarks import GATES, entries, in_bytes, side_by_side
-from structprune.backends.onnx import LAYER
+from structprune.backends.onnx import LAYER, session_of
 from structprune.backends.tables import Point
 
 RUNS = 4
@@ -156,7 +156,7 @@ def _session(model: Path | bytes, threads: int, work: str, optimized: Path | Non
     options.enable_profiling, options.profile_file_prefix = True, str(Path(work) / "profile")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-    return onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
+    return session_of(model, options)
 
 
 @dataclass(frozen=True)

@@ -331,22 +331,30 @@ def run(model: Path | bytes, flat: Sequence[Any]) -> list[np.ndarray]:
     return runner(model)(flat)
 
 
+def session_of(model: Path | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """A session on the CPU. Raises ExportError for a file that ONNX Runtime does not take."""
+    try:
+        return onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # it has a class of its own for every status
+        raise ExportError(f"ONNX Runtime does not take {_name_of(model)}: {str(error)[:300]}") from error
+
+
+def _name_of(model: Path | bytes) -> str:
+    return "the model" if isinstance(model, bytes) else model.name
+
+
 def runner(model: Path | bytes) -> Callable[[Sequence[Any]], list[np.ndarray]]:
     """`run` of one model, for many calls. Raises ExportError for a file that ONNX Runtime does not take, and VerificationError where it fails."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    name = "the model" if isinstance(model, bytes) else model.name
-    try:
-        session = onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # it has a class of its own for every status
-        raise ExportError(f"ONNX Runtime does not take {name}: {str(error)[:300]}") from error
+    session = session_of(model, options)
 
     def answer(flat: Sequence[Any]) -> list[np.ndarray]:
         values = [(v.float() if v.dtype == torch.bfloat16 else v).detach().cpu().numpy() for v in flat if isinstance(v, Tensor)]
         try:
             return session.run(None, {i.name: v for i, v in zip(session.get_inputs(), values, strict=False)})  # type: ignore[no-any-return]
         except Exception as error:
-            raise VerificationError(f"{name} does not run in ONNX Runtime: {str(error)[:300]}") from error
+            raise VerificationError(f"{_name_of(model)} does not run in ONNX Runtime: {str(error)[:300]}") from error
 
     return answer
 
