@@ -133,7 +133,7 @@ def recover_directory(
     source, target = Path(directory), Path(target)
     out.check_writable(target)
     result = _result_of(source, Clock(progress))
-    pruned = _beside(teacher, result) if teacher is not None else None
+    pruned = _beside(teacher, result, source / "original.onnx") if teacher is not None else None
     dense = None if pruned is not None else teacher if teacher is not None else _in_onnxruntime(source / "original.onnx")
     recovered = recover(pruned or result, _train(train), teacher=dense, progress=progress, **options)
     report = recovered.report.to_dict()
@@ -201,12 +201,15 @@ def _result_of(directory: Path, clock: Clock) -> Result:
     return Result(small, Plan.load(directory / "plan.json"), report, graph, small, clock, runtime("onnxruntime", "cpu", None))
 
 
-def _beside(dense: nn.Module, result: Result) -> Result | None:
-    """The model of an output directory as what `compress` made of `dense`; None where its plan is of another model."""
+def _beside(dense: nn.Module, result: Result, original: Path) -> Result | None:
+    """The model of an output directory as what `compress` made of `dense`; None where that is another model, or answers otherwise than `original`:
+    channels of a model with other weights stand for other things.
+    """
     args, kwargs = example_inputs(result.plan.inputs)
     lengths = {name: axes for name, axes in zip(result.graph.input_names, result.graph.dynamic, strict=True) if axes}
     try:
         graph = trace(dense, args, kwargs, dynamic=lengths)
+        onnx.check(original, graph.module, *graph.example())
         groups = find_groups(graph, result.plan.ignore)
         surgery = operate(graph, groups.types, atoms_of(result.plan, groups), result.plan.tensors)
     except StructpruneError:

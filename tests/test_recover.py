@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import structprune as sp
-from structprune import demo
+from structprune import demo, teaching
 from structprune.analysis.groups import find_groups
 from structprune.decide import atoms_of
 from structprune.errors import InputError
@@ -29,6 +29,7 @@ from structprune.recovery import checkpoint as checkpoints
 from structprune.recovery.distil import correlation, divergence, from_labels, losses, relative_error
 from structprune.recovery.finetune import decay, flat, schedule
 from structprune.recovery.hints import dense_teacher
+from structprune.result import Clock
 
 
 class Small(nn.Module):
@@ -476,6 +477,13 @@ def test_the_command_writes_a_whole_directory_again(pruned: sp.Result, run, tmp_
     assert demo.accuracy(sp.load("small")) > 0.75
     recovery = json.loads(Path("small/report.json").read_text())["recovery"]
     assert recovery["teacher"] == "DemoNet" and "features" in recovery["epochs"][0]["losses"]  # it is the model that was pruned
+
+    other = demo.model()
+    with torch.no_grad():
+        other.head.weight.mul_(1.5)
+    result = teaching._result_of(Path("small"), Clock(None))
+    assert teaching._beside(demo.model(), result, Path("small/original.onnx")) is not None
+    assert teaching._beside(other, result, Path("small/original.onnx")) is None
 
     for arguments, words in [
         (("nowhere", "--train", "mydata:batches"), "nowhere: original.onnx is missing"),

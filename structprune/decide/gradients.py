@@ -46,7 +46,7 @@ def output_gradient(groups: Groups, tensors: Mapping[str, Tensor], *, graph: Gra
     def squared_norm(output: Any, label: Tensor | None) -> Tensor:
         return torch.stack([answer.float().square().sum() for answer in _answers(output)]).sum()
 
-    return _finite(summed(groups, _averaged(graph, _one_by_one(graph, samples), squared_norm, torch.abs)))
+    return _finite(summed(groups, _averaged(graph, _one_by_one(samples), squared_norm, torch.abs)))
 
 
 def loss_gradient(groups: Groups, tensors: Mapping[str, Tensor], *, graph: Graph, samples: Samples, seed: int = 0) -> Scores:
@@ -135,7 +135,7 @@ def _mean_squares(graph: Graph, samples: Samples, seed: int) -> dict[str, Tensor
     def loss(output: Any, label: Tensor | None) -> Tensor:
         return loss_of(output, label if label is not None else _drawn(_answers(output)[0].detach().float().cpu(), classes, generator))
 
-    return _averaged(graph, _one_by_one(graph, samples), loss, torch.square)
+    return _averaged(graph, _one_by_one(samples), loss, torch.square)
 
 
 def _second_order(groups: Groups, tensors: Mapping[str, Tensor], curvature: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -274,7 +274,7 @@ def _batches(samples: Samples) -> Iterator[tuple[list[Any], Tensor | None]]:
     yield from zip(samples.batches, labels, strict=True)
 
 
-def _one_by_one(graph: Graph, samples: Samples) -> Iterator[tuple[list[Any], Tensor | None]]:
+def _one_by_one(samples: Samples) -> Iterator[tuple[list[Any], Tensor | None]]:
     """Some samples as batches of one; whole batches where the model takes no others, or labels are not one for each sample."""
     each_has_its_label = (label is None or (label.dim() and len(label) == samples_in(batch)) for batch, label in _batches(samples))
     apart = samples.divisible and all(each_has_its_label)
