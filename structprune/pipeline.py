@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -34,6 +33,7 @@ from structprune.ir.axes import Atom
 from structprune.ir.graph import Graph, results_in
 from structprune.ir.plan import Plan
 from structprune.ir.samples import Samples
+from structprune.ir.traced import buffers_kept
 from structprune.recovery.compensate import Fitted
 from structprune.recovery.compensate import compensate as compensated
 from structprune.recovery.matching import Matched, match, must_learn
@@ -357,13 +357,13 @@ def realise(
     with freed_or_kept(graph.module.state_dict().values(), groups.macs()):
         with clock("surgery"):
             surgery = operate(graph, groups.types, keep, plan.tensors)
-        with _buffers_kept(surgery.module):
+        with buffers_kept(surgery.module):
             with clock("verify"):
                 verification = compare(graph, groups.types, keep, surgery.module, exact={s.name: s.exact for s in surgery.stand_ins})
             with clock("rebuild"):
                 own, note = own_class(model, graph, surgery, changed_scales(graph, groups.types, keep), verification.answers)
             if own is None and not came_as_graph(model, graph):  # a class that agrees with the graph needs no other proof
-                with clock("verify"), _buffers_kept(model):
+                with clock("verify"), buffers_kept(model):
                     verify_trace(model, graph)
     _follow(own, surgery.module)
     small = own if own is not None else surgery.module
@@ -375,22 +375,13 @@ def realise(
             turned = turns(measured_logits(graph, groups.types, ready.samples), keep)
             fitted = compensated(graph, groups.types, keep, surgery, ready.samples, clock.say, turned)
         if options.matching:
-            with clock("match"), _buffers_kept(graph.module), _buffers_kept(surgery.module):
+            with clock("match"), buffers_kept(graph.module), buffers_kept(surgery.module):
                 matched = match(graph, groups.types, keep, surgery, ready.samples, options.matching, options.seed, clock.say, turned)
         _follow(own, surgery.module)
         accuracy |= _scores_of(ready, "after", small, clock)
     report = _report(graph, groups, plan, surgery, verification, own is not None, note, clock, ready, found, fitted, matched, accuracy)
     given = (ready.samples, ready.evaluate) if ready is not None else ()
     return Result(small, plan, report, graph, surgery.module, clock, options.deployed(), found, *given)
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """A model may count its calls: what the checks make of its buffers is put back."""
-    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    yield
-    for name, buffer in module.named_buffers():
-        buffer.copy_(before[name])
 
 
 def _follow(own: nn.Module | None, module: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from torch.utils import _pytree as pytree
 from structprune.frontends.definitions import spell_out
 from structprune.frontends.standardised import fold_standardised
 from structprune.frontends.unneeded import set_aside
-from structprune.ir.graph import Graph, attribute, held_by, is_dynamic
+from structprune.ir.graph import Graph, attribute, held_by, is_dynamic, is_open, note_size
 from structprune.ir.operators import is_fresh, operator_name
+from structprune.ir.samples import copies
 from structprune.ir.signature import signature_of
+from structprune.ir.traced import buffers_kept
 
 FIXED_BATCH = "the model's code fixes the first axis of an input"
 _GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -54,6 +56,7 @@ def from_exported(
         notes = (f"static batch: {FIXED_BATCH}",)
     if folded:
         notes += (f"weights that the model's code standardises are folded, {len(folded)} of them; {next(iter(folded))} is one",)
+    _note_chosen(module, pytree.tree_leaves((args, dict(kwargs))))
     return Graph(
         module=module,
         args=args,
@@ -69,6 +72,25 @@ def from_exported(
         signature=promised,
         notes=notes,
     )
+
+
+class _Noting(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        answer = super().run_node(n)
+        for size, number in zip(_sizes(n.meta.get("val")), _sizes(answer), strict=False):
+            note_size(size, max(1, number))  # an axis of no entries would say nothing of those that it is made of
+        return answer
+
+
+def _note_chosen(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Where values decide sizes, see what they are on the example."""
+    if any(is_open(size) for n in module.graph.nodes for size in _sizes(n.meta.get("val"))):
+        with torch.no_grad(), buffers_kept(module), torch.random.fork_rng(devices=[]):
+            _Noting(module).run(*copies(inputs), enable_io_processing=False)
+
+
+def _sizes(value: Any) -> list[Any]:
+    return [size for leaf in pytree.tree_leaves(value) for size in (leaf.shape if isinstance(leaf, Tensor) else [leaf])]
 
 
 def operators_of(exported: ExportedProgram) -> fx.GraphModule:

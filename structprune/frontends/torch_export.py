@@ -46,12 +46,12 @@ def _alias(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def called_once(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Run the model as it is, on copies of what it may write to: in training of its parameters, too (codebooks that learn as they run)."""
+def called_once(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What the model answers as it is. It runs on copies of what it may write to: of its parameters, too, in training (codebooks that learn)."""
     copies, named = pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
     own = held_by(model) if model.training else dict(model.named_buffers())
     with _attributes_kept(model), torch.random.fork_rng(devices=[]):
-        torch.func.functional_call(model, {name: tensor.detach().clone() for name, tensor in own.items()}, copies, named)
+        return torch.func.functional_call(model, {name: tensor.detach().clone() for name, tensor in own.items()}, copies, named)
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
     """Something of torch's is another while a model is traced."""
     before = getattr(holder, name)
     setattr(holder, name, value)
@@ -128,7 +128,7 @@ def _methods_on_stacks() -> Iterator[None]:
         frames = dropwhile(lambda frame: id(frame) not in kept, summary)
         return StackSummary.from_list([frame for frame in frames if id(frame) in kept or dirname(frame.filename) in places])
 
-    with _replaced(TracerBase, "_filter_traceback_frames", with_methods):
+    with replaced(TracerBase, "_filter_traceback_frames", with_methods):
         yield
 
 
@@ -146,7 +146,7 @@ def _failed_calls_left() -> Iterator[None]:
                 tracer.module_stack.popitem()
             raise
 
-    with _replaced(Tracer, "call_module", call_module):
+    with replaced(Tracer, "call_module", call_module):
         yield
 
 
@@ -156,7 +156,7 @@ def _masks_as_they_are() -> Iterator[None]:
 
     It does so only to choose a kernel: taken as any other mask, it answers the same.
     """
-    with _replaced(nn.modules.transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True):
+    with replaced(nn.modules.transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True):
         yield
 
 
@@ -171,5 +171,5 @@ def _modules_where_they_are() -> Iterator[None]:
         there = all(device in (None, t.device) and (dtype in (None, t.dtype) or not t.is_floating_point()) for t in tensors)
         return module if there else move(module, *args, **kwargs)
 
-    with _replaced(nn.Module, "to", to):
+    with replaced(nn.Module, "to", to):
         yield

@@ -9,7 +9,7 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError, TraceError, first_line
+from structprune.frontends.chosen import ChosenParts, must_not_matter
 from structprune.frontends.definitions import is_for_onnx
 from structprune.frontends.devices import on_cpu, values_on_cpu
 from structprune.frontends.exported import FIXED_BATCH, from_exported, names_in, operators_of, unlifted
@@ -74,19 +75,18 @@ def _traced(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[st
     if promised is not None:
         wanted = [tuple(sorted(free.union(asked))) for free, asked in zip(promised.free(), wanted, strict=True)]
     users = args, kwargs
-    with in_mode(model, training=False), KnownValues(model) as values:
-        attempts = [(*attempt, False) for attempt in _attempts(wanted, batch, promised)]
-        if any(map(may_decide, given)):
-            attempts.append((*attempts[-1][:2], True))
-        for free, axes, hold in attempts:
+    with in_mode(model, training=False), KnownValues(model) as values, ChosenParts(values) as parts:
+        attempts = _attempts(wanted, batch, promised, any(map(may_decide, given)))
+        failed: Exception | None = None  # what no assumption helped
+        for attempt in attempts:
             example = users
             values.held.clear()
-            if free:
+            if attempt.free:
                 example = (promised.doubled(args), kwargs) if promised else pytree.tree_map_only(Tensor, _two_samples, (args, kwargs))
             doubled = [two is not one for one, two in zip(given, pytree.tree_leaves(example), strict=True)]
             try:
-                with values.of_inputs(model, *users) if hold else nullcontext():
-                    exported = export(model, example[0], example[1], axes)
+                with values.of_inputs(model, *users) if attempt.hold else parts.assuming() if attempt.assume else nullcontext():
+                    exported = export(model, example[0], example[1], attempt.axes)
                 if promised is not None:
                     _check_against_file(promised, exported, example[0], any(doubled))
                 elif any(two and not is_dynamic(size) for two, size in zip(doubled, _first_sizes(exported), strict=True)):
@@ -95,14 +95,20 @@ def _traced(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[st
                     raise InputError(_DROPPED)
                 elif bound := _bound_by_batch(exported):
                     raise InputError(bound)
+                if parts.assumed:
+                    must_not_matter(parts.assumed, model, from_exported(exported, *example, model=model))
                 args, kwargs = example
                 break
             except Exception as error:  # torch.export raises whatever the model's code meets
                 _log.debug("traced with less freedom", exc_info=True)
-                if any(axes):
-                    notes.append(f"{'static sizes' if any(axes - {0} for axes in axes) else 'static batch'}: {first_line(error)}")
-                elif hold or not (attempts[-1][2] and _is_of_values(error)):
-                    raise error if isinstance(error, InputError) else _explained(error) from error
+                if attempt.static and not attempt.assume:
+                    failed = error
+                    notes.clear()
+                if not attempt.static:
+                    notes.append(f"{'static sizes' if any(axes - {0} for axes in attempt.axes) else 'static batch'}: {first_line(error)}")
+                elif attempt is attempts[-1] or not (attempt.hold or attempt.assume or _is_of_values(error)):
+                    told = failed if failed is not None and not isinstance(error, TraceError) else error
+                    raise told if isinstance(told, (InputError, TraceError)) else _explained(told) from error
         if values.checked:
             _must_pass_its_checks(model, *users)
     _must_keep(exported, values.held)
@@ -126,8 +132,23 @@ def _traced(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[st
     return replace(graph, held=inputs, notes=(*graph.notes, *held, *fixed))
 
 
-def _attempts(wanted: Sequence[Sequence[int]], batch: bool, promised: Signature | None) -> list[tuple[bool, list[set[int]]]]:
-    """From the most freedom to none: whether the batch is free, and the axes of every input that are."""
+class _Attempt(NamedTuple):
+    """`axes`: those of every input that are free; `free`: whether the batch is. `hold`: small inputs are taken to stay as they are; `assume`:
+    something is taken to be chosen wherever code asks.
+    """
+
+    free: bool
+    axes: list[set[int]]
+    hold: bool = False
+    assume: bool = False
+
+    @property
+    def static(self) -> bool:
+        return not any(self.axes)
+
+
+def _attempts(wanted: Sequence[Sequence[int]], batch: bool, promised: Signature | None, holds: bool) -> list[_Attempt]:
+    """From the most freedom to none; then, as far as the code asks what values are, with more and more that is taken to be so."""
     none: list[set[int]] = [set() for _ in wanted]
     if promised is not None:
         lengths = sorted({s for axes in promised.sizes for s in axes if isinstance(s, str)} - promised.batch())
@@ -137,7 +158,9 @@ def _attempts(wanted: Sequence[Sequence[int]], batch: bool, promised: Signature 
         asked = [set(axes) for axes in wanted]
         found = [(True, [{0, *axes} for axes in asked]), (True, [{0} for _ in asked])] if batch else []
         found += [(False, asked), (False, none)]
-    return [attempt for i, attempt in enumerate(found) if attempt[1] not in [axes for _, axes in found[:i]]]
+    freedoms = [_Attempt(*freedom) for i, freedom in enumerate(found) if freedom[1] not in [axes for _, axes in found[:i]]]
+    held = [freedoms[-1]._replace(hold=True)] if holds else []
+    return [*freedoms, *held, *(freedom._replace(assume=True) for freedom in freedoms)]
 
 
 def _check_against_file(promised: Signature, exported: ExportedProgram, args: tuple[Any, ...], doubled: bool) -> None:
@@ -337,4 +360,4 @@ def _explained(error: BaseException) -> TraceError:
 
 def _is_of_values(error: BaseException) -> bool:
     """Whether code asked for what a tensor holds, which torch.export does not know."""
-    return "DataDependent" in type(error).__name__ or "data-dependent" in str(error)
+    return "DataDependent" in type(error).__name__ or "data-dependent" in str(error) or ".numpy()" in str(error)

@@ -32,7 +32,7 @@ from structprune.errors import InputError
 from structprune.ir.source import parsed
 
 _DATA: Any = Tensor.data
-_ASKING = frozenset({Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__})
+_ASKING = frozenset({Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__format__})
 _SIZED = frozenset({"expand", "interpolate", "narrow", "pad", "permute", "repeat", "reshape", "view"})  # by numbers behind the first argument
 _DERIVING = frozenset({
     # of sizes and numbers alone
@@ -124,10 +124,10 @@ class KnownValues(TorchFunctionMode):
             args = value, pytree.tree_map(lambda part: self._numbers(part) if isinstance(part, slice) else part, args[1])
         if isinstance(value, FakeTensor):
             if function in _ASKING and (known := self._known(value)) is not None:
-                return self._told(function, known)
-            if function is Tensor.__bool__ and (passes := _passes_where_asked()) is not None:
+                return self._told(function, known, *args[1:])
+            if function is Tensor.__bool__ and (truth := _passes_where_asked()) is not None:
                 self.checked = True
-                return passes
+                return truth
             if name == "__iter__" and value.dim():
                 return iter(self.__torch_function__(Tensor.unbind, types, args))
             if function == _DATA.__get__:
@@ -144,10 +144,13 @@ class KnownValues(TorchFunctionMode):
             self._derive(value, function, args, kwargs or {}, written)
         return answer
 
-    def _told(self, asking: Any, known: _Value) -> Any:
+    def knows(self, value: Tensor) -> bool:
+        return self._known(value) is not None
+
+    def _told(self, asking: Any, known: _Value, *how: Any) -> Any:
         self._hold(known.sources)
         with _disable_current_modes():
-            return asking(known.value)
+            return asking(known.value, *how)
 
     def _hold(self, sources: Iterable[str | int]) -> None:
         self.held |= {source: self._held[source].tolist() for source in sources}
@@ -236,11 +239,11 @@ def _passes_where_asked() -> bool | None:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_name == "__torch_function__":  # modes that heard of it, too
         frame = frame.f_back
-    return _passes(frame.f_code.co_filename).get(frame.f_lineno) if frame is not None else None
+    return passes(frame.f_code.co_filename).get(frame.f_lineno) if frame is not None else None
 
 
 @cache
-def _passes(file: str) -> dict[int, bool]:
+def passes(file: str) -> dict[int, bool]:
     """By line of a source file: with which truth of the tensors in its condition the check on it passes.
 
     Of a check within `try` nothing is said: what it raises may be caught, and the code go another way.
@@ -252,13 +255,19 @@ def _passes(file: str) -> dict[int, bool]:
         if statement in caught:
             continue
         if isinstance(statement, ast.Assert):
-            condition, passes = statement.test, True
+            condition, truth = statement.test, True
         elif isinstance(statement, ast.If) and not statement.orelse and all(isinstance(s, ast.Raise) for s in statement.body):
-            condition, passes = statement.test, False
+            condition, truth = statement.test, False
         else:
             continue
-        while isinstance(condition, ast.UnaryOp) and isinstance(condition.op, ast.Not):
-            condition, passes = condition.operand, not passes
+        condition, truth = without_not(condition, truth)
         if not any(isinstance(part, (ast.Not, ast.IfExp)) for part in ast.walk(condition)):  # such a part may count the other way round
-            found.update(dict.fromkeys(range(statement.lineno, (condition.end_lineno or condition.lineno) + 1), passes))
+            found.update(dict.fromkeys(range(statement.lineno, (condition.end_lineno or condition.lineno) + 1), truth))
     return found
+
+
+def without_not(condition: ast.expr, truth: bool) -> tuple[ast.expr, bool]:
+    """What stands behind all `not`, and the truth of it with which the condition has the one given."""
+    while isinstance(condition, ast.UnaryOp) and isinstance(condition.op, ast.Not):
+        condition, truth = condition.operand, not truth
+    return condition, truth

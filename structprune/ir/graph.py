@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -21,6 +21,7 @@ from structprune.ir.source import text_at
 ORIGIN = "structprune_origin"  # in the notes that torch keeps of a node: what of the user's own file it was made of
 TORCH = f"{Path(torch.__file__).parent}/"
 _PASSES = "torch/fx/passes/"  # their lines stand in for the user's where a pass of torch's added a node
+_CHOSEN = "structprune_chosen"  # on a symbolic size: what it is on the example, where values decide
 _HANDING_ON = frozenset({"to", "_to_copy", "detach", "clone", "contiguous", "alias"})
 
 
@@ -208,7 +209,20 @@ def written_to(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 
 def size_of(value: Any) -> int:
     """A size as a number: a symbolic one by its value on the example inputs."""
-    return int(value.node.hint or 0) if isinstance(value, torch.SymInt) else int(value)
+    if not isinstance(value, torch.SymInt):
+        return int(value)
+    return int(getattr(value.node, _CHOSEN, 0) if is_open(value) else value.node.hint or 0)
+
+
+def note_size(value: Any, size: int) -> None:
+    """For `size_of`: what a size is on the example that values decide, and of which torch knows nothing."""
+    if is_open(value):
+        setattr(value.node, _CHOSEN, size)
+
+
+def is_open(value: Any) -> TypeGuard[torch.SymInt]:
+    """Whether values decide a size: how many tokens choose an expert."""
+    return isinstance(value, torch.SymInt) and value.node.hint is None
 
 
 def is_dynamic(value: Any) -> bool:

@@ -76,3 +76,12 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
         if any(mode is not training for _, mode in before):
             for module, mode in before:  # those within others after these
                 module.train(mode)
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """A model may count its calls: what they make of its buffers is put back."""
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    yield
+    for name, buffer in module.named_buffers():
+        buffer.copy_(before[name])
