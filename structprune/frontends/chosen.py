@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ from structprune.ir.samples import copies
 from structprune.ir.source import parsed, statements_at
 
 _TRUTHS = frozenset({Tensor.__bool__, Tensor.item})
-_NUMBERS = frozenset({Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__index__})
+_NUMBERS = frozenset({Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__int__, Tensor.__index__})
 _POSITIONS = frozenset({"argmax", "argmin", "argsort", "max", "min", "multinomial", "sort", "topk"})  # along the last axis, or that named `dim`
 _REARRANGING = frozenset({
     "__getitem__", "chunk", "clone", "contiguous", "cpu", "detach", "expand", "flatten", "int", "long", "permute", "repeat", "reshape", "select",
@@ -108,8 +109,8 @@ class ChosenParts(TorchFunctionMode):
             with _disable_current_modes():
                 listed = parts.tolist()
             return self._told(place, listed if name == "tolist" else iter([torch.tensor(part) for part in listed]), len(parts))
-        if name == "numpy" and value.dim() == 1:
-            return np.array(self.__torch_function__(Tensor.tolist, types, args), dtype=object)
+        if name == "numpy" and value.dim() == 1 and isinstance(value.shape[0], int):
+            return np.array([self.__torch_function__(Tensor.item, types, (number,)) for number in value.unbind()], dtype=object)
         if name == "bincount" and self._below.get(value, _MANY + 1) <= kwargs.get("minlength", 0):
             return (value.unsqueeze(-1) == torch.arange(kwargs["minlength"], device=value.device)).sum(0)
         answer = function(*args, **kwargs)
@@ -118,6 +119,10 @@ class ChosenParts(TorchFunctionMode):
             if isinstance(found, FakeTensor):
                 self._note(found, function, args, kwargs)
         return answer
+
+    def places(self) -> list[str]:
+        """The lines assumed, in words."""
+        return [f"{'/'.join(Path(file).parts[-2:])}:{line}" for file, line in self.assumed]
 
     def _told(self, place: Place, answer: Any, parts: int = 1) -> Any:
         self.assumed[place] = parts
@@ -188,8 +193,8 @@ class _Witness(TorchFunctionMode):
         if self._left and (parts := self._left.get(place := _place())) is not None:
             if function in _TRUTHS and isinstance(answer, bool):
                 less = answer != _way(place)
-            elif function in _NUMBERS and isinstance(answer, (int, list)) and parts == 1:
-                less = min(pytree.tree_leaves(answer), default=0) < 1
+            elif function in _NUMBERS and parts == 1:
+                less = not np.all(np.asarray(answer) >= 1)
             else:
                 less = any(_length(found) < parts for found in (answer if type(answer) is tuple else [answer]))
             if less:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
 from torch._decomp import core_aten_decompositions
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from structprune.frontends.equivalents import equivalent
@@ -75,8 +77,10 @@ def _traced(node: fx.Node, function: Callable[..., Any], **how: Any) -> fx.Graph
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
         return function(*args, **kwargs)
 
+    env = next((v.fake_mode.shape_env for v in values if isinstance(v, FakeTensor)), None)
     try:
-        return make_fx(call, **how)(*values).graph  # type: ignore[no-any-return]
+        with env.ignore_fresh_unbacked_symbols() if env is not None else nullcontext():  # the program, in which none is new, goes on with these sizes
+            return make_fx(call, **how)(*values).graph  # type: ignore[no-any-return]
     except Exception:  # torch's definitions look at values, which tracing does not have
         _log.debug("%s is not spelled out", node.target, exc_info=True)
         return None
