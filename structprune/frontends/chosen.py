@@ -113,7 +113,13 @@ class ChosenParts(TorchFunctionMode):
             return np.array([self.__torch_function__(Tensor.item, types, (number,)) for number in value.unbind()], dtype=object)
         if name == "bincount" and self._below.get(value, _MANY + 1) <= kwargs.get("minlength", 0):
             return (value.unsqueeze(-1) == torch.arange(kwargs["minlength"], device=value.device)).sum(0)
-        answer = function(*args, **kwargs)
+        try:
+            answer = function(*args, **kwargs)
+        except GuardOnDataDependentSymNode:  # torch itself asks, of whose operators none does anything else on nothing, if it does not refuse that
+            for size in (size for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor) for size in v.shape):
+                for symbol in free_unbacked_symbols(size) & self._counts.keys():
+                    torch._check(self._counts[symbol][0] >= 1)
+            answer = function(*args, **kwargs)
         for found in pytree.tree_leaves(answer):
             self._count(found.shape if isinstance(found, FakeTensor) else [found], place)
             if isinstance(found, FakeTensor):

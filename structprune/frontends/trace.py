@@ -206,11 +206,28 @@ def retrace(module: nn.Module, graph: Graph) -> Graph:
         in_mode(module, training=False),
         torch.no_grad(),
     ):  # a graph no longer says where the model's code writes to its own weights without gradients
+        axes = [set(axes) for axes in graph.dynamic]
         try:
-            exported = export(module, graph.args, graph.kwargs, [set(axes) for axes in graph.dynamic])
+            exported = export(module, graph.args, graph.kwargs, axes)
         except Exception as error:
-            raise _explained(error) from error
+            if not _is_of_values(error):
+                raise _explained(error) from error
+            exported = _with_something_chosen(module, graph, axes, error)
     return from_exported(exported, graph.args, graph.kwargs, model=module)
+
+
+def _with_something_chosen(module: nn.Module, graph: Graph, axes: list[set[int]], failed: Exception) -> ExportedProgram:
+    """The program, where torch itself asks how many values choose; without what it then asserts of these sizes, for it does as well on none."""
+    with KnownValues(module) as values, ChosenParts(values) as parts, parts.assuming():
+        try:
+            exported = export(module, graph.args, graph.kwargs, axes)
+        except Exception as error:
+            raise _explained(failed) from error
+    for node in reversed(exported.graph.nodes):
+        if "_assert" in str(node.target):
+            exported.graph.erase_node(node)
+    exported.graph.eliminate_dead_code()
+    return exported
 
 
 def program_for_onnx(graph: Graph) -> tuple[ExportedProgram, Mapping[str, str]]:
