@@ -1,7 +1,7 @@
 """Calls that torch's ONNX exporter cannot translate, or that say nothing of axes, by others that it can, and that do.
 
 On complex numbers, as vocoders and separators of speech have them; attention of other ranks than batch, heads, positions, width; largest and
-smallest entries of a whole tensor; windows as strides in memory.
+smallest entries of a whole tensor; windows as strides in memory; entries under a mask.
 """
 
 from __future__ import annotations
@@ -35,9 +35,16 @@ def equivalent(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         return _attention if first.dim() != 4 and not kwargs.get("enable_gqa") else None
     if target is aten.as_strided.default:
         return _windows(first, *args[1:], **kwargs)
+    if target is aten.masked_select.default:
+        return _selected
     if target in (aten.amax.default, aten.amin.default):
         return None if args[1:] or kwargs.get("dim") else lambda x, **keepdim: target(x, list(range(x.dim())), **keepdim)
     return _OF_COMPLEX.get(target) if first.is_complex() else None
+
+
+def _selected(x: Tensor, mask: Tensor) -> Tensor:
+    x, mask = torch.broadcast_tensors(x, mask)
+    return x[mask]
 
 
 def _times(x: Tensor, number: complex) -> Tensor:

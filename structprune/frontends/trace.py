@@ -128,7 +128,8 @@ def _traced(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[st
         for d in w
         if d not in g
     ]
-    skipped = [f"the code skips what nothing chooses ({place}): the traced module and the ONNX file work on no rows instead" for place in parts.places()]
+    instead = "the traced module and the ONNX file work on no rows instead"
+    skipped = [f"the code skips what nothing chooses ({place}): {instead}" for place in parts.places()]
     inputs = tuple(source for source in values.held if isinstance(source, int))
     return replace(graph, held=inputs, notes=(*graph.notes, *held, *skipped, *fixed))
 
