@@ -60,7 +60,7 @@ def moments(graph: Graph, samples: Samples, seed: int = 0) -> dict[fx.Node, Mome
             importance = relevance.get(node)
             if importance is None:  # an answer counts by its own variance
                 importance = (1 / (scale.sum() + 1e-30)).expand_as(scale)
-            if gram.isfinite().all() and importance.isfinite().all():  # they are not where masks of -inf are read
+            if rows and gram.isfinite().all() and importance.isfinite().all():  # they are not where masks of -inf are read
                 found[node] = Moments(reader, gram, mean, matrix(reader, weight.detach()).double() * importance.sqrt()[..., None], rows)
         run.forget(node)
     return found
@@ -74,22 +74,22 @@ def _sums(run: Stepping, reader: Reader, weight: Tensor, centred: bool) -> tuple
     total = processes.number_of_all(sum(values[reader.node].shape[0] for values in run.values))
     for number, values in enumerate(run.values):
         answer = values[reader.node]
-        chosen = places(reader, answer, _ROWS / total, seed=number)
+        chosen = places(reader, answer, _ROWS / max(1, total), seed=number)
         x = rows_of_input(reader, values[reader.input], weight.shape[2:], answer.shape[2:] if reader.rank else (), chosen).float()
         if centred:
-            origin = processes.same_everywhere(x.mean(1, keepdim=True)) if origin is None else origin
+            origin = processes.same_everywhere(x.mean(1, keepdim=True).nan_to_num()) if origin is None else origin
             x = x - origin
         y = rows_of_answer(reader, answer, chosen).double()
         product = torch.bmm(x.transpose(1, 2), x) if x.shape[2] <= _WIDEST else x.square().sum(1)
         gram, mean, rows = gram + product.double(), mean + x.sum(1).double(), rows + x.shape[1]
         answers, squares = answers + y.sum(1), squares + y.square().sum(1)
     gram, mean, answers, squares = processes.total(gram, mean, answers, squares)
-    rows = int(processes.number_of_all(rows))
-    gram, mean = gram / rows, mean / rows
+    rows = int(processes.number_of_all(rows))  # none, where no sample chose the layer
+    gram, mean = gram / max(1, rows), mean / max(1, rows)
     if centred:
         gram = gram - (mean[..., :, None] * mean[..., None, :] if gram.dim() == 3 else mean.square())
         mean = mean if origin is None else mean + origin[:, 0].double()
-    return gram, mean, squares / rows - (answers / rows).square(), rows
+    return gram, mean, squares / max(1, rows) - (answers / max(1, rows)).square(), rows
 
 
 def _relevance(graph: Graph, known: Mapping[fx.Node, Reader], samples: Samples, seed: int) -> dict[fx.Node, Tensor]:

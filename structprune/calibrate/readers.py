@@ -190,7 +190,7 @@ def rows_of_answer(reader: Reader, answer: Tensor, chosen: Tensor | None) -> Ten
     flat = flat if chosen is None else flat.index_select(2, chosen)
     samples, channels, positions = flat.shape
     split = flat.reshape(samples, reader.groups, channels // reader.groups, positions)
-    return split.permute(1, 0, 3, 2).reshape(reader.groups, samples * positions, -1)
+    return split.permute(1, 0, 3, 2).reshape(reader.groups, samples * positions, channels // reader.groups)
 
 
 def rows_of_input(reader: Reader, x: Tensor, window: Sequence[int], space: Sequence[int], chosen: Tensor | None) -> Tensor:
@@ -203,12 +203,12 @@ def rows_of_input(reader: Reader, x: Tensor, window: Sequence[int], space: Seque
     read = flat[:, :, index]  # [samples, channels, positions, taps]
     samples, channels, positions, number = read.shape
     split = read.reshape(samples, reader.groups, channels // reader.groups, positions, number)
-    return split.permute(1, 0, 3, 2, 4).reshape(reader.groups, samples * positions, -1)
+    return split.permute(1, 0, 3, 2, 4).reshape(reader.groups, samples * positions, channels // reader.groups * number)
 
 
 def _chosen_rows(values: Tensor, chosen: Tensor | None) -> Tensor:
     values = values[None] if values.dim() == 1 else values  # what belongs to all samples is one row
-    flat = values.reshape(values.shape[0], -1, values.shape[-1])
+    flat = values.reshape(values.shape[0], math.prod(values.shape[1:-1]), values.shape[-1])
     return (flat if chosen is None else flat.index_select(1, chosen)).reshape(-1, values.shape[-1])
 
 

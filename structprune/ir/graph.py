@@ -225,6 +225,20 @@ def is_open(value: Any) -> TypeGuard[torch.SymInt]:
     return isinstance(value, torch.SymInt) and value.node.hint is None
 
 
+def has_open_size(node: fx.Node) -> bool:
+    """Whether values decide what an entry of the node's answer belongs to, and another model may have others there."""
+    return any(is_open(size) for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor) for size in leaf.shape)
+
+
+def choices(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Nodes by whose indices and truth values it is decided what is where in an answer with a size that values decide."""
+    found: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if has_open_size(node) or not found.isdisjoint(node.users):
+            found.add(node)
+    return {n for n in found if any(isinstance(v, Tensor) and not v.is_floating_point() for v in pytree.tree_leaves(n.meta.get("val")))}
+
+
 def is_dynamic(value: Any) -> bool:
     """Whether a size is symbolic, and not pinned to a number by what the model's code does with it."""
     return isinstance(value, torch.SymInt) and value.node.maybe_as_int() is None

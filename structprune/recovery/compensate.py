@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from structprune import processes
 from structprune.analysis.infer import Types
@@ -36,7 +37,7 @@ from structprune.calibrate.logits import Turn, turn_weights
 from structprune.calibrate.readers import Reader, from_matrix, places, reader_of, readers, rows_of_answer, rows_of_input, shift_of
 from structprune.calibrate.stepping import Stepping
 from structprune.ir.axes import Keep
-from structprune.ir.graph import Graph, attribute
+from structprune.ir.graph import Graph, attribute, choices
 from structprune.ir.operators import operator_name
 from structprune.ir.samples import Samples, samples_in
 from structprune.transform.surgery import StandIn, Surgery, kept_part
@@ -79,6 +80,7 @@ def compensate(
         progress(f"{joined} of {len(samples)} samples are used: the values of more take over {MEMORY >> 30} GiB")
     firsts: list[float] = []  # of each batch, the share that the ridge is not chosen by
     mine = readers(graph)
+    chosen = choices(graph.nodes)
     constants = {stand_in.reader: stand_in for stand_in in surgery.stand_ins}
     fitted = []
     while (node := small.upcoming) is not None:
@@ -102,10 +104,17 @@ def compensate(
         elif node in constants and (found := _fit_constant(constants[node], graph, types, keep, surgery, dense, small)) is not None:
             fitted.append(found)
         small.step()
+        if original in chosen:  # rows that are compared have to be the same tokens' in both
+            for wide, narrow in zip(dense.values, small.values, strict=True):
+                narrow[node] = pytree.tree_map(_choice, narrow[node], wide[original])
         small.forget(node)
         if original is not None:
             dense.forget(original)
     return fitted
+
+
+def _choice(own: Any, dense: Any) -> Any:
+    return dense if isinstance(own, Tensor) and not own.is_floating_point() and own.shape == dense.shape else own
 
 
 def _fit(
@@ -128,6 +137,8 @@ def _fit(
     branch = _branch_of(node, module)
     moments = _Moments(shift is not None)
     total = processes.number_of_all(sum(wide[original].shape[0] for wide in dense.values))
+    if not total:  # no sample chose it
+        return None
     for number, (wide, narrow, answer) in enumerate(zip(dense.values, small.values, small.compute(node), strict=True)):
         chosen = places(reader, answer, _ROWS / total, seed=number)
         wanted = kept_part(wide[original] if turn is None else turn(wide[original], dense_reader.answer_axis), shape, keep)
@@ -230,7 +241,7 @@ class _Moments:
         x, r = x.float(), r.float()
         if self._with_shift:
             if self._origin is None:
-                self._origin = processes.same_everywhere(x.mean(1, keepdim=True))
+                self._origin = processes.same_everywhere(x.mean(1, keepdim=True).nan_to_num())  # of no rows it is no number
             x = torch.cat([x - self._origin, x.new_ones(*x.shape[:2], 1)], 2)
         middle = round(first * x.shape[1])
         for half, (own, off) in enumerate(((x[:, :middle], r[:, :middle]), (x[:, middle:], r[:, middle:]))):
@@ -260,7 +271,8 @@ class _Moments:
         whole = {name: self._halves[0][name] + self._halves[1][name] for name in self._halves[0]}
         number = sum(self._number)
         first, second = self._halves
-        trials = {ridge: self._left(self._fitted(first, self._number[0], ridge), second) for ridge in (*_RIDGES, math.inf)}
+        ridges = (*_RIDGES, math.inf) if all(self._number) else (math.inf,)
+        trials = {ridge: self._left(self._fitted(first, self._number[0], ridge), second) for ridge in ridges}
         ridge = min(trials, key=lambda k: trials[k])
         fitted = self._fitted(whole, number, ridge)
         if trials[ridge] >= float(second["rr"].sum()):  # it fits the noise of its own half

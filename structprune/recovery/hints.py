@@ -17,7 +17,7 @@ from structprune.analysis.infer import Types
 from structprune.calibrate.readers import readers
 from structprune.errors import InputError
 from structprune.ir.axes import Keep
-from structprune.ir.graph import Graph, is_dynamic
+from structprune.ir.graph import Graph, has_open_size, is_dynamic
 from structprune.recovery.finetune import AUTO, Flat, answers_of, flat
 from structprune.transform.surgery import ORIGINAL, kept_part
 
@@ -52,7 +52,7 @@ def dense_teacher(
 def _can_be_compared(node: fx.Node, graph: Graph, types: Types, keep: Keep) -> bool:
     """Whether samples are its first axis, by which processes share them, and channels are known by their numbers whatever the sizes are."""
     value = node.meta["val"]
-    if not value.is_floating_point() or not value.dim() or (graph.dynamic_batch and str(value.shape[0]) != graph.batch):
+    if not value.is_floating_point() or not value.dim() or has_open_size(node) or (graph.dynamic_batch and str(value.shape[0]) != graph.batch):
         return False
     touched = (any(atom in keep for atom in types.solver.atoms(axis)) for axis in types.shape(node))
     return not any(cut and is_dynamic(size) for cut, size in zip(touched, value.shape, strict=True))

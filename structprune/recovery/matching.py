@@ -28,7 +28,7 @@ from structprune.calibrate.logits import Turn
 from structprune.calibrate.readers import readers
 from structprune.errors import InputError
 from structprune.ir.axes import Keep
-from structprune.ir.graph import Graph
+from structprune.ir.graph import Graph, has_open_size
 from structprune.ir.samples import Samples, copies, samples_in
 from structprune.recovery.distil import losses
 from structprune.recovery.finetune import flat, schedule
@@ -102,7 +102,7 @@ def _loss(graph: Graph, types: Types, keep: Keep, surgery: Surgery, turned: Mapp
     small = set(surgery.module.graph.nodes)  # some copies of dense nodes are gone
     counterparts = {old: new for new, old in surgery.originals.items() if new in small}
     mine = readers(graph)
-    points = [node for node in mine if node in counterparts]
+    points = [node for node in mine if node in counterparts and not has_open_size(node)]
     teacher, student = flat(graph.module, points), flat(surgery.module, [counterparts[node] for node in points])
 
     def loss(batch: Sequence[Any]) -> Tensor:
