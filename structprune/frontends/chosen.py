@@ -14,10 +14,12 @@ traced.
 from __future__ import annotations
 
 import ast
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -35,14 +37,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from structprune.errors import TraceError
 from structprune.frontends.torch_export import called_once, replaced
 from structprune.frontends.users_code import NOT_THE_USERS
-from structprune.frontends.values import KnownValues, passes, without_not
+from structprune.frontends.values import KnownValues, has_not, passes, without_not
 from structprune.ir.graph import Graph
 from structprune.ir.samples import copies
 from structprune.ir.source import parsed, statements_at
 
-_TRUTHS = frozenset({Tensor.__bool__, Tensor.item})
 _NUMBERS = frozenset({Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__int__, Tensor.__index__})
-_POSITIONS = frozenset({"argmax", "argmin", "argsort", "max", "min", "multinomial", "sort", "topk"})  # along the last axis, or that named `dim`
+_PAIRS = frozenset({"max", "min", "sort", "topk"})  # of values and positions along an axis
+_POSITIONS = _PAIRS | {"argmax", "argmin", "argsort", "multinomial"}
 _REARRANGING = frozenset({
     "__getitem__", "chunk", "clone", "contiguous", "cpu", "detach", "expand", "flatten", "int", "long", "permute", "repeat", "reshape", "select",
     "split", "squeeze", "t", "to", "transpose", "unbind", "unsqueeze", "view",
@@ -53,11 +55,15 @@ _TOKENS = 8
 _ROUNDING = 1e-5  # of the largest answer
 
 
+_log = logging.getLogger(__name__)
+
+
 class Place(NamedTuple):
-    """A line of the user's code."""
+    """Where the user's code asks: of several questions in one line the column tells which."""
 
     file: str
     line: int
+    column: int | None = None
 
 
 class ChosenParts(TorchFunctionMode):
@@ -79,20 +85,24 @@ class ChosenParts(TorchFunctionMode):
     def assuming(self) -> Iterator[None]:
         ask = torch.SymBool.__bool__
 
-        def bool_(condition: torch.SymBool) -> bool:
+        def asked(condition: torch.SymBool) -> bool:
             try:
                 return ask(condition)
             except GuardOnDataDependentSymNode:
-                self._something(condition)
+                self._something([condition], by_torch=_asked_by_torch())
                 return ask(condition)
 
         self.assumed.clear()
         self._assuming = True
         try:
-            with replaced(torch.SymBool, "__bool__", bool_):
+            with replaced(torch.SymBool, "__bool__", asked):
                 yield
         finally:
             self._assuming = False
+
+    def places(self) -> list[str]:
+        """The lines assumed, in words."""
+        return [f"{'/'.join(Path(file).parts[-2:])}:{line}" for file, line, _ in self.assumed]
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -100,111 +110,114 @@ class ChosenParts(TorchFunctionMode):
         if not self._assuming or not isinstance(value, FakeTensor) or self._values.knows(value):
             return function(*args, **kwargs)
         name, place = getattr(function, "__name__", ""), _place()
-        if function in _TRUTHS and value.dtype == torch.bool and place.line not in passes(place.file):
-            return self._told(place, _way(place))
+        if _asks_for_truth(function, value) and place.line not in passes(place.file) and (way := _way(place)) is not None:
+            return self._told(place, way)
         if name == "__len__" and free_unbacked_symbols(value.shape[0]) and _asks_for_any(place):
-            self._something(value.shape[0])
+            self._something(value.shape[:1])
             return _SOME
-        if name in ("tolist", "unbind", "__iter__") and (parts := self._all.get(value)) is not None:
+        if name in ("tolist", "unbind", "__iter__") and not any(args[1:]) and (parts := self._all.get(value)) is not None:
             with _disable_current_modes():
                 listed = parts.tolist()
-            return self._told(place, listed if name == "tolist" else iter([torch.tensor(part) for part in listed]), len(parts))
+            tensors = [torch.tensor(part) for part in listed] if name != "tolist" else listed
+            return self._told(place, iter(tensors) if name == "__iter__" else tensors, len(listed))
         if name == "numpy" and value.dim() == 1 and isinstance(value.shape[0], int):
             return np.array([self.__torch_function__(Tensor.item, types, (number,)) for number in value.unbind()], dtype=object)
-        if name == "bincount" and self._below.get(value, _MANY + 1) <= kwargs.get("minlength", 0):
+        if name == "bincount" and len(args) == 1 and kwargs.keys() == {"minlength"} and self._below.get(value, _MANY + 1) <= kwargs["minlength"]:
             return (value.unsqueeze(-1) == torch.arange(kwargs["minlength"], device=value.device)).sum(0)
         try:
             answer = function(*args, **kwargs)
-        except GuardOnDataDependentSymNode:  # torch itself asks, of whose operators none does anything else on nothing, if it does not refuse that
-            for size in (size for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor) for size in v.shape):
-                for symbol in free_unbacked_symbols(size) & self._counts.keys():
-                    torch._check(self._counts[symbol][0] >= 1)
+        except GuardOnDataDependentSymNode:
+            given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+            self._something([size for v in given for size in v.shape], by_torch=True)
             answer = function(*args, **kwargs)
         for found in pytree.tree_leaves(answer):
-            self._count(found.shape if isinstance(found, FakeTensor) else [found], place)
-            if isinstance(found, FakeTensor):
-                self._note(found, function, args, kwargs)
+            for size in found.shape if isinstance(found, FakeTensor) else [found]:
+                if isinstance(size, torch.SymInt) and size.node.expr in free_unbacked_symbols(size):
+                    self._counts.setdefault(size.node.expr, (size, place))
+        self._note(answer, function, args, kwargs)
         return answer
-
-    def places(self) -> list[str]:
-        """The lines assumed, in words."""
-        return [f"{'/'.join(Path(file).parts[-2:])}:{line}" for file, line in self.assumed]
 
     def _told(self, place: Place, answer: Any, parts: int = 1) -> Any:
-        self.assumed[place] = parts
+        self.assumed[place] = min(parts, self.assumed.get(place, parts))
         return answer
 
-    def _count(self, sizes: Sequence[Any], place: Place) -> None:
-        for size in sizes:
-            if isinstance(size, torch.SymInt) and size.node.expr in free_unbacked_symbols(size):
-                self._counts.setdefault(size.node.expr, (size, place))
+    def _something(self, asked: Sequence[Any], by_torch: bool = False) -> None:
+        """From here on, the counts that these sizes are made of are 1 at least.
 
-    def _something(self, asked: Any) -> None:
-        """From here on, all counts of chosen things that something depends on are 1 at least."""
-        for symbol in free_unbacked_symbols(asked) & self._counts.keys():
+        by_torch: none of torch's operators does anything else on nothing, if it does not refuse that; so nobody has to see it.
+        """
+        for symbol in frozenset[Any]().union(*map(free_unbacked_symbols, asked)) & self._counts.keys():
             count, place = self._counts[symbol]
-            torch._check(self._told(place, count >= 1))
+            torch._check(count >= 1 if by_torch else self._told(place, count >= 1))
 
-    def _note(self, answer: Tensor, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _note(self, answer: Any, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Whether the answer is a list of positions or parts."""
-        value, name = args[0], function.__name__
-        if name in _POSITIONS and answer.dtype == torch.long:
-            size = value.shape[kwargs.get("dim", args[1] if len(args) > 1 and name != "topk" else -1)]
+        value, name = args[0], getattr(function, "__name__", "")
+        if name in _POSITIONS and (isinstance(answer, tuple) or name not in _PAIRS):
+            size = value.shape[kwargs.get("dim", _default(name, args))]
             if isinstance(size, int) and size <= _MANY:
-                self._below[answer] = size
-        elif name in _REARRANGING:
-            if (below := self._below.get(value)) is not None:
-                self._below[answer] = below
-            if (parts := self._all.get(value)) is not None and not any(isinstance(v, Tensor) for v in pytree.tree_leaves((args[1:], kwargs))):
-                with _disable_current_modes():
-                    self._all[answer] = function(parts, *args[1:], **kwargs)
-        elif name == "unique" and (below := self._below.get(value)) is not None:
+                self._below[answer[1] if isinstance(answer, tuple) else answer] = size
+        elif name == "unique" and isinstance(answer, FakeTensor) and (below := self._below.get(value)) is not None:
             with _disable_current_modes():
                 self._all[answer] = torch.arange(below)
-        elif name in ("nonzero", "where") and len(args) == 1 and all(isinstance(size, int) for size in value.shape) and value.dim() == 1:
-            with _disable_current_modes():
-                self._all[answer] = torch.arange(value.numel()).reshape((-1, 1)[: answer.dim()])
+        elif name in ("nonzero", "where") and len(args) == 1 and value.dim() == 1 and isinstance(value.shape[0], int):
+            for listed in pytree.tree_leaves(answer):
+                with _disable_current_modes():
+                    self._all[listed] = torch.arange(value.shape[0]).reshape((-1, 1)[: listed.dim()])
+        elif name in _REARRANGING:
+            below, parts = self._below.get(value), self._all.get(value)
+            for found in pytree.tree_leaves(answer):
+                if below is not None:
+                    self._below[found] = below
+                if parts is not None and not any(isinstance(v, Tensor) for v in pytree.tree_leaves((args[1:], kwargs))):
+                    with _disable_current_modes():
+                        moved = function(parts, *args[1:], **kwargs)
+                    if isinstance(moved, Tensor) and moved.dim() and len(moved) == len(parts):
+                        self._all[found] = moved
 
 
 def must_not_matter(assumed: Mapping[Place, int], model: nn.Module, graph: Graph) -> None:
     """Raise TraceError where the graph, in which something is chosen at all the lines assumed, answers otherwise than the model where nothing is;
     or where no input of few different tokens was seen to choose nothing.
     """
-    left = dict(assumed)
+    left = assumed
     for inputs in _of_few_tokens(graph):
         args, kwargs = graph.called_with(copies(inputs))
         try:
-            with _Witness(left):
+            with _Witness(left) as witness:
                 wanted = called_once(model, args, kwargs)
-        except (RuntimeError, IndexError, ValueError):  # an input that the model is not made for tells nothing
+        except Exception:  # an input that the model is not made for, or that its own checks refuse, tells nothing
+            _log.debug("the model does not run on few different tokens", exc_info=True)
             continue
         got = fx.Interpreter(graph.module).run(*copies(inputs), enable_io_processing=False)
         pairs = zip(_tensors(got), _tensors(wanted), strict=True)
         if not all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=_ROUNDING * _largest(b), equal_nan=True) for a, b in pairs):
-            raise TraceError(_in_words(assumed, "does something else there"))
+            raise TraceError(_in_words(assumed, "answers otherwise where nothing is chosen"))
+        left = {place: parts for place, parts in left.items() if place not in witness.seen}
         if not left:
             return
-    raise TraceError(_in_words(left, "was never seen to go the other way"))
+    raise TraceError(_in_words(left, "no input was found that goes the other way"))
 
 
 class _Witness(TorchFunctionMode):
-    """Crosses out the lines at which the model, as it runs, finds less chosen than was assumed."""
+    """`seen`: the lines at which the model, as it runs, finds less chosen than was assumed."""
 
-    def __init__(self, left: dict[Place, int]) -> None:
+    def __init__(self, assumed: Mapping[Place, int]) -> None:
         super().__init__()
-        self._left = left
+        self.seen: set[Place] = set()
+        self._assumed = assumed
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         answer = function(*args, **(kwargs or {}))
-        if self._left and (parts := self._left.get(place := _place())) is not None:
-            if function in _TRUTHS and isinstance(answer, bool):
+        if (parts := self._assumed.get(place := _place())) is not None:
+            if isinstance(answer, bool):
                 less = answer != _way(place)
             elif function in _NUMBERS and parts == 1:
                 less = not np.all(np.asarray(answer) >= 1)
             else:
                 less = any(_length(found) < parts for found in (answer if type(answer) is tuple else [answer]))
             if less:
-                del self._left[place]
+                self.seen.add(place)
         return answer
 
 
@@ -229,34 +242,57 @@ def _of_one_token(value: Any, place: int, axis: int) -> Any:
 
 
 @cache
-def _ways(file: str) -> dict[int, bool]:
-    """By line of a source file: the truth of the condition there with which nothing is skipped."""
-    found: dict[int, bool] = {}
+def _ways(file: str) -> dict[int, bool | None]:
+    """By line of a source file: the truth of the condition there with which nothing is skipped; None where that is not plain."""
+    found: dict[int, bool | None] = {}
     for statement in ast.walk(parsed(file)):
-        if isinstance(statement, ast.If):
-            skips = not statement.orelse and isinstance(statement.body[-1], (ast.Continue, ast.Pass, ast.Return, ast.Break))
+        if isinstance(statement, (ast.If, ast.While)):
+            skips = not statement.orelse and isinstance(statement.body[-1], (ast.Break, ast.Continue, ast.Pass, ast.Raise, ast.Return))
             condition, truth = without_not(statement.test, not skips)
-            found.update(dict.fromkeys(range(statement.lineno, (condition.end_lineno or condition.lineno) + 1), truth))
+            plain = isinstance(statement, ast.If) and not has_not(condition)
+            found.update(dict.fromkeys(range(statement.lineno, (condition.end_lineno or condition.lineno) + 1), truth if plain else None))
     return found
 
 
-def _way(place: Place) -> bool:
+def _way(place: Place) -> bool | None:
     return _ways(place.file).get(place.line, True)
+
+
+def _asks_for_truth(function: Any, value: Tensor) -> bool:
+    return function is Tensor.__bool__ or (function is Tensor.item and value.dtype == torch.bool)
 
 
 def _asks_for_any(place: Place) -> bool:
     """Whether the condition at a line compares a length with nothing but 0."""
-    conditions = [statement.test for statement in statements_at(*place) if isinstance(statement, ast.If)]
+    conditions = [statement.test for statement in statements_at(place.file, place.line) if isinstance(statement, ast.If)]
     compared = [side for part in ast.walk(conditions[-1]) if isinstance(part, ast.Compare) for side in part.comparators] if conditions else []
     return bool(conditions) and all(isinstance(side, ast.Constant) and side.value == 0 for side in compared)
 
 
+def _asked_by_torch() -> bool:
+    """Whether the question whether a size is 0 stands in torch's own code, not in the user's."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename == torch.__file__:  # SymInt.__bool__
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename.startswith(NOT_THE_USERS)
+
+
+def _default(name: str, args: tuple[Any, ...]) -> int:
+    """The axis of which an operator answers positions, where it is not named."""
+    place = 2 if name == "topk" else 1
+    return args[place] if name != "multinomial" and len(args) > place and type(args[place]) is int else -1
+
+
 def _place() -> Place:
-    """The innermost line of the user's code."""
+    """What the innermost of the user's code is at."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(NOT_THE_USERS):
         frame = frame.f_back
-    return Place(frame.f_code.co_filename, frame.f_lineno) if frame is not None else Place("", 0)
+    if frame is None:
+        return Place("", 0)
+    positions = getattr(frame.f_code, "co_positions", None)  # from Python 3.11 on, which makes a call by one instruction or by the next
+    column = next(islice(positions(), frame.f_lasti // 2, None))[3] if positions is not None else frame.f_lasti
+    return Place(frame.f_code.co_filename, frame.f_lineno, column)
 
 
 def _length(value: Any) -> int:
@@ -274,8 +310,8 @@ def _largest(tensor: Tensor) -> float:
 
 
 def _in_words(places: Mapping[Place, int], what: str) -> str:
-    file, line = next(iter(places))
+    place = next(iter(places))
     return (
-        f"the model's code asks at {file}:{line} whether values choose anything, and {what}: use torch.where, or let the code do the work on no rows "
-        "as on any others"
+        f"the model cannot be traced at {place.file}:{place.line}: the code branches on values of tensors, and {what}; use torch.where or "
+        "torch.cond, or compress the part before it"
     )

@@ -261,9 +261,14 @@ def passes(file: str) -> dict[int, bool]:
         else:
             continue
         condition, truth = without_not(condition, truth)
-        if not any(isinstance(part, (ast.Not, ast.IfExp)) for part in ast.walk(condition)):  # such a part may count the other way round
+        if not has_not(condition):
             found.update(dict.fromkeys(range(statement.lineno, (condition.end_lineno or condition.lineno) + 1), truth))
     return found
+
+
+def has_not(condition: ast.expr) -> bool:
+    """Whether some part of a condition may count the other way round."""
+    return any(isinstance(part, (ast.Not, ast.IfExp)) for part in ast.walk(condition))
 
 
 def without_not(condition: ast.expr, truth: bool) -> tuple[ast.expr, bool]:
