@@ -26,7 +26,7 @@ from structprune.pipeline import explain
 from structprune.result import Result
 
 # what stays of the multiply-accumulates, where the widths that users read and write leave more than a third
-KEPT = {"contrastive": 0.5, "slow_fast": 0.45, "deformable_attention": 0.4, "expert_modules": 0.4, "dispatched_experts": 0.5}
+KEPT = {"contrastive": 0.5, "slow_fast": 0.45, "deformable_attention": 0.4, "expert_modules": 0.4}
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 GRAPHS = {"detr", "radiance"}  # sines for the old width stand in their code: nothing that the class could be told
 

@@ -39,7 +39,7 @@ from structprune.frontends.torch_export import called_once, replaced
 from structprune.frontends.users_code import NOT_THE_USERS
 from structprune.frontends.values import KnownValues, has_not, passes, without_not
 from structprune.ir.graph import Graph
-from structprune.ir.samples import copies
+from structprune.ir.samples import copies, floats
 from structprune.ir.source import parsed, statements_at
 
 _NUMBERS = frozenset({Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__int__, Tensor.__index__})
@@ -59,11 +59,11 @@ _log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
-    """Where the user's code asks: of several questions in one line the column tells which."""
+    """Where the user's code asks: of several questions in one line `part` tells which."""
 
     file: str
     line: int
-    column: int | None = None
+    part: Any = None
 
 
 class ChosenParts(TorchFunctionMode):
@@ -109,7 +109,7 @@ class ChosenParts(TorchFunctionMode):
         value = args[0] if args else None
         if not self._assuming or not isinstance(value, FakeTensor) or self._values.knows(value):
             return function(*args, **kwargs)
-        name, place = getattr(function, "__name__", ""), _place()
+        name, place = getattr(function, "__name__", ""), _place(function)
         if _asks_for_truth(function, value) and place.line not in passes(place.file) and (way := _way(place)) is not None:
             return self._told(place, way)
         if name == "__len__" and free_unbacked_symbols(value.shape[0]) and _asks_for_any(place):
@@ -190,7 +190,7 @@ def must_not_matter(assumed: Mapping[Place, int], model: nn.Module, graph: Graph
             _log.debug("the model does not run on few different tokens", exc_info=True)
             continue
         got = fx.Interpreter(graph.module).run(*copies(inputs), enable_io_processing=False)
-        pairs = zip(_tensors(got), _tensors(wanted), strict=True)
+        pairs = zip(floats(got), floats(wanted), strict=True)
         if not all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=_ROUNDING * _largest(b), equal_nan=True) for a, b in pairs):
             raise TraceError(_in_words(assumed, "answers otherwise where nothing is chosen"))
         left = {place: parts for place, parts in left.items() if place not in witness.seen}
@@ -209,7 +209,7 @@ class _Witness(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         answer = function(*args, **(kwargs or {}))
-        if (parts := self._assumed.get(place := _place())) is not None:
+        if (parts := self._assumed.get(place := _place(function))) is not None:
             if isinstance(answer, bool):
                 less = answer != _way(place)
             elif function in _NUMBERS and parts == 1:
@@ -283,26 +283,23 @@ def _default(name: str, args: tuple[Any, ...]) -> int:
     return args[place] if name != "multinomial" and len(args) > place and type(args[place]) is int else -1
 
 
-def _place() -> Place:
-    """What the innermost of the user's code is at."""
+def _place(function: Any) -> Place:
+    """What the innermost of the user's code is at, that calls a function of torch's."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(NOT_THE_USERS):
         frame = frame.f_back
     if frame is None:
         return Place("", 0)
-    positions = getattr(frame.f_code, "co_positions", None)  # from Python 3.11 on, which makes a call by one instruction or by the next
-    column = next(islice(positions(), frame.f_lasti // 2, None))[3] if positions is not None else frame.f_lasti
-    return Place(frame.f_code.co_filename, frame.f_lineno, column)
+    part: Any = frame.f_lasti
+    if function is not Tensor.__bool__ and sys.version_info >= (3, 11):  # a call may be made by one instruction, or by the next
+        part = next(islice(frame.f_code.co_positions(), part // 2, None))
+    return Place(frame.f_code.co_filename, frame.f_lineno, part)
 
 
 def _length(value: Any) -> int:
     if isinstance(value, Tensor):
         return len(value) if value.dim() else _SOME
     return value if type(value) is int else len(value) if isinstance(value, (list, tuple)) else _SOME
-
-
-def _tensors(answer: Any) -> list[Tensor]:
-    return [v for v in pytree.tree_leaves(answer) if isinstance(v, Tensor)]
 
 
 def _largest(tensor: Tensor) -> float:

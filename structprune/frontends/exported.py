@@ -78,7 +78,7 @@ class _Noting(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         answer = super().run_node(n)
         for size, number in zip(_sizes(n.meta.get("val")), _sizes(answer), strict=False):
-            note_size(size, max(1, number))  # an axis of no entries would say nothing of those that it is made of
+            note_size(size, number)
         return answer
 
 

@@ -1,4 +1,4 @@
-"""`Samples`: what a model is calibrated on."""
+"""`Samples`: what a model is calibrated on; and what it answers to them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 _RUNS = 8  # of samples that are neighbours, of which some are held back
 
@@ -33,6 +34,12 @@ def held_back(count: int, share: float) -> set[int]:
 def copies(batch: Iterable[Any]) -> list[Any]:
     """For a model that writes to its inputs."""
     return [v.clone() if isinstance(v, Tensor) else v for v in batch]
+
+
+def floats(value: Any) -> list[Tensor]:
+    """The tensors of a model's answer, in a fixed order, in float64: numbers, indices, truth values, parts of complex numbers."""
+    tensors = [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)]
+    return [(torch.view_as_real(v) if v.is_complex() else v).double() for v in tensors]
 
 
 @dataclass(frozen=True)

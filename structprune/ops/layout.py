@@ -85,12 +85,11 @@ def diagonal(eq: Equations, x: Shape, offset: int = 0, a: int = 0, b: int = 1) -
 
 def _as(eq: Equations, x: Shape) -> Shape:
     """The axes of `x` laid out anew in the sizes of the answer; axes that stand unchanged at both ends pass through."""
-    sizes = list(eq.out)
-    if 0 in sizes:
-        eq.freeze("an empty tensor", *x)
-        return tuple(eq.frozen(s, "an empty tensor") for s in sizes)
-    out = tuple(eq.fresh(s) for s in sizes)
-    eq.equate_products(x, out)
+    out = tuple(eq.fresh(s) for s in eq.out)
+    before, after = ([axis for axis in axes if axis.size] for axes in (x, out))  # rows of which there are none here stand beside the others
+    if math.prod(a.size for a in before) != math.prod(a.size for a in after):
+        raise Unsupported("a view of an empty tensor")
+    eq.equate_products(before, after)
     return out
 
 

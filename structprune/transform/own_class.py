@@ -22,13 +22,13 @@ from torch.utils._pytree import tree_map
 from structprune.errors import VerificationError, one_line
 from structprune.frontends.standardised import with_plain_layers
 from structprune.ir.graph import Graph, attribute, held_by, owners_of, repeated, results_in, shape_of
-from structprune.ir.samples import copies, samples_in
+from structprune.ir.samples import copies, floats, samples_in
 from structprune.transform.attributes import Attributes, follow, guesses
 from structprune.transform.checks import failed_check
 from structprune.transform.reference import Exact, in_double
 from structprune.transform.scale import Held, Scale, hold_scales, narrowed
 from structprune.transform.surgery import Surgery
-from structprune.transform.verify import difference, floats, same_noise
+from structprune.transform.verify import difference, same_noise
 
 _log = logging.getLogger(__name__)
 

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from structprune.analysis.infer import Types
 from structprune.errors import TraceError, VerificationError, first_line
 from structprune.ir.axes import Keep
 from structprune.ir.graph import Graph, results_in, shape_of
 from structprune.ir.operators import operator_name
-from structprune.ir.samples import copies
+from structprune.ir.samples import copies, floats
 from structprune.ir.traced import in_mode
 from structprune.ops import RULES, contraction
 from structprune.transform.precision import type_of
@@ -302,9 +301,3 @@ def difference(
             effect = (theirs - dense()[i].expand_as(apart)[apart]).nan_to_num(0, 0, 0).abs().amax().item()
             worst = max(worst, error / max(effect, 1e-7 * scale, 1e-12))
     return worst
-
-
-def floats(value: Any) -> list[Tensor]:
-    """The tensors of a model's answer, in a fixed order, in float64: numbers, indices, truth values, parts of complex numbers."""
-    tensors = [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)]
-    return [(torch.view_as_real(v) if v.is_complex() else v).double() for v in tensors]
