@@ -38,6 +38,7 @@ _PRIME = 1009  # samples, which no code divides into equal parts
 _DROPPED = "the model's code drops the first axis of one sample (squeeze)"
 
 Dynamic: TypeAlias = Sequence[int] | Mapping[str, Sequence[int]]
+_Call: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]  # arguments, positional and by keyword
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -69,52 +70,44 @@ def _traced(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[st
     promised = signature_of(model)
     args = values_on_cpu((args,) if isinstance(args, Tensor) else tuple(args))
     args, kwargs = args if promised is None else promised.given(args), values_on_cpu(dict(kwargs or {}))
-    notes: list[str] = []
-    given = pytree.tree_leaves((args, kwargs))
     wanted = _wanted_axes(model, args, kwargs, dynamic)
     if promised is not None:
         wanted = [tuple(sorted(free.union(asked))) for free, asked in zip(promised.free(), wanted, strict=True)]
     users = args, kwargs
     with in_mode(model, training=False), KnownValues(model) as values, ChosenParts(values) as parts:
-        attempts = _attempts(wanted, batch, promised, any(map(may_decide, given)))
-        failed: Exception | None = None  # what no assumption helped
+        attempts = _attempts(wanted, batch, promised, any(map(may_decide, pytree.tree_leaves(users))))
+        lost: dict[bool, list[str]] = {False: [], True: []}  # why sizes are not free; where nothing is assumed, and where something is
+        failed: Exception | None = None  # where nothing is
         for attempt in attempts:
-            example = users
-            values.held.clear()
-            if attempt.free:
-                example = (promised.doubled(args), kwargs) if promised else pytree.tree_map_only(Tensor, _two_samples, (args, kwargs))
-            doubled = [two is not one for one, two in zip(given, pytree.tree_leaves(example), strict=True)]
             try:
-                with values.of_inputs(model, *users) if attempt.hold else parts.assuming() if attempt.assume else nullcontext():
-                    exported = export(model, example[0], example[1], attempt.axes)
-                if promised is not None:
-                    _check_against_file(promised, exported, example[0], any(doubled))
-                elif any(two and not is_dynamic(size) for two, size in zip(doubled, _first_sizes(exported), strict=True)):
-                    raise InputError(FIXED_BATCH)  # and that to two samples, where the user has one
-                elif any(doubled) and _drops_single_axes(exported):
-                    raise InputError(_DROPPED)
-                elif bound := _bound_by_batch(exported):
-                    raise InputError(bound)
-                if parts.assumed:
-                    must_not_matter(parts.assumed, model, from_exported(exported, *example, model=model))
-                args, kwargs = example
+                exported, example = _attempted(attempt, model, users, values, parts)
                 break
             except Exception as error:  # torch.export raises whatever the model's code meets
                 _log.debug("traced with less freedom", exc_info=True)
-                if attempt.static and not attempt.assume:
-                    failed = error
-                    notes.clear()
                 if not attempt.static:
-                    notes.append(f"{'static sizes' if any(axes - {0} for axes in attempt.axes) else 'static batch'}: {first_line(error)}")
-                elif attempt is attempts[-1] or not (attempt.hold or attempt.assume or _is_of_values(error)):
-                    told = failed if failed is not None and not isinstance(error, TraceError) else error
-                    raise told if isinstance(told, (InputError, TraceError)) else _explained(told) from error
+                    lost[attempt.assume].append(f"{'static sizes' if any(a - {0} for a in attempt.axes) else 'static batch'}: {first_line(error)}")
+                    continue
+                failed = error if failed is None or isinstance(error, TraceError) or not attempt.assume else failed
+                if attempt is attempts[-1] or not (attempt.hold or attempt.assume or _is_of_values(error)):
+                    raise failed if isinstance(failed, (InputError, TraceError)) else _explained(failed) from error
         if values.checked:
             _must_pass_its_checks(model, *users)
     _must_keep(exported, values.held)
-    graph = from_exported(exported, args, kwargs, model=model, notes=tuple(notes), doubled=any(doubled))
+    graph = from_exported(exported, *example, model=model, notes=tuple(lost[attempt.assume]), doubled=any(_doubled(users, example)))
     if promised is None:
         graph = _with_heads_of_training(graph, model)
+    fixed = [
+        f"axis {d} of {n} keeps its size: the model's code needs it"
+        for n, w, g in zip(graph.input_names, wanted, graph.dynamic, strict=True)
+        for d in w
+        if d not in g
+    ]
+    inputs = tuple(source for source in values.held if isinstance(source, int))
+    return replace(graph, held=inputs, notes=(*graph.notes, *_taken_for_granted(graph, values, parts), *fixed))
+
+
+def _taken_for_granted(graph: Graph, values: KnownValues, parts: ChosenParts) -> list[str]:
+    """In words, what the code asked of values, and was told."""
     stays = "{} is taken to stay {}: the model's code asks for its value"
     held = [
         f"{stays.format(graph.input_names[source], what)}; with another the traced module and the ONNX file answer NaN"
@@ -122,16 +115,8 @@ def _traced(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[st
         else stays.format(source, what)
         for source, what in values.held.items()
     ]
-    fixed = [
-        f"axis {d} of {n} keeps its size: the model's code needs it"
-        for n, w, g in zip(graph.input_names, wanted, graph.dynamic, strict=True)
-        for d in w
-        if d not in g
-    ]
     instead = "the traced module and the ONNX file work on no rows instead"
-    skipped = [f"the code skips what nothing chooses ({place}): {instead}" for place in parts.places()]
-    inputs = tuple(source for source in values.held if isinstance(source, int))
-    return replace(graph, held=inputs, notes=(*graph.notes, *held, *skipped, *fixed))
+    return [*held, *(f"the code skips what nothing chooses ({place}): {instead}" for place in parts.places())]
 
 
 class _Attempt(NamedTuple):
@@ -147,6 +132,36 @@ class _Attempt(NamedTuple):
     @property
     def static(self) -> bool:
         return not any(self.axes)
+
+
+def _attempted(attempt: _Attempt, model: nn.Module, users: _Call, values: KnownValues, parts: ChosenParts) -> tuple[ExportedProgram, _Call]:
+    """The program, and the arguments that it was traced on: the user's, or two samples where they have one.
+
+    Raises InputError or TraceError where the program would not answer as the model does, and whatever torch.export raises.
+    """
+    promised = signature_of(model)
+    example = users
+    if attempt.free:
+        example = (promised.doubled(users[0]), users[1]) if promised else pytree.tree_map_only(Tensor, _two_samples, users)
+    doubled = _doubled(users, example)
+    values.held.clear()
+    with values.of_inputs(model, *users) if attempt.hold else parts.assuming() if attempt.assume else nullcontext():
+        exported = export(model, *example, attempt.axes)
+    if promised is not None:
+        _check_against_file(promised, exported, example[0], any(doubled))
+    elif any(two and not is_dynamic(size) for two, size in zip(doubled, _first_sizes(exported), strict=True)):
+        raise InputError(FIXED_BATCH)  # and that to two samples, where the user has one
+    elif any(doubled) and _drops_single_axes(exported):
+        raise InputError(_DROPPED)
+    elif bound := _bound_by_batch(exported):
+        raise InputError(bound)
+    if parts.assumed:
+        must_not_matter(parts.assumed, model, from_exported(exported, *example, model=model))
+    return exported, example
+
+
+def _doubled(users: _Call, example: _Call) -> list[bool]:
+    return [two is not one for one, two in zip(pytree.tree_leaves(users), pytree.tree_leaves(example), strict=True)]
 
 
 def _attempts(wanted: Sequence[Sequence[int]], batch: bool, promised: Signature | None, holds: bool) -> list[_Attempt]:
