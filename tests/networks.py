@@ -638,6 +638,25 @@ def class_token(draw: st.DrawFn, state: State) -> Step:
     return Step(lambda m, x: torch.cat([m.token.expand(x.shape[0], -1, -1), x], 1), token=token)
 
 
+@step(SEQUENCE, VECTOR)
+def experts(draw: st.DrawFn, state: State) -> Step:
+    """Every token goes to the expert that its router prefers, by code that skips experts without tokens, or does not ask."""
+    number, hidden, asks = one_of(draw, 2, 3, 4), draw(WIDTHS), draw(st.booleans())
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        best, out = m.router(rows).argmax(-1), torch.zeros_like(rows)
+        for i, expert in enumerate(m.experts):
+            chosen = (best == i).nonzero().squeeze(1)
+            if asks and chosen.shape[0] == 0:
+                continue
+            out[chosen] = expert(rows[chosen])
+        return x + out.view(x.shape)
+
+    layers = [nn.Sequential(nn.Linear(state.channels, hidden), nn.GELU(), nn.Linear(hidden, state.channels)) for _ in range(number)]
+    return Step(run, router=nn.Linear(state.channels, number), experts=nn.ModuleList(layers), note=f"{number}, {'skipped' * asks}")
+
+
 # ------------------------------------------------------------------------------------------------------ from kind to kind
 
 
