@@ -161,7 +161,7 @@ class _OverKept(TorchFunctionMode):
 
     def _live(self, x: Tensor, dim: int) -> Tensor | None:
         """The entries along an axis that are not zero everywhere, if as many are kept of some axis of its size."""
-        live = (x != 0).movedim(dim, 0).reshape(x.shape[dim], -1).any(1).nonzero().squeeze(1)
+        live = (x != 0).movedim(dim, 0).unsqueeze(-1).flatten(1).any(1).nonzero().squeeze(1)
         return live if (x.shape[dim], len(live)) in self._widths else None
 
     def _norm(self, function: Any, call: dict[str, Any], x: Tensor, kept: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +448,41 @@ def test_code_that_cannot_be_traced_when_it_knows_of_it_is_not_told() -> None:
     model, x = Of(forward, a=nn.Linear(6, 16), b=nn.Linear(16, 4)).eval(), torch.randn(3, 5, 6)
     result = sp.compress(model, (x,), target="channels=0.5")
     assert type(result.model) is Of and result.graph.dynamic_batch and not torch.compiler.is_compiling()
+
+
+def test_an_answer_of_a_class_of_the_users_own() -> None:
+    @dataclass
+    class Answer:
+        logits: Tensor
+        pair: tuple[Tensor, float]
+
+    class Plain:
+        def __init__(self, logits: Tensor) -> None:
+            self.logits = logits
+
+    class Answers(nn.Module):
+        def __init__(self, plain: bool) -> None:
+            super().__init__()
+            self.first, self.last, self.plain = nn.Linear(6, 16), nn.Linear(16, 4), plain
+
+        def forward(self, x: Tensor) -> Any:
+            logits = self.last(self.first(x).relu())
+            return Plain(logits) if self.plain else Answer(logits, (logits.softmax(-1), 2.0))
+
+    x = torch.randn(3, 6)
+    result = sp.compress(Answers(False), (x,))
+    answer = result.model(x)
+    assert type(answer) is Answer and result.model.first.out_features == 8 and result.graph.output_names == ("logits", "pair_0", "pair_1")
+    assert torch.allclose(answer.logits.softmax(-1), answer.pair[0])
+    with pytest.raises(sp.StructpruneError, match="let the model answer tensors, or a tuple, dict or dataclass of them"):
+        sp.trace(Answers(True), x)
+
+
+def test_layers_without_shapes_are_told() -> None:
+    with pytest.raises(
+        sp.StructpruneError, match=r"^0.weight has no shape yet: its layer is lazy, and has seen no input; run the model on one before"
+    ):
+        sp.compress(nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2)), (torch.randn(3, 6),))
 
 
 def test_vmap_is_resolved() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError
@@ -15,6 +16,8 @@ from structprune.errors import InputError
 def must_be_finite(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> None:
     """Raise InputError that names the first weight or input with NaN or an infinity. Infinities in other buffers and -inf in inputs are masks."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+            raise InputError(f"{name} has no shape yet: its layer is lazy, and has seen no input; run the model on one before")
         statistics = name.rpartition(".")[2] in ("running_mean", "running_var")
         bad = _odd(tensor, infinite=isinstance(tensor, nn.Parameter) or statistics)
         if bad:

@@ -8,6 +8,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import fields, is_dataclass
 from itertools import dropwhile
 from os.path import dirname
 from traceback import StackSummary
@@ -24,6 +25,8 @@ from torch.utils import _pytree as pytree
 from structprune.ir.graph import TORCH, held_by
 from structprune.ir.signature import signature_of
 
+UNKNOWN_CLASS = "which is not a known type"  # as torch.export says it of what a model answers
+
 
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], axes: Sequence[set[int]]) -> ExportedProgram:
     """torch.export, silent; axes: those of each leaf of the arguments that are to be dynamic."""
@@ -37,7 +40,24 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], a
         shapes = collection.dynamic_shapes(model, args, kwargs)
     origins = preserve_node_meta() if signature_of(model) is not None else nullcontext()
     with _quiet(), _masks_as_they_are(), _modules_where_they_are(), _attributes_kept(model), _methods_on_stacks(), _failed_calls_left(), origins:
-        return torch.export.export(model, args, kwargs or None, dynamic_shapes=shapes, strict=False)
+        try:
+            return torch.export.export(model, args, kwargs or None, dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # torch raises one of its own
+            if UNKNOWN_CLASS not in str(error) or not _made_known(called_once(model, args, kwargs)):
+                raise
+            return torch.export.export(model, args, kwargs or None, dynamic_shapes=shapes, strict=False)
+
+
+def _made_known(answer: Any) -> bool:
+    """Whether there are dataclasses in an answer that torch knew no fields of; now it does, in this process."""
+    found = False
+    for leaf in pytree.tree_leaves(answer, is_leaf=is_dataclass):
+        if is_dataclass(leaf):
+            if not isinstance(leaf, type) and type(leaf) not in pytree.SUPPORTED_NODES:
+                torch.export.register_dataclass(type(leaf))
+                found = True
+            found |= any(_made_known(getattr(leaf, field.name)) for field in fields(leaf))
+    return found
 
 
 def _alias(tensor: Tensor) -> Tensor:

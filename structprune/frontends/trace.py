@@ -22,7 +22,7 @@ from structprune.frontends.definitions import is_for_onnx
 from structprune.frontends.devices import on_cpu, values_on_cpu
 from structprune.frontends.exported import FIXED_BATCH, from_exported, names_in, operators_of, unlifted
 from structprune.frontends.parametrizations import fold_parametrizations
-from structprune.frontends.torch_export import called_once, export, unaware
+from structprune.frontends.torch_export import UNKNOWN_CLASS, called_once, export, unaware
 from structprune.frontends.unneeded import of_training
 from structprune.frontends.users_code import users_line
 from structprune.frontends.values import KnownValues, may_decide
@@ -383,6 +383,8 @@ def _explained(error: BaseException) -> TraceError:
     text = str(error)
     if _is_of_values(error):
         advice = "the code branches on values of tensors: use torch.where or torch.cond, or compress the part before it"
+    elif UNKNOWN_CLASS in text:
+        advice = "let the model answer tensors, or a tuple, dict or dataclass of them"
     elif "'NoneType'" in text:
         advice = "give inputs that may be left out (masks, positions) all the same: some code makes none of its own while it is traced"
     elif isinstance(error, (RuntimeError, TypeError, ValueError)) and ("shape" in text or "size" in text or "argument" in text or "channels" in text):
