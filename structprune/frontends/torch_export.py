@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import fields, is_dataclass
 from itertools import dropwhile
 from os.path import dirname
@@ -39,7 +40,10 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], a
                 collection[leaf] = dict.fromkeys(sorted(dims), Dim.AUTO)
         shapes = collection.dynamic_shapes(model, args, kwargs)
     origins = preserve_node_meta() if signature_of(model) is not None else nullcontext()
-    with _quiet(), _masks_as_they_are(), _modules_where_they_are(), _attributes_kept(model), _methods_on_stacks(), _failed_calls_left(), origins:
+    as_it_is = _masks_as_they_are(), _boxes_of_all_classes(), _modules_where_they_are(), _attributes_kept(model)
+    with ExitStack() as stack:
+        for context in (_quiet(), *as_it_is, _methods_on_stacks(), _failed_calls_left(), origins):
+            stack.enter_context(context)
         try:
             return torch.export.export(model, args, kwargs or None, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # torch raises one of its own
@@ -177,6 +181,26 @@ def _masks_as_they_are() -> Iterator[None]:
     It does so only to choose a kernel: taken as any other mask, it answers the same.
     """
     with replaced(nn.modules.transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True):
+        yield
+
+
+@contextmanager
+def _boxes_of_all_classes() -> Iterator[None]:
+    """torchvision looks at the number of boxes to choose how it suppresses those of several classes, and leaves where there are none.
+
+    To move every class out of the way of the others always answers the same.
+    """
+    boxes_of = sys.modules.get("torchvision.ops.boxes")
+    if boxes_of is None:
+        yield
+        return
+
+    def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+        largest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max()
+        apart = idxs.to(boxes) * (largest + 1)
+        return boxes_of.nms(boxes + apart[:, None], scores, iou_threshold)  # type: ignore[no-any-return]
+
+    with replaced(boxes_of, "batched_nms", batched_nms):
         yield
 
 
