@@ -663,8 +663,7 @@ def experts(draw: st.DrawFn, state: State) -> Step:
 @step(IMAGE, when=lambda state: state.x[0].numel() <= 512)
 def flatten(draw: st.DrawFn, state: State) -> Step:
     features = state.x[0].numel()
-    ways = [lambda x: x.flatten(1), lambda x: x.reshape(x.shape[0], -1)] + [lambda x: x.view(-1, features)] * state.x.is_contiguous()
-    flat = one_of(draw, *ways)
+    flat = one_of(draw, lambda x: x.flatten(1), lambda x: x.reshape(x.shape[0], -1), lambda x: x.contiguous().view(-1, features))
     return Step(lambda m, x: m.fc(flat(x)), fc=nn.Linear(features, draw(WIDTHS)))
 
 

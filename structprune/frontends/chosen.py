@@ -40,7 +40,7 @@ from structprune.frontends.users_code import NOT_THE_USERS
 from structprune.frontends.values import KnownValues, has_not, passes, without_not
 from structprune.ir.graph import Graph
 from structprune.ir.samples import copies, floats
-from structprune.ir.source import parsed, statements_at
+from structprune.ir.source import parsed
 
 _NUMBERS = frozenset({Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__int__, Tensor.__index__})
 _PAIRS = frozenset({"max", "min", "sort", "topk"})  # of values and positions along an axis
@@ -50,7 +50,7 @@ _REARRANGING = frozenset({
     "split", "squeeze", "t", "to", "transpose", "unbind", "unsqueeze", "view",
 })  # fmt: skip
 _MANY = 4096  # parts among which values choose
-_SOME = 1 << 30  # the length of what is chosen, where code asks for no more than whether it is nothing
+_SOME = 1 << 30  # of what has no length
 _TOKENS = 8
 _ROUNDING = 1e-5  # of the largest answer
 
@@ -112,9 +112,6 @@ class ChosenParts(TorchFunctionMode):
         name, place = getattr(function, "__name__", ""), _place(function)
         if _asks_for_truth(function, value) and place.line not in passes(place.file) and (way := _way(place)) is not None:
             return self._told(place, way)
-        if name == "__len__" and free_unbacked_symbols(value.shape[0]) and _asks_for_any(place):
-            self._something(value.shape[:1])
-            return _SOME
         if name in ("tolist", "unbind", "__iter__") and not any(args[1:]) and (parts := self._all.get(value)) is not None:
             with _disable_current_modes():
                 listed = parts.tolist()
@@ -260,13 +257,6 @@ def _way(place: Place) -> bool | None:
 
 def _asks_for_truth(function: Any, value: Tensor) -> bool:
     return function is Tensor.__bool__ or (function is Tensor.item and value.dtype == torch.bool)
-
-
-def _asks_for_any(place: Place) -> bool:
-    """Whether the condition at a line compares a length with nothing but 0."""
-    conditions = [statement.test for statement in statements_at(place.file, place.line) if isinstance(statement, ast.If)]
-    compared = [side for part in ast.walk(conditions[-1]) if isinstance(part, ast.Compare) for side in part.comparators] if conditions else []
-    return bool(conditions) and all(isinstance(side, ast.Constant) and side.value == 0 for side in compared)
 
 
 def _asked_by_torch() -> bool:

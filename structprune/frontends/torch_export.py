@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx import Tracer
 from torch.fx.proxy import TracerBase
@@ -40,7 +41,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], a
                 collection[leaf] = dict.fromkeys(sorted(dims), Dim.AUTO)
         shapes = collection.dynamic_shapes(model, args, kwargs)
     origins = preserve_node_meta() if signature_of(model) is not None else nullcontext()
-    as_it_is = _masks_as_they_are(), _boxes_of_all_classes(), _modules_where_they_are(), _attributes_kept(model)
+    as_it_is = _masks_as_they_are(), _lengths_as_they_are(model), _boxes_of_all_classes(), _modules_where_they_are(), _attributes_kept(model)
     with ExitStack() as stack:
         for context in (_quiet(), *as_it_is, _methods_on_stacks(), _failed_calls_left(), origins):
             stack.enter_context(context)
@@ -182,6 +183,24 @@ def _masks_as_they_are() -> Iterator[None]:
     """
     with replaced(nn.modules.transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True):
         yield
+
+
+@contextmanager
+def _lengths_as_they_are(model: nn.Module) -> Iterator[None]:
+    """`len(x)`, of which Python makes a plain number, is `x.shape[0]` in the packages of the model's classes: the size of a batch stays free."""
+    packages = {type(module).__module__.partition(".")[0] for module in model.modules()} - {"torch", "builtins"}
+    spaces = [vars(module) for name, module in list(sys.modules.items()) if name.partition(".")[0] in packages and "len" not in vars(module)]
+
+    def length(value: Any) -> Any:
+        return value.shape[0] if isinstance(value, FakeTensor) and value.dim() else len(value)
+
+    for space in spaces:
+        space["len"] = length
+    try:
+        yield
+    finally:
+        for space in spaces:
+            space.pop("len", None)
 
 
 @contextmanager
