@@ -28,7 +28,7 @@ def _replace(x: Shape, dim: int, axis: Axis) -> Shape:
 
 @rule("cat", "concat", "concatenate")
 def cat(eq: Equations, tensors: list[Shape], dim: int = 0) -> Shape:
-    tensors = [t for t in tensors if not (len(t) == 1 and t[0].size == 0)]  # torch skips tensors of shape (0,)
+    tensors = [t for t in tensors if not (len(t) == 1 and t[0].size == 0)] or tensors[:1]  # torch skips tensors of shape (0,)
     dim = axis_index(dim, len(tensors[0]))
     first = tensors[0]
     for other in tensors[1:]:

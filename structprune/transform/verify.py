@@ -125,8 +125,9 @@ def verify_trace(model: nn.Module, graph: Graph) -> None:
             return on(graph.flat_inputs())
 
     off = error(model, fx.Interpreter(graph.module), lambda value: value)
-    if off > _ROUNDED and (
-        off > _SINGLE or not _as_in_double(lambda: error(copy.deepcopy(model, results_in(model)).double(), Exact(graph.module), in_double))
+    in_its_own = off <= _SINGLE  # more is no rounding, unless what is chosen by it (of two boxes about as good) is another
+    if off > _ROUNDED and not _as_in_double(
+        lambda: error(copy.deepcopy(model, results_in(model)).double(), Exact(graph.module), in_double), otherwise=in_its_own
     ):
         raise TraceError(
             f"the model answers otherwise than its trace by torch.export, by {off:.2g} of the largest answer: its code goes another way while it is "
@@ -134,12 +135,13 @@ def verify_trace(model: nn.Module, graph: Graph) -> None:
         )
 
 
-def _as_in_double(error: Callable[[], float]) -> bool:
+def _as_in_double(error: Callable[[], float], otherwise: bool) -> bool:
+    """otherwise: the answer where types are written into the model's code, and it does not run in float64."""
     try:
         return error() <= _ROUNDED
-    except (RuntimeError, TypeError):  # types are written into the model's code: what float32 may lose is accepted
+    except (RuntimeError, TypeError):
         _log.debug("the model does not run in float64", exc_info=True)
-        return True
+        return otherwise
 
 
 def _on_inputs(
