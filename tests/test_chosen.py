@@ -312,3 +312,39 @@ def test_recovery_of_experts() -> None:
     before = float((result.model(others).detach() - wanted).square().mean())
     recovered = sp.recover(result, train, epochs=8, lr=0.1, labels=False)
     assert float((recovered.model(others).detach() - wanted).square().mean()) < before / 2
+
+
+class Backbone(nn.Sequential):
+    out_channels = 32
+
+
+def test_a_whole_detector(tmp_path: Path) -> None:
+    """Proposals, suppression and a pooler ask how many boxes there are; the second stage works on what is left."""
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.ops import MultiScaleRoIAlign
+
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU()]
+    sizes = {"min_size": 64, "max_size": 64, "rpn_post_nms_top_n_test": 20, "box_detections_per_img": 10}
+    anchors, pooled = AnchorGenerator(((16, 32),), ((0.5, 1.0, 2.0),)), MultiScaleRoIAlign(["0"], 3, 2)
+    model = FasterRCNN(Backbone(*layers), 4, rpn_anchor_generator=anchors, box_roi_pool=pooled, **sizes)
+    model, image = oracle.randomise_norms(model).eval(), torch.rand(3, 64, 64)
+    result = sp.compress(model, ([image],), target="channels=0.5")
+    assert (
+        type(result.model) is FasterRCNN and result.model.roi_heads.box_head.fc6.out_features == 512 and result.model.backbone[3].out_channels == 16
+    )
+    result.export_onnx(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    for other in (image, torch.rand(3, 64, 64)):
+        (wanted,) = result.model([other])
+        found = dict(zip([o.name for o in session.get_outputs()], session.run(None, {session.get_inputs()[0].name: other.numpy()}), strict=True))
+        assert len(wanted["boxes"]) and np.allclose(found["output_0_boxes"], wanted["boxes"].detach(), atol=1e-3)
+        assert np.array_equal(found["output_0_labels"], wanted["labels"])
+
+
+def test_the_length_of_a_batch_leaves_it_free() -> None:
+    model = Of(lambda m, x: m.last(m.first(x).relu().reshape(len(x), -1)), first=nn.Linear(6, 8), last=nn.Linear(24, 2)).eval()
+    result = sp.compress(model, (torch.randn(2, 3, 6),), target="channels=0.5")
+    assert result.graph.dynamic_batch and type(result.model) is Of and result.small(torch.randn(5, 3, 6))[0].shape == (2,)
+    assert len([1, 2]) == 2 and "len" not in globals()

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from structprune.ir.graph import TORCH, held_by
 from structprune.ir.signature import signature_of
 
+_SPEAKS_OF_TORCH = frozenset({"torch", "nn", "F", "Tensor"})
 UNKNOWN_CLASS = "which is not a known type"  # as torch.export says it of what a model answers
 
 
@@ -41,7 +42,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], a
                 collection[leaf] = dict.fromkeys(sorted(dims), Dim.AUTO)
         shapes = collection.dynamic_shapes(model, args, kwargs)
     origins = preserve_node_meta() if signature_of(model) is not None else nullcontext()
-    as_it_is = _masks_as_they_are(), _lengths_as_they_are(model), _boxes_of_all_classes(), _modules_where_they_are(), _attributes_kept(model)
+    as_it_is = _masks_as_they_are(), _lengths_as_they_are(), _boxes_of_all_classes(), _modules_where_they_are(), _attributes_kept(model)
     with ExitStack() as stack:
         for context in (_quiet(), *as_it_is, _methods_on_stacks(), _failed_calls_left(), origins):
             stack.enter_context(context)
@@ -186,10 +187,11 @@ def _masks_as_they_are() -> Iterator[None]:
 
 
 @contextmanager
-def _lengths_as_they_are(model: nn.Module) -> Iterator[None]:
-    """`len(x)`, of which Python makes a plain number, is `x.shape[0]` in the packages of the model's classes: the size of a batch stays free."""
-    packages = {type(module).__module__.partition(".")[0] for module in model.modules()} - {"torch", "builtins"}
-    spaces = [vars(module) for name, module in list(sys.modules.items()) if name.partition(".")[0] in packages and "len" not in vars(module)]
+def _lengths_as_they_are() -> Iterator[None]:
+    """`len(x)`, of which Python makes a plain number, is `x.shape[0]` in all modules that speak of torch: the size of a batch stays free."""
+    others = {"torch", "structprune", "sympy"}
+    modules = [module for name, module in list(sys.modules.items()) if module is not None and name.partition(".")[0] not in others]
+    spaces = [space for space in map(vars, modules) if not _SPEAKS_OF_TORCH.isdisjoint(space) and "len" not in space]
 
     def length(value: Any) -> Any:
         return value.shape[0] if isinstance(value, FakeTensor) and value.dim() else len(value)
