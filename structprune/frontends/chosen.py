@@ -50,10 +50,8 @@ _REARRANGING = frozenset({
     "split", "squeeze", "t", "to", "transpose", "unbind", "unsqueeze", "view",
 })  # fmt: skip
 _MANY = 4096  # parts among which values choose
-_SOME = 1 << 30  # of what has no length
 _TOKENS = 8
 _ROUNDING = 1e-5  # of the largest answer
-
 
 _log = logging.getLogger(__name__)
 
@@ -102,7 +100,7 @@ class ChosenParts(TorchFunctionMode):
 
     def places(self) -> list[str]:
         """The lines assumed, in words."""
-        return [f"{'/'.join(Path(file).parts[-2:])}:{line}" for file, line, _ in self.assumed]
+        return list(dict.fromkeys(f"{'/'.join(Path(file).parts[-2:])}:{line}" for file, line, _ in self.assumed))
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -151,7 +149,8 @@ class ChosenParts(TorchFunctionMode):
         """Whether the answer is a list of positions or parts."""
         value, name = args[0], getattr(function, "__name__", "")
         if name in _POSITIONS and (isinstance(answer, tuple) or name not in _PAIRS):
-            size = value.shape[kwargs.get("dim", _default(name, args))]
+            axis = kwargs.get("dim", _axis(name, args))
+            size = value.numel() if axis is None else value.shape[axis]
             if isinstance(size, int) and size <= _MANY:
                 self._below[answer[1] if isinstance(answer, tuple) else answer] = size
         elif name == "unique" and isinstance(answer, FakeTensor) and (below := self._below.get(value)) is not None:
@@ -209,10 +208,12 @@ class _Witness(TorchFunctionMode):
         if (parts := self._assumed.get(place := _place(function))) is not None:
             if isinstance(answer, bool):
                 less = answer != _way(place)
-            elif function in _NUMBERS and parts == 1:
+            elif isinstance(answer, (list, tuple)) and parts > 1:  # of parts that a loop goes over
+                less = len(answer) < parts
+            elif function in _NUMBERS:
                 less = not np.all(np.asarray(answer) >= 1)
             else:
-                less = any(_length(found) < parts for found in (answer if type(answer) is tuple else [answer]))
+                less = any(isinstance(found, Tensor) and found.numel() == 0 for found in pytree.tree_leaves(answer))
             if less:
                 self.seen.add(place)
         return answer
@@ -267,10 +268,12 @@ def _asked_by_torch() -> bool:
     return frame is not None and frame.f_code.co_filename.startswith(NOT_THE_USERS)
 
 
-def _default(name: str, args: tuple[Any, ...]) -> int:
-    """The axis of which an operator answers positions, where it is not named."""
-    place = 2 if name == "topk" else 1
-    return args[place] if name != "multinomial" and len(args) > place and type(args[place]) is int else -1
+def _axis(name: str, args: tuple[Any, ...]) -> int | None:
+    """The axis along which an operator answers positions, where it is not named; None for all together."""
+    given = args[2 if name == "topk" else 1 :]
+    if given and type(given[0]) is int and name != "multinomial":
+        return given[0]
+    return None if name in ("argmax", "argmin") else -1
 
 
 def _place(function: Any) -> Place:
@@ -284,12 +287,6 @@ def _place(function: Any) -> Place:
     if function is not Tensor.__bool__ and sys.version_info >= (3, 11):  # a call may be made by one instruction, or by the next
         part = next(islice(frame.f_code.co_positions(), part // 2, None))
     return Place(frame.f_code.co_filename, frame.f_lineno, part)
-
-
-def _length(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return len(value) if value.dim() else _SOME
-    return value if type(value) is int else len(value) if isinstance(value, (list, tuple)) else _SOME
 
 
 def _largest(tensor: Tensor) -> float:
