@@ -241,6 +241,27 @@ def test_a_way_that_no_input_was_seen_to_go_is_not_guessed(route: Route) -> None
         sp.trace(model, x)
 
 
+def _of_large_rows(otherwise: float) -> Route:
+    def route(m: Any, x: Tensor) -> Tensor:
+        """No input has no such row."""
+        out = torch.zeros_like(x)
+        rows = (x.sum(-1) > -1e6).nonzero()[:, 0]
+        if not rows.shape[0]:
+            return out + otherwise
+        return out.index_put((rows,), m.experts[0](x[rows]))
+
+    return route
+
+
+def test_what_code_does_with_nothing_is_tried_where_no_input_chooses_nothing() -> None:
+    model, x = mixture(_of_large_rows(0.0))
+    result = sp.compress(model, (x,), target="channels=0.5")
+    assert type(result.model) is Mixture and result.model.layers[0].experts[0][0].out_features == 16
+    model, x = mixture(_of_large_rows(1.0))
+    with pytest.raises(sp.StructpruneError, match=r"test_chosen.py:\d+: the code branches on values of tensors, and no input was found"):
+        sp.trace(model, x)
+
+
 def test_a_loop_until_values_say_so_is_refused() -> None:
     class Halves(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -36,9 +36,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from structprune.errors import TraceError
 from structprune.frontends.torch_export import called_once, replaced
-from structprune.frontends.users_code import NOT_THE_USERS
+from structprune.frontends.users_code import LIBRARIES
 from structprune.frontends.values import KnownValues, has_not, passes, without_not
-from structprune.ir.graph import Graph
+from structprune.ir.graph import Graph, frames_of
 from structprune.ir.samples import copies, floats
 from structprune.ir.source import parsed
 
@@ -174,7 +174,7 @@ class ChosenParts(TorchFunctionMode):
 
 def must_not_matter(assumed: Mapping[Place, int], model: nn.Module, graph: Graph) -> None:
     """Raise TraceError where the graph, in which something is chosen at all the lines assumed, answers otherwise than the model where nothing is;
-    or where no input of few different tokens was seen to choose nothing.
+    or where neither an input of few different tokens chooses nothing, nor the model runs on nothing in the place of what is chosen.
     """
     left = assumed
     for inputs in _of_few_tokens(graph):
@@ -185,14 +185,82 @@ def must_not_matter(assumed: Mapping[Place, int], model: nn.Module, graph: Graph
         except Exception:  # an input that the model is not made for, or that its own checks refuse, tells nothing
             _log.debug("the model does not run on few different tokens", exc_info=True)
             continue
-        got = fx.Interpreter(graph.module).run(*copies(inputs), enable_io_processing=False)
-        pairs = zip(floats(got), floats(wanted), strict=True)
-        if not all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=_ROUNDING * _largest(b), equal_nan=True) for a, b in pairs):
+        if not _agree(fx.Interpreter(graph.module).run(*copies(inputs), enable_io_processing=False), wanted):
             raise TraceError(_in_words(assumed, "answers otherwise where nothing is chosen"))
         left = {place: parts for place, parts in left.items() if place not in witness.seen}
         if not left:
             return
-    raise TraceError(_in_words(left, "no input was found that goes the other way"))
+    left = {place: parts for place, parts in left.items() if not _does_nothing_with_nothing(place, model, graph)}
+    if left:
+        raise TraceError(_in_words(left, "no input was found that goes the other way"))
+
+
+def _does_nothing_with_nothing(place: Place, model: nn.Module, graph: Graph) -> bool:
+    """Whether model and graph answer the example alike when nothing is chosen at a place: no input may do that (boxes of an untrained detector)."""
+    nodes = {n for n in graph.nodes if _chooses(n) and _line_of(n) == (place.file, place.line)}
+    args, kwargs = graph.called_with(copies(graph.flat_inputs()))
+    run = _GraphOfNothing(graph.module, nodes)
+    try:
+        with _Nothing(place) as nothing:
+            wanted = called_once(model, args, kwargs)
+        got = run.run(*graph.flat_inputs(), enable_io_processing=False)
+    except Exception:  # what is chosen elsewhere does not fit
+        _log.debug("%s does not run on nothing", place, exc_info=True)
+        return False
+    return nothing.times == run.times > 0 and _agree(got, wanted)
+
+
+class _Nothing(TorchFunctionMode):
+    """What is chosen at a place is nothing."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.times, self._at = 0, place
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        answer = function(*args, **(kwargs or {}))
+        if _place(function) != self._at or not any(isinstance(v, Tensor) and v.dim() for v in pytree.tree_leaves(answer)):
+            return answer
+        self.times += 1
+        return _none_of(answer)
+
+
+class _GraphOfNothing(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, nodes: set[fx.Node]) -> None:
+        super().__init__(module)
+        self.times, self._at = 0, nodes
+
+    def run_node(self, n: fx.Node) -> Any:
+        answer = super().run_node(n)
+        if n not in self._at:
+            return answer
+        self.times += 1
+        return _none_of(answer)
+
+
+def _none_of(answer: Any) -> Any:
+    return pytree.tree_map(lambda v: v[:0] if isinstance(v, Tensor) and v.dim() else v, answer)
+
+
+def _chooses(node: fx.Node) -> bool:
+    """Whether values decide a size of the answer, and of none that is read."""
+    own, read = (_symbols(nodes) for nodes in ([node], node.all_input_nodes))
+    return bool(own - read)
+
+
+def _symbols(nodes: Sequence[fx.Node]) -> frozenset[Any]:
+    values = [v for n in nodes for v in pytree.tree_leaves(n.meta.get("val"))]
+    sizes = [size for v in values for size in (v.shape if isinstance(v, Tensor) else [v]) if isinstance(size, torch.SymInt)]
+    return frozenset[Any]().union(*map(free_unbacked_symbols, sizes))
+
+
+def _line_of(node: fx.Node) -> tuple[str, int] | None:
+    return next((place for place in reversed(frames_of(node)) if not place[0].startswith(LIBRARIES)), None)
+
+
+def _agree(got: Any, wanted: Any) -> bool:
+    pairs = zip(floats(got), floats(wanted), strict=True)
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=_ROUNDING * _largest(b), equal_nan=True) for a, b in pairs)
 
 
 class _Witness(TorchFunctionMode):
@@ -265,7 +333,7 @@ def _asked_by_torch() -> bool:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename == torch.__file__:  # SymInt.__bool__
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename.startswith(NOT_THE_USERS)
+    return frame is not None and frame.f_code.co_filename.startswith(LIBRARIES)
 
 
 def _axis(name: str, args: tuple[Any, ...]) -> int | None:
@@ -279,7 +347,7 @@ def _axis(name: str, args: tuple[Any, ...]) -> int | None:
 def _place(function: Any) -> Place:
     """What the innermost of the user's code is at, that calls a function of torch's."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(NOT_THE_USERS):
+    while frame is not None and frame.f_code.co_filename.startswith(LIBRARIES):
         frame = frame.f_back
     if frame is None:
         return Place("", 0)

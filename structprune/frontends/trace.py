@@ -77,17 +77,18 @@ def _traced(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[st
     with in_mode(model, training=False), KnownValues(model) as values, ChosenParts(values) as parts:
         attempts = _attempts(wanted, batch, promised, any(map(may_decide, pytree.tree_leaves(users))))
         lost: dict[bool, list[str]] = {False: [], True: []}  # why sizes are not free; where nothing is assumed, and where something is
-        failed: Exception | None = None  # where nothing is
+        failed: Exception | None = None  # what to tell
         for attempt in attempts:
             try:
                 exported, example = _attempted(attempt, model, users, values, parts)
                 break
             except Exception as error:  # torch.export raises whatever the model's code meets
                 _log.debug("traced with less freedom", exc_info=True)
+                if isinstance(error, TraceError) or not (attempt.assume and failed):
+                    failed = error
                 if not attempt.static:
                     lost[attempt.assume].append(f"{'static sizes' if any(a - {0} for a in attempt.axes) else 'static batch'}: {first_line(error)}")
                     continue
-                failed = error if failed is None or isinstance(error, TraceError) or not attempt.assume else failed
                 if attempt is attempts[-1] or not (attempt.hold or attempt.assume or _is_of_values(error)):
                     raise failed if isinstance(failed, (InputError, TraceError)) else _explained(failed) from error
         if values.checked:

@@ -18,7 +18,8 @@ import torch
 from structprune.errors import InputError, StructpruneError, did_you_mean, one_line
 
 _PACKAGES = (Path(__file__).parents[1], Path(torch.__file__).parent, Path(importlib.__file__).parent)
-NOT_THE_USERS = ("<", *(f"{package}{os.sep}" for package in _PACKAGES))  # begin the names of other code's files
+LIBRARIES = tuple(f"{package}{os.sep}" for package in _PACKAGES)  # begin the names of files of other code
+_NOT_THE_USERS = ("<", *LIBRARIES)
 
 
 def named_object(spec: str, form: str, wanted: str) -> Any:
@@ -73,5 +74,5 @@ def users_line(error: BaseException) -> str:
     """' at file:line', the innermost of the user's own code that an error passed, or that its message tells of; empty where it never got there."""
     passed = [(frame.filename, str(frame.lineno)) for frame in traceback.extract_tb(error.__traceback__)]
     told = re.findall(r'File "([^"]+)", line (\d+)', str(error))
-    own = [place for place in passed + told if not place[0].startswith(NOT_THE_USERS)]
+    own = [place for place in passed + told if not place[0].startswith(_NOT_THE_USERS)]
     return f" at {':'.join(own[-1])}" if own else ""

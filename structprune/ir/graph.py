@@ -254,7 +254,7 @@ def source_of(node: fx.Node) -> str:
     if ORIGIN in (node.meta.get("custom") or {}):
         return str(node.meta["custom"][ORIGIN])
     best = ""
-    for path, line in _frames(node):
+    for path, line in frames_of(node):
         if not path.startswith(_PASSES) and (not path.startswith(TORCH) or not best):
             best = f"{'/'.join(Path(path).parts[-2:])}:{line}"
     return best
@@ -262,10 +262,10 @@ def source_of(node: fx.Node) -> str:
 
 def source_code_of(node: fx.Node) -> str:
     """The statements of the user's code on the way to a node, as text."""
-    return "\n".join(text_at(path, line) for path, line in _frames(node))
+    return "\n".join(text_at(path, line) for path, line in frames_of(node))
 
 
-def _frames(node: fx.Node) -> list[tuple[str, int]]:
+def frames_of(node: fx.Node) -> list[tuple[str, int]]:
     """The files and lines on the way to a node, the innermost last."""
     return [(path, int(line)) for path, line in re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")]
 
