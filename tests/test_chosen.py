@@ -262,6 +262,24 @@ def test_what_code_does_with_nothing_is_tried_where_no_input_chooses_nothing() -
         sp.trace(model, x)
 
 
+def test_code_of_a_notebook_is_asked_as_well() -> None:
+    source = """
+def fades(m, x):
+    for number, expert in enumerate(m.experts):
+        rows = (m.router(x).argmax(-1) == number).nonzero()[:, 0]
+        if rows.shape[0] == 0:
+            x = x * 0.9
+        else:
+            x = x.index_add(0, rows, expert(x[rows]))
+    return x
+"""
+    space: dict[str, Any] = {}
+    exec(compile(source, "<cell 3>", "exec"), space)
+    model, x = mixture(space["fades"])
+    with pytest.raises(sp.StructpruneError, match=r"<cell 3>:\d+: the code branches on values of tensors, and answers otherwise"):
+        sp.trace(model, x)
+
+
 def test_a_loop_until_values_say_so_is_refused() -> None:
     class Halves(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
