@@ -54,8 +54,9 @@ def trace(
     The first axis of every tensor input is dynamic where the model allows it (unless `batch` is False), and so are the axes in `dynamic`: of
     every input that has them, or of those that it names. Of a model that was read from a file with a signature the file says which axes are free,
     and what is traced must answer as the file does. Parametrizations (weight norm, spectral norm, ...) are folded into the weights that they
-    compute. Where that fails, code that asks whether it is being traced is told that it is not. Raises TraceError, with the user's source line, for
-    a model that torch.export cannot trace.
+    compute. Work that the code skips where values choose nothing for it is traced as done always, if that makes no difference (chosen.py). Where all
+    that fails, code that asks whether it is being traced is told that it is not. Raises TraceError, with the user's source line, for a model that
+    torch.export cannot trace.
     """
     try:
         return _traced(model, args, kwargs, dynamic, batch)
