@@ -257,7 +257,7 @@ class _View:
             weight: Tensor = attribute(self.graph.module, str(reader.weight.target))
             known: Known = self.flow.known[operand]
             needed = self.flow.needed.get((reader.node, operand))
-            if needed is not None:
+            if needed is not None and needed.numel():
                 constant = torch.as_tensor(gone) & (needed & (known.value != 0)).movedim(axis, 0).flatten(1).any(1)
                 values = torch.where(constant, known.value.movedim(axis, 0).flatten(1)[:, 0], 0.0)
                 if values.any():

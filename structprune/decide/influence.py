@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structprune.ir.graph import Graph, shape_of, written_to
+from structprune.ir.graph import Graph, choices, has_open_size, shape_of, written_to
 from structprune.ir.operators import has_effect, is_fresh, is_random, operator_name
 from structprune.ops import RULES, contraction, elementwise, joining, layout, normalization, spatial
 from structprune.transform.reference import in_double
@@ -65,7 +65,8 @@ class _Flow:
         self.known: dict[fx.Node, Any] = {}
         self.latest: dict[fx.Node, fx.Node] = {}  # a node that was written to in place -> the operator that did
         self.reads: dict[fx.Node, dict[fx.Node, fx.Node]] = {}
-        self.opaque = _opaque(self.nodes)
+        self.opaque = _opaque(self.nodes) | {n for n in self.nodes if has_open_size(n)}  # other values would choose other entries
+        self._choices = choices(self.nodes)
 
     def run(self) -> Influence:
         inputs = iter(self.graph.flat_inputs())
@@ -105,20 +106,24 @@ class _Flow:
             return value
         tensors = [k for n in self.reads[node].values() for k in _leaves(self.known[n])]
         if node in self.opaque or is_random(node):
-            return _map(value, lambda v: Known(_zeroed(v, None), torch.ones_like(v, dtype=torch.bool)))
+            return _map(value, lambda v: Known(self._blank(node, v, None), torch.ones_like(v, dtype=torch.bool)))
         if all(k.unknown is None for k in tensors):
             return _map(value, Known)
         marks = _spread(self, node, lambda n: _marks(self.of(node, n)))
 
         def joined(v: Tensor, mark: Tensor) -> Known:
             unknown = mark.broadcast_to(v.shape) > 0
-            return Known(_zeroed(v, unknown), unknown) if unknown.any() else Known(v)
+            return Known(self._blank(node, v, unknown), unknown) if unknown.any() else Known(v)
 
         if isinstance(value, Tensor):
             return joined(value, marks)
         if isinstance(value, (list, tuple)):
             return [joined(v, m) if isinstance(v, Tensor) else v for v, m in zip(value, marks, strict=True)]
         return value
+
+    def _blank(self, node: fx.Node, value: Tensor, unknown: Tensor | None) -> Tensor:
+        """Zeros for what is unknown, but where they would not fit the sizes that such values decide."""
+        return value if node in self._choices and not value.is_floating_point() else _zeroed(value, unknown)
 
     def _run(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
         written = node.args[0] if has_effect(node) and node.args else None
