@@ -177,6 +177,17 @@ def test_files_that_answer_where_nothing_is_chosen(route: Route, tmp_path: Path)
         assert torch.allclose(loaded(other), wanted, atol=1e-5)
 
 
+def test_a_model_that_counts_its_calls_is_left_as_it_was() -> None:
+    def counted(m: Any, x: Tensor) -> Tensor:
+        m.calls.add_(1)
+        return _of_a_shape(m, x)
+
+    model, x = mixture(counted)
+    model.layers[0].register_buffer("calls", torch.zeros(()))
+    sp.trace(model, x)
+    assert model.layers[0].calls == 0
+
+
 def test_the_work_of_experts_counts() -> None:
     model, x = mixture(_of_a_shape)
     before = sp.compress(model, (x,), target="macs=0.5").report.data["macs"]["before"]

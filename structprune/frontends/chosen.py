@@ -41,6 +41,7 @@ from structprune.frontends.values import KnownValues, has_not, passes, without_n
 from structprune.ir.graph import Graph, frames_of
 from structprune.ir.samples import copies, floats
 from structprune.ir.source import parsed
+from structprune.ir.traced import buffers_kept
 
 _NUMBERS = frozenset({Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__int__, Tensor.__index__})
 _PAIRS = frozenset({"max", "min", "sort", "topk"})  # of values and positions along an axis
@@ -185,7 +186,7 @@ def must_not_matter(assumed: Mapping[Place, int], model: nn.Module, graph: Graph
         except Exception:  # an input that the model is not made for, or that its own checks refuse, tells nothing
             _log.debug("the model does not run on few different tokens", exc_info=True)
             continue
-        if not _agree(fx.Interpreter(graph.module).run(*copies(inputs), enable_io_processing=False), wanted):
+        if not _agree(_answer(fx.Interpreter(graph.module), inputs), wanted):
             raise TraceError(_in_words(assumed, "answers otherwise where nothing is chosen"))
         left = {place: parts for place, parts in left.items() if place not in witness.seen}
         if not left:
@@ -193,6 +194,14 @@ def must_not_matter(assumed: Mapping[Place, int], model: nn.Module, graph: Graph
     left = {place: parts for place, parts in left.items() if not _does_nothing_with_nothing(place, model, graph)}
     if left:
         raise TraceError(_in_words(left, "no input was found that goes the other way"))
+
+
+@torch.no_grad()
+def _answer(run: fx.Interpreter, inputs: Sequence[Any]) -> Any:
+    """The graph's, whose buffers are the user's own: what it writes to them is put back."""
+    assert isinstance(run.module, nn.Module)
+    with buffers_kept(run.module):
+        return run.run(*copies(inputs), enable_io_processing=False)
 
 
 def _does_nothing_with_nothing(place: Place, model: nn.Module, graph: Graph) -> bool:
@@ -203,7 +212,7 @@ def _does_nothing_with_nothing(place: Place, model: nn.Module, graph: Graph) -> 
     try:
         with _Nothing(place) as nothing:
             wanted = called_once(model, args, kwargs)
-        got = run.run(*graph.flat_inputs(), enable_io_processing=False)
+        got = _answer(run, graph.flat_inputs())
     except Exception:  # what is chosen elsewhere does not fit
         _log.debug("%s does not run on nothing", place, exc_info=True)
         return False
