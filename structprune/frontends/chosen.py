@@ -38,8 +38,8 @@ from structprune.errors import TraceError
 from structprune.frontends.torch_export import called_once, replaced
 from structprune.frontends.users_code import LIBRARIES
 from structprune.frontends.values import KnownValues, has_not, passes, without_not
-from structprune.ir.graph import Graph, frames_of
-from structprune.ir.samples import copies, floats
+from structprune.ir.graph import Graph, frames_of, sizes_in
+from structprune.ir.samples import close, copies, floats
 from structprune.ir.source import parsed
 from structprune.ir.traced import buffers_kept
 
@@ -186,7 +186,7 @@ def must_not_matter(assumed: Mapping[Place, int], model: nn.Module, graph: Graph
         except Exception:  # an input that the model is not made for, or that its own checks refuse, tells nothing
             _log.debug("the model does not run on few different tokens", exc_info=True)
             continue
-        if not _agree(_answer(fx.Interpreter(graph.module), inputs), wanted):
+        if not close(floats(_answer(fx.Interpreter(graph.module), inputs)), floats(wanted), _ROUNDING):
             raise TraceError(_in_words(assumed, "answers otherwise where nothing is chosen"))
         left = {place: parts for place, parts in left.items() if place not in witness.seen}
         if not left:
@@ -216,7 +216,7 @@ def _does_nothing_with_nothing(place: Place, model: nn.Module, graph: Graph) -> 
     except Exception:  # what is chosen elsewhere does not fit
         _log.debug("%s does not run on nothing", place, exc_info=True)
         return False
-    return nothing.times == run.times > 0 and _agree(got, wanted)
+    return nothing.times == run.times > 0 and close(floats(got), floats(wanted), _ROUNDING)
 
 
 class _Nothing(TorchFunctionMode):
@@ -258,18 +258,12 @@ def _chooses(node: fx.Node) -> bool:
 
 
 def _symbols(nodes: Sequence[fx.Node]) -> frozenset[Any]:
-    values = [v for n in nodes for v in pytree.tree_leaves(n.meta.get("val"))]
-    sizes = [size for v in values for size in (v.shape if isinstance(v, Tensor) else [v]) if isinstance(size, torch.SymInt)]
+    sizes = [size for n in nodes for size in sizes_in(n.meta.get("val")) if isinstance(size, torch.SymInt)]
     return frozenset[Any]().union(*map(free_unbacked_symbols, sizes))
 
 
 def _line_of(node: fx.Node) -> tuple[str, int] | None:
     return next((place for place in reversed(frames_of(node)) if not place[0].startswith(LIBRARIES)), None)
-
-
-def _agree(got: Any, wanted: Any) -> bool:
-    pairs = zip(floats(got), floats(wanted), strict=True)
-    return all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=_ROUNDING * _largest(b), equal_nan=True) for a, b in pairs)
 
 
 class _Witness(TorchFunctionMode):
@@ -364,10 +358,6 @@ def _place(function: Any) -> Place:
     if function is not Tensor.__bool__ and sys.version_info >= (3, 11):  # a call may be made by one instruction, or by the next
         part = next(islice(frame.f_code.co_positions(), part // 2, None))
     return Place(frame.f_code.co_filename, frame.f_lineno, part)
-
-
-def _largest(tensor: Tensor) -> float:
-    return float(tensor.nan_to_num(0, 0, 0).abs().amax()) if tensor.numel() else 0
 
 
 def _in_words(places: Mapping[Place, int], what: str) -> str:

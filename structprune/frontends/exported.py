@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from structprune.frontends.definitions import spell_out
 from structprune.frontends.standardised import fold_standardised
 from structprune.frontends.unneeded import set_aside
-from structprune.ir.graph import Graph, attribute, held_by, is_dynamic, is_open, note_size
+from structprune.ir.graph import Graph, attribute, held_by, is_dynamic, is_open, note_size, sizes_in
 from structprune.ir.operators import is_fresh, operator_name
 from structprune.ir.samples import copies
 from structprune.ir.signature import signature_of
@@ -77,20 +77,16 @@ def from_exported(
 class _Noting(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         answer = super().run_node(n)
-        for size, number in zip(_sizes(n.meta.get("val")), _sizes(answer), strict=False):
+        for size, number in zip(sizes_in(n.meta.get("val")), sizes_in(answer), strict=False):
             note_size(size, number)
         return answer
 
 
 def _note_chosen(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """Where values decide sizes, see what they are on the example."""
-    if any(is_open(size) for n in module.graph.nodes for size in _sizes(n.meta.get("val"))):
+    if any(is_open(size) for n in module.graph.nodes for size in sizes_in(n.meta.get("val"))):
         with torch.no_grad(), buffers_kept(module), torch.random.fork_rng(devices=[]):
             _Noting(module).run(*copies(inputs), enable_io_processing=False)
-
-
-def _sizes(value: Any) -> list[Any]:
-    return [size for leaf in pytree.tree_leaves(value) for size in (leaf.shape if isinstance(leaf, Tensor) else [leaf])]
 
 
 def operators_of(exported: ExportedProgram) -> fx.GraphModule:

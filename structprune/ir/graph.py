@@ -225,6 +225,11 @@ def is_open(value: Any) -> TypeGuard[torch.SymInt]:
     return isinstance(value, torch.SymInt) and value.node.hint is None
 
 
+def sizes_in(value: Any) -> list[Any]:
+    """The sizes of all tensors in an answer, and what else there is."""
+    return [size for leaf in pytree.tree_leaves(value) for size in (leaf.shape if isinstance(leaf, Tensor) else [leaf])]
+
+
 def has_open_size(node: fx.Node) -> bool:
     """Whether values decide what an entry of the node's answer belongs to, and another model may have others there."""
     return any(is_open(size) for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor) for size in leaf.shape)

@@ -42,6 +42,15 @@ def floats(value: Any) -> list[Tensor]:
     return [(torch.view_as_real(v) if v.is_complex() else v).double() for v in tensors]
 
 
+def close(got: Sequence[Tensor], wanted: Sequence[Tensor], share: float) -> bool:
+    """Whether answers, as of `floats`, differ by no more than that share of the largest of each."""
+    return all(
+        a.shape == b.shape
+        and torch.allclose(a, b, rtol=0, atol=share * float(b.nan_to_num(0, 0, 0).abs().amax()) if b.numel() else 0, equal_nan=True)
+        for a, b in zip(got, wanted, strict=True)
+    )
+
+
 @dataclass(frozen=True)
 class Samples:
     """Batches of inputs. Each is a list in the order of the graph's placeholders, the batch on the first axis of its tensors.

@@ -19,7 +19,7 @@ from structprune.errors import TraceError, VerificationError, first_line
 from structprune.ir.axes import Keep
 from structprune.ir.graph import Graph, results_in, shape_of
 from structprune.ir.operators import operator_name
-from structprune.ir.samples import copies, floats
+from structprune.ir.samples import close, copies, floats
 from structprune.ir.traced import in_mode
 from structprune.ops import RULES, contraction
 from structprune.transform.precision import type_of
@@ -171,7 +171,7 @@ def _on_inputs(
                 if samples >= batch:
                     return found
                 whole = own_precision()
-                if _close(_last(whole, samples), answer):
+                if close(_last(whole, samples), answer, _SINGLE):
                     return replace(found, answers=whole)
             except _DOES_NOT_RUN:
                 _log.debug("the chosen samples do not run", exc_info=True)
@@ -212,15 +212,6 @@ def same_noise() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         yield
-
-
-def _close(batch: Sequence[Tensor], alone: Sequence[Tensor]) -> bool:
-    """Whether two precisions of one answer agree as float32 (or less) and float64 do."""
-    return all(
-        a.shape == b.shape
-        and torch.allclose(a, b, rtol=0, atol=_SINGLE * float(b.nan_to_num(0, 0, 0).abs().amax()) if b.numel() else 0, equal_nan=True)
-        for a, b in zip(batch, alone, strict=True)
-    )
 
 
 def _last(values: Sequence[Any], number: int) -> list[Any]:
