@@ -23,6 +23,14 @@ def _pair(m: nn.Module, x: Tensor) -> Tensor:
     return torch.stack([m.q(x), m.k(x)], -1)  # type: ignore[operator]
 
 
+ROWS = torch.tensor([0, 2, 2, 1, 0])
+
+
+def _to_rows(x: Tensor) -> Tensor:
+    """As graph networks gather what edges send: the sum of the rows that have the same number."""
+    return x.new_zeros(5, x.shape[1]).scatter_add(0, ROWS[:, None].expand_as(x), x)
+
+
 CASES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
     "a weight silences what a sigmoid makes loud": (lambda m, x: m.a(m.q(x).sigmoid()), True),
     "a sum of rectified channels": (lambda m, x: m.q(x).relu().sum(-1, keepdim=True) * m.b(x), True),
@@ -46,6 +54,9 @@ CASES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
     "the final state of a recurrent layer, from zeros": (lambda m, x: m.a(F.normalize(m.gru(x.unflatten(0, (5, 1)))[1][0], dim=-1)), True),
     "copies": (lambda m, x: m.c(x.repeat_interleave(2, -1)), True),
     "a norm over copies": (lambda m, x: m.c(F.normalize(x.repeat_interleave(2, -1), dim=-1)), False),
+    "rows that are added up where their numbers say": (lambda m, x: m.a(F.normalize(_to_rows(m.q(x)), dim=-1)), True),
+    "rows that are read by their numbers": (lambda m, x: m.a(F.normalize(m.q(x).gather(0, ROWS[:, None].expand(5, 8)), dim=-1)), True),
+    "numbers of rows beside one that is not zero": (lambda m, x: m.a(F.normalize(_to_rows(m.q(x).exp()), dim=-1)), False),
     "attention": (lambda m, x: (m.q(x) @ m.k(x).t()).softmax(-1) @ m.b(x), True),
 }
 

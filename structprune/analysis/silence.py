@@ -15,7 +15,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from structprune.analysis.infer import Types
 from structprune.ir.axes import Atom
@@ -130,7 +130,7 @@ def _loud(
     if rule in (contraction.matmul, contraction.einsum, contraction.grouped_matmul):
         return frozenset(a for a in mine if all(a in loud[o] for o in operands if a in atoms[o]))
     if node.target is operator.getitem or rule in _REDUCED or (rule is not None and rule.__module__ in _PASSING):
-        passed = frozenset(a for a in mine if any(a in loud[o] for o in operands))
+        passed = frozenset(a for a in mine if any(a in loud[o] for o in _values(node)))
         if rule in _COPYING:  # zeros in the weights of an entry silence all of its copies, and no single one
             return passed.union(mine.difference(*(atoms[o] for o in operands)))
         return passed
@@ -147,6 +147,14 @@ def _loud_norm(atom: Atom, node: fx.Node, places: tuple[int, int | None], atoms:
     given = [node.args[p] for p in places if p is not None and p < len(node.args)]
     affine: list[Any] = [a for a in given if isinstance(a, fx.Node)]
     return not affine or any(atom in loud[a] or atom not in atoms[a] for a in affine)
+
+
+def _values(node: fx.Node) -> list[fx.Node]:
+    """The operands that an operator takes entries of; not those that tell which: where rows are gathered or scattered, their numbers."""
+    answer = node.meta.get("val")
+    if not isinstance(answer, Tensor):
+        return node.all_input_nodes
+    return [o for o in node.all_input_nodes if not isinstance(o.meta.get("val"), Tensor) or o.meta["val"].dtype == answer.dtype]
 
 
 def _is_zero(value: Any) -> bool:
