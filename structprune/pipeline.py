@@ -33,7 +33,7 @@ from structprune.ir.axes import Atom
 from structprune.ir.graph import Graph, results_in
 from structprune.ir.plan import Plan
 from structprune.ir.samples import Samples
-from structprune.ir.traced import buffers_kept
+from structprune.ir.traced import buffers_kept, state_kept
 from structprune.recovery.compensate import Fitted
 from structprune.recovery.compensate import compensate as compensated
 from structprune.recovery.matching import Matched, match, must_learn
@@ -42,7 +42,7 @@ from structprune.transform.memory import freed_or_kept
 from structprune.transform.own_class import came_as_graph, own_class, take_values
 from structprune.transform.scale import changed_scales
 from structprune.transform.surgery import Surgery, operate
-from structprune.transform.verify import Verification, verify_trace, verify_unchanged
+from structprune.transform.verify import Verification, answers_again, verify_trace, verify_unchanged
 from structprune.transform.verify import verify as compare
 
 _MOST_SAMPLES = 2048
@@ -361,10 +361,12 @@ def realise(
             with clock("verify"):
                 verification = compare(graph, groups.types, keep, surgery.module, exact={s.name: s.exact for s in surgery.stand_ins})
             with clock("rebuild"):
-                own, note = own_class(model, graph, surgery, changed_scales(graph, groups.types, keep), verification.answers)
-            if own is None and not came_as_graph(model, graph):  # a class that agrees with the graph needs no other proof
-                with clock("verify"), buffers_kept(model):
-                    verify_trace(model, graph)
+                own, note, changed = own_class(model, graph, surgery, changed_scales(graph, groups.types, keep), verification.answers)
+            with clock("verify"):
+                if own is None and not came_as_graph(model, graph):  # a class that agrees with the graph needs no other proof
+                    with state_kept(model):
+                        verify_trace(model, graph)
+                forgotten = changed if changed and not answers_again(model, graph) else []
     _follow(own, surgery.module)
     small = own if own is not None else surgery.module
     accuracy = _scores_of(ready, "pruned", small, clock)
@@ -379,7 +381,8 @@ def realise(
                 matched = match(graph, groups.types, keep, surgery, ready.samples, options.matching, options.seed, clock.say, turned)
         _follow(own, surgery.module)
         accuracy |= _scores_of(ready, "after", small, clock)
-    report = _report(graph, groups, plan, surgery, verification, own is not None, note, clock, ready, found, fitted, matched, accuracy)
+    notes = [*graph.notes, *_gone(surgery), *_forgotten(forgotten)]
+    report = _report(graph, groups, plan, surgery, verification, own is not None, note, notes, clock, ready, found, fitted, matched, accuracy)
     given = (ready.samples, ready.evaluate) if ready is not None else ()
     return Result(small, plan, report, graph, surgery.module, clock, options.deployed(), found, *given)
 
@@ -414,6 +417,14 @@ def _gone(surgery: Surgery) -> list[str]:
     return [f"{', '.join(sorted(surgery.gone))}: without channels, and gone from the model; a constant stands in for the answer where it is needed"]
 
 
+def _forgotten(attributes: Sequence[str]) -> list[str]:
+    """In words, what no trace takes over from one call to the next."""
+    if not attributes:
+        return []
+    kept = ", ".join(attributes[:3]) + (", ..." if len(attributes) > 3 else "")
+    return [f"the model's code keeps {kept} for its next call, which answers otherwise: the traced module and the files answer each as the first"]
+
+
 def _peak(alive: Sequence[Cost], widths: Mapping[Atom, int]) -> dict[str, float]:
     """The largest of what is alive at one time, before and after."""
     return {"before": max((c() for c in alive), default=0), "after": max((c(widths) for c in alive), default=0)}
@@ -427,6 +438,7 @@ def _report(
     verification: Verification,
     own: bool,
     note: str,
+    notes: Sequence[str],
     clock: Clock,
     ready: _Ready | None,
     found: Found | None,
@@ -482,7 +494,7 @@ def _report(
             "frozen": [{"name": f.name, "channels": f.channels, "reason": f.reason, "at": f.at} for f in plan.frozen],
             "outline": outline(graph, groups),
             "options": _options(ready),
-            "notes": [*graph.notes, *_gone(surgery)],
+            "notes": list(notes),
             "seconds": dict(clock.seconds),
             "environment": environment(),
         }

@@ -34,7 +34,7 @@ from structprune.ir.graph import Graph, digest, held_by, resized, source_of
 from structprune.ir.operators import is_random, operator_name
 from structprune.ir.plan import Plan
 from structprune.ir.samples import Samples
-from structprune.ir.traced import TracedModule
+from structprune.ir.traced import TracedModule, state_kept
 from structprune.transform.own_class import take_values
 from structprune.transform.precision import call_in_float32, floated, in_float32, in_half, type_of
 
@@ -215,8 +215,14 @@ def _checked(path: Path, module: TracedModule, reference: nn.Module, graph: Grap
     """`_difference` of the file of `module` from `reference`, or an error that says what the user can do about it."""
     tolerance = onnx.TOLERANCE_HALF if type_of(module) == torch.float16 else None
     try:
-        return _difference(path, reference, graph, tolerance)
+        with state_kept(reference):
+            return _difference(path, reference, graph, tolerance)
     except VerificationError as differs:
+        copied_to = [n.all_input_nodes[0] for n in graph.nodes if n.target is torch.ops.aten.copy_.default]
+        written = [str(to.target) for to in copied_to if to.op == "get_attr"]  # the last that a call does with buffers that it changes
+        if written:
+            kept = f"the model keeps {', '.join(written)} for its next call"
+            raise VerificationError(f"{differs}; {kept}, and an ONNX file keeps nothing: make that an input and an output") from differs
         drawn = next((node for node in graph.nodes if is_random(node)), None)
         if drawn is None:
             raise

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import sys
-from collections import OrderedDict
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import fields, is_dataclass
@@ -26,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from structprune.ir.graph import TORCH, held_by
 from structprune.ir.signature import signature_of
+from structprune.ir.traced import attributes_kept
 
 _SPEAKS_OF_TORCH = frozenset({"torch", "nn", "F", "Tensor"})
 UNKNOWN_CLASS = "which is not a known type"  # as torch.export says it of what a model answers
@@ -42,9 +42,10 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], a
                 collection[leaf] = dict.fromkeys(sorted(dims), Dim.AUTO)
         shapes = collection.dynamic_shapes(model, args, kwargs)
     origins = preserve_node_meta() if signature_of(model) is not None else nullcontext()
-    as_it_is = _masks_as_they_are(), _lengths_as_they_are(), _boxes_of_all_classes(), _modules_where_they_are(), _attributes_kept(model)
+    as_it_is = _masks_as_they_are(), _lengths_as_they_are(), _boxes_of_all_classes(), _modules_where_they_are(), _new_buffers_beside(model)
     with ExitStack() as stack:
-        for context in (_quiet(), *as_it_is, _methods_on_stacks(), _failed_calls_left(), origins):
+        # torch.export itself puts attributes back, and takes away tensors that came new, but not the note that they are there
+        for context in (_quiet(), attributes_kept(model), *as_it_is, _methods_on_stacks(), _failed_calls_left(), origins):
             stack.enter_context(context)
         try:
             return torch.export.export(model, args, kwargs or None, dynamic_shapes=shapes, strict=False)
@@ -76,7 +77,7 @@ def called_once(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     """What the model answers as it is. It runs on copies of what it may write to: of its parameters, too, in training (codebooks that learn)."""
     copies, named = pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
     own = held_by(model) if model.training else dict(model.named_buffers())
-    with _attributes_kept(model), torch.random.fork_rng(devices=[]):
+    with attributes_kept(model), torch.random.fork_rng(devices=[]):
         return torch.func.functional_call(model, {name: tensor.detach().clone() for name, tensor in own.items()}, copies, named)
 
 
@@ -95,40 +96,16 @@ def unaware() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export prints the whole graph where it fails; what matters of it comes back as an error."""
+    """torch.export prints the whole graph where it fails; what matters of it comes back as an error. What code keeps in attributes is told elsewhere."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attribute")
             yield
     finally:
         logger.setLevel(level)
-
-
-@contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """What a model keeps for its next call (sizes that it has seen, tables by their sizes, hooks that its first call puts on layers) is what it was.
-
-    torch.export puts back the attributes that a module had before, and takes away the tensors among those that came new, where the class has the
-    default, but not the note that they are there.
-    """
-    kept: dict[int, tuple[Any, Any]] = {}
-    waiting: list[Any] = [vars(module) for module in model.modules()]
-    for container in waiting:  # grows while it is walked
-        if id(container) not in kept:
-            kept[id(container)] = container, copy.copy(container)
-            inside = container.values() if isinstance(container, dict) else container
-            waiting.extend(value for value in inside if type(value) in (dict, OrderedDict, list, set, tuple))
-    try:
-        yield
-    finally:
-        for container, before in kept.values():
-            if isinstance(container, list):
-                container[:] = before
-            elif not isinstance(container, tuple):
-                container.clear()
-                container.update(before)
 
 
 @contextmanager
@@ -140,6 +117,25 @@ def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(holder, name, before)
+
+
+@contextmanager
+def _new_buffers_beside(model: nn.Module) -> Iterator[None]:
+    """A buffer that code registers in its first call (a table of positions) is a plain attribute meanwhile.
+
+    torch.export would count it among the buffers that it knew, and write it to an input, or raise where there are fewer inputs than such buffers.
+    """
+    known = set(map(id, model.modules()))
+    register = nn.Module.register_buffer
+
+    def registered(module: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        if id(module) in known and name not in module._buffers:
+            vars(module)[name] = tensor
+        else:
+            register(module, name, tensor, persistent)
+
+    with replaced(nn.Module, "register_buffer", registered):
+        yield
 
 
 @contextmanager

@@ -1,8 +1,10 @@
-"""`TracedModule`: a graph as an ordinary torch module, which trains, evaluates, copies and moves like any other; and the mode of any module."""
+"""`TracedModule`: a graph as an ordinary torch module, which trains, evaluates, copies and moves like any other. Modes and states of any module."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch import fx, nn
 from structprune.ir.operators import training_flag
 
 _SWITCHES = "switches with the mode"  # in the meta of a node, which copies keep
+_CONTAINERS = (dict, OrderedDict, list, set, tuple)
+_TORCHS_OWN = frozenset(vars(nn.Module()))  # whether it trains, its tables of tensors and hooks: what a module has in any class
 
 
 class TracedModule(fx.GraphModule):
@@ -80,8 +84,55 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """A model may count its calls: what they make of its buffers is put back."""
-    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    yield
-    for name, buffer in module.named_buffers():
-        buffer.copy_(before[name])
+    """A model may count its calls: what they write to its buffers is put back."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
+    """What a model keeps for its next call (sizes that it has seen, tables by their sizes, hooks that its first call puts on layers) is what it was.
+
+    Yields what tells, at any time within, which attributes of its modules are others now.
+    """
+    kept: dict[int, tuple[str, Any, Any]] = {}
+    waiting: list[tuple[str, Any]] = [(name, vars(module)) for name, module in model.named_modules()]
+    for path, container in waiting:  # grows while it is walked
+        if id(container) not in kept:
+            kept[id(container)] = path, container, copy.copy(container)
+            inside = container.items() if isinstance(container, dict) else enumerate(container)
+            waiting.extend((f"{path}.{key}" if path else str(key), value) for key, value in inside if type(value) in _CONTAINERS)
+
+    def changed() -> list[str]:
+        found = [name for path, container, before in kept.values() for name in _differing(path, container, before)]
+        return list(dict.fromkeys(name for name in found if _TORCHS_OWN.isdisjoint(name.split("."))))
+
+    try:
+        yield changed
+    finally:
+        for _, container, before in kept.values():
+            if isinstance(container, list):
+                container[:] = before
+            elif not isinstance(container, tuple):
+                container.clear()
+                container.update(before)
+
+
+def _differing(path: str, container: Any, before: Any) -> list[str]:
+    """The entries of a dict that are other objects than before, by their paths; of another container its own path, where its entries are."""
+    if not isinstance(container, dict):
+        return [path] if len(container) != len(before) or any(a is not b for a, b in zip(container, before, strict=True)) else []
+    names = [key for key in {**before, **container} if container.get(key) is not before.get(key)]
+    return [f"{path}.{key}" if path else str(key) for key in names]
+
+
+@contextmanager
+def state_kept(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
+    """All that a call may leave behind in a model is put back: attributes, as `attributes_kept` tells of them, and what buffers hold."""
+    with buffers_kept(model), attributes_kept(model) as changed:
+        yield changed

@@ -23,6 +23,7 @@ from structprune.errors import VerificationError, one_line
 from structprune.frontends.standardised import with_plain_layers
 from structprune.ir.graph import Graph, attribute, held_by, owners_of, repeated, results_in, shape_of
 from structprune.ir.samples import copies, floats, samples_in
+from structprune.ir.traced import buffers_kept, state_kept
 from structprune.transform.attributes import Attributes, follow, guesses
 from structprune.transform.checks import failed_check
 from structprune.transform.reference import Exact, in_double
@@ -102,18 +103,18 @@ def take_values(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 def own_class(
     model: nn.Module, graph: Graph, surgery: Surgery, scales: Mapping[str, Scale], answers: Sequence[Tensor] | None = None
-) -> tuple[nn.Module | None, str]:
-    """The small model in the user's class, or None; and in words what the comparison found.
+) -> tuple[nn.Module | None, str, list[str]]:
+    """The small model in the user's class, or None; in words what the comparison found; and the attributes that a call of it changes.
 
     scales: those that the attention of some modules had before it lost width. answers: the small graph's to the example, where they are known.
     """
     if came_as_graph(model, graph):
-        return None, "the model came as a graph"
+        return None, "the model came as a graph", []
     if graph.standardised:
         model = with_plain_layers(model, graph)
     instead = _instead(graph, surgery)
     if instead is None:
-        return None, "a branch without channels ends in the middle of a module's forward, which the user's class cannot leave out"
+        return None, "a branch without channels ends in the middle of a module's forward, which the user's class cannot leave out", []
     scales = narrowed(model, surgery.tensors) | dict(scales)
     scales = {name: scale for name, scale in scales.items() if not any(name == other or name.startswith(f"{other}.") for other in instead)}
     judge = _Judge(graph, surgery, answers)
@@ -140,13 +141,13 @@ def own_class(
                 if _has_unseen_parameters(model, surgery.tensors):
                     _runs_in_training(candidate, graph)
                 held = f"; hooks on {len(needed)} modules keep the original's scale" if needed else ""
-                return candidate, f"the user's class agrees with the small graph to {error:.1g}{held}"
+                return candidate, f"the user's class agrees with the small graph to {error:.1g}{held}", judge.changed
             except VerificationError as differs:
                 note = note or f"the user's class does not follow the new sizes: {differs}"
             except Exception as raised:  # the user's code may raise anything when its sizes change
                 _log.debug("the user's class does not run at the new sizes", exc_info=True)
                 note = note or f"the user's class does not run at the new sizes: {one_line(raised)}"
-    return None, note
+    return None, note, judge.changed
 
 
 def _with_its_scales(
@@ -218,6 +219,7 @@ class _Judge:
     def __init__(self, graph: Graph, surgery: Surgery, answers: Sequence[Tensor] | None):
         """answers: the small graph's to the example, where they are known: of a heavy model."""
         self.graph, self.small, self.batches, self.heavy = graph, surgery.module, _batches(graph), answers is not None
+        self.changed: list[str] = []  # attributes that the last call of a candidate left as others
         self._wanted: dict[tuple[int, bool], Sequence[Tensor]] = {}  # the same for all candidates
         if answers and not graph.doubled:
             self._wanted[0, False] = answers
@@ -250,15 +252,18 @@ class _Judge:
         """Both hold the same tensors and call the same kernels, mostly in the same order."""
         wanted = self._answers(number, double)
         args, kwargs = self.graph.called_with(_typed(self.batches[number], double))
-        with torch.no_grad(), same_noise(), _numbers_made(double), _InDouble() if double else nullcontext():
-            got = floats(candidate(*args, **kwargs))
+        with torch.no_grad(), same_noise(), _numbers_made(double), _InDouble() if double else nullcontext(), state_kept(candidate) as changed:
+            try:
+                got = floats(candidate(*args, **kwargs))
+            finally:
+                self.changed = changed()
         nothing = [torch.zeros((), dtype=torch.float64)] * len(wanted)
         return difference(got, wanted, lambda: nothing, self.graph.output_names)
 
     def _answers(self, number: int, double: bool) -> Sequence[Tensor]:
         if (number, double) not in self._wanted:
             run = Exact(self.small) if double else fx.Interpreter(self.small)
-            with torch.no_grad(), same_noise(), _numbers_made(double):
+            with torch.no_grad(), same_noise(), _numbers_made(double), buffers_kept(self.small):
                 self._wanted[number, double] = floats(run.run(*_typed(self.batches[number], double), enable_io_processing=False))
         return self._wanted[number, double]
 

@@ -20,7 +20,7 @@ from structprune.ir.axes import Keep
 from structprune.ir.graph import Graph, results_in, shape_of
 from structprune.ir.operators import operator_name
 from structprune.ir.samples import close, copies, floats
-from structprune.ir.traced import in_mode
+from structprune.ir.traced import in_mode, state_kept
 from structprune.ops import RULES, contraction
 from structprune.transform.precision import type_of
 from structprune.transform.reference import Exact, Masked, in_double
@@ -133,6 +133,27 @@ def verify_trace(model: nn.Module, graph: Graph) -> None:
             f"the model answers otherwise than its trace by torch.export, by {off:.2g} of the largest answer: its code goes another way while it is "
             "traced (torch.compiler.is_exporting, a default mask); give all inputs explicitly, masks and positions among them, or change that code"
         )
+
+
+@torch.no_grad()
+def answers_again(model: nn.Module, graph: Graph) -> bool:
+    """Whether a model that has answered the example, and then the same with all entries one place on, answers it as the first time."""
+    example = graph.given_inputs()
+    moved = [v.roll(1, -1) if isinstance(v, Tensor) and v.dim() else v for v in example]
+
+    def answer(inputs: Sequence[Any]) -> list[Tensor]:
+        args, kwargs = graph.called_with(copies(inputs))
+        with same_noise():
+            return copies(floats(model(*args, **kwargs)))
+
+    with in_mode(model, training=False), state_kept(model):
+        first = answer(example)
+        try:
+            answer(moved)
+        except _DOES_NOT_RUN:
+            _log.debug("inputs that are moved are none", exc_info=True)
+        again = answer(example)
+    return len(again) == len(first) and close(again, first, _SINGLE)
 
 
 def _as_in_double(error: Callable[[], float], otherwise: bool) -> bool:
