@@ -96,7 +96,7 @@ def unaware() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export prints the whole graph where it fails; what matters of it comes back as an error. What code keeps in attributes is told elsewhere."""
+    """torch.export prints the whole graph where it fails; what matters of it comes back as an error. Of attributes that it sets the report tells."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
