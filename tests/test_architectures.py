@@ -470,7 +470,7 @@ def test_an_input_that_is_free_on_its_own_is_no_batch() -> None:
     model = Placed().eval()
     result = sp.compress(model, (torch.randn(4, 6), torch.randn(7, 2)), "channels=0.5")
     assert type(result.model) is Placed and result.graph.dynamic == ((0,), (0,))
-    assert set(rows[-3:]) == {7}
+    assert {number for number in rows if isinstance(number, int)} == {7}  # others are a trace's symbols
 
 
 def test_a_class_that_squeezes_a_single_sample_comes_back() -> None:
