@@ -63,6 +63,16 @@ class Tables(Remembers):
         return self.one * self.two * self.three
 
 
+class Begins(Remembers):
+    """What it has seen is a buffer from the first call on."""
+
+    def factor(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "seen"):
+            self.register_buffer("seen", torch.zeros(16))
+        self.seen = self.seen + x.mean(0)
+        return 1 + self.seen.square().mean()
+
+
 def compressed(kind: type[Remembers]) -> tuple[Remembers, Tensor, sp.Result]:
     torch.manual_seed(0)
     model, x = kind().eval(), torch.randn(4, 16)
@@ -71,7 +81,7 @@ def compressed(kind: type[Remembers]) -> tuple[Remembers, Tensor, sp.Result]:
     return model, x, result
 
 
-@pytest.mark.parametrize("kind", [Writes, Replaces, Counts, Compares, Tables])
+@pytest.mark.parametrize("kind", [Writes, Replaces, Counts, Compares, Begins, Tables])
 def test_the_small_model_goes_on_as_the_original_does(kind: type[Remembers]) -> None:
     model, x, result = compressed(kind)
     with torch.no_grad():
@@ -81,7 +91,7 @@ def test_the_small_model_goes_on_as_the_original_does(kind: type[Remembers]) -> 
             torch.testing.assert_close(result.model(inputs), model(inputs))
 
 
-@pytest.mark.parametrize("kind", [Writes, Replaces, Counts, Compares, Tables])
+@pytest.mark.parametrize("kind", [Writes, Replaces, Counts, Compares, Begins, Tables])
 def test_nothing_is_left_of_the_calls_that_compress_makes(kind: type[Remembers], tmp_path: Path) -> None:
     model, _, result = compressed(kind)
     if kind not in (Writes, Replaces):
@@ -91,7 +101,7 @@ def test_nothing_is_left_of_the_calls_that_compress_makes(kind: type[Remembers],
         assert [name for name, _ in module.named_buffers()] == ["number"]
 
 
-@pytest.mark.parametrize(("kind", "named"), [(Counts, "calls"), (Compares, "last"), (Tables, ""), (Writes, "")])
+@pytest.mark.parametrize(("kind", "named"), [(Counts, "calls"), (Compares, "last"), (Begins, "seen"), (Tables, ""), (Writes, "")])
 def test_the_report_says_what_no_trace_takes_to_the_next_call(kind: type[Remembers], named: str) -> None:
     """Tables change no answer, and what a buffer holds stays in a traced module."""
     notes = compressed(kind)[2].report.data["notes"]

@@ -15,6 +15,7 @@ from structprune.ir.operators import training_flag
 
 _SWITCHES = "switches with the mode"  # in the meta of a node, which copies keep
 _CONTAINERS = (dict, OrderedDict, list, set, tuple)
+_PLAIN = (int, float, str, torch.Size, torch.device)
 _TORCHS_OWN = frozenset(vars(nn.Module()))  # whether it trains, its tables of tensors and hooks: what a module has in any class
 
 
@@ -109,8 +110,7 @@ def attributes_kept(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
             waiting.extend((f"{path}.{key}" if path else str(key), value) for key, value in inside if type(value) in _CONTAINERS)
 
     def changed() -> list[str]:
-        found = [name for path, container, before in kept.values() for name in _differing(path, container, before)]
-        return list(dict.fromkeys(name for name in found if _TORCHS_OWN.isdisjoint(name.split("."))))
+        return list(dict.fromkeys(name for path, container, before in kept.values() for name in _differing(path, container, before)))
 
     try:
         yield changed
@@ -124,11 +124,22 @@ def attributes_kept(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
 
 
 def _differing(path: str, container: Any, before: Any) -> list[str]:
-    """The entries of a dict that are other objects than before, by their paths; of another container its own path, where its entries are."""
-    if not isinstance(container, dict):
-        return [path] if len(container) != len(before) or any(a is not b for a, b in zip(container, before, strict=True)) else []
-    names = [key for key in {**before, **container} if container.get(key) is not before.get(key)]
-    return [f"{path}.{key}" if path else str(key) for key in names]
+    """The entries of a dict that are others than before, by their paths, new buffers among them; of another container its own path, if its are."""
+    owner, _, own = path.rpartition(".")
+    if own == "_buffers":
+        names = [name for name in container if name not in before]  # one that was there before is a buffer in a trace, too
+    elif not _TORCHS_OWN.isdisjoint(path.split(".")):
+        return []
+    elif not isinstance(container, dict):
+        return [path] if len(container) != len(before) or any(map(_differ, container, before)) else []
+    else:
+        owner = path
+        names = [name for name in {**before, **container} if name not in _TORCHS_OWN and _differ(container.get(name), before.get(name))]
+    return [f"{owner}.{name}" if owner else str(name) for name in names]
+
+
+def _differ(value: Any, before: Any) -> bool:
+    return value is not before and not (type(value) is type(before) and isinstance(value, _PLAIN) and value == before)
 
 
 @contextmanager

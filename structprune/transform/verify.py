@@ -150,9 +150,13 @@ def answers_again(model: nn.Module, graph: Graph) -> bool:
         first = answer(example)
         try:
             answer(moved)
-        except _DOES_NOT_RUN:
-            _log.debug("inputs that are moved are none", exc_info=True)
-        again = answer(example)
+        except Exception:  # the user's code may raise anything
+            _log.debug("the model does not run on inputs that are moved", exc_info=True)
+        try:
+            again = answer(example)
+        except Exception:
+            _log.debug("the model does not run again", exc_info=True)
+            return False
     return len(again) == len(first) and close(again, first, _SINGLE)
 
 
