@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError, one_line
 from structprune.frontends.exported import from_exported
+from structprune.ir.samples import close, floats
 from structprune.ir.traced import TracedModule
 
 _SAME = 1e-4  # of the largest answer: the same operators, in float32
@@ -48,7 +49,7 @@ def load_torchscript(path: Path, args: tuple[Any, ...]) -> TracedModule:
                 got = module(*_copied(args))
             except Exception as error:  # an operator that the converter does not know, or control flow
                 raise InputError(f"{path} is a TorchScript archive, which cannot be converted ({one_line(error)}); {_ADVICE}") from error
-    if not _close(got, wanted):
+    if not close(floats(got), floats(wanted), _SAME):
         raise InputError(f"{path} is a TorchScript archive, and what it is converted to answers otherwise; {_ADVICE}")
     for name, parameter in script.named_parameters():  # the converter makes buffers of them
         owner, _, leaf = name.rpartition(".")
@@ -63,14 +64,3 @@ def load_torchscript(path: Path, args: tuple[Any, ...]) -> TracedModule:
 
 def _copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return pytree.tree_map_only(Tensor, torch.clone, args)  # type: ignore[no-any-return]
-
-
-def _close(got: Any, wanted: Any) -> bool:
-    pairs = [[v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)] for value in (got, wanted)]
-    if len(pairs[0]) != len(pairs[1]) or any(a.shape != b.shape for a, b in zip(*pairs, strict=True)):
-        return False
-    return all(
-        torch.allclose(a.double(), b.double(), rtol=0, atol=_SAME * float(b.double().nan_to_num(0, 0, 0).abs().amax()) + 1e-12, equal_nan=True)
-        for a, b in zip(*pairs, strict=True)
-        if a.numel()
-    )

@@ -43,8 +43,8 @@ def floats(value: Any) -> list[Tensor]:
 
 
 def close(got: Sequence[Tensor], wanted: Sequence[Tensor], share: float) -> bool:
-    """Whether answers, as of `floats`, differ by no more than that share of the largest of each."""
-    return all(
+    """Whether answers, as of `floats`, are as many, and differ by no more than that share of the largest of each."""
+    return len(got) == len(wanted) and all(
         a.shape == b.shape
         and torch.allclose(a, b, rtol=0, atol=share * float(b.nan_to_num(0, 0, 0).abs().amax()) if b.numel() else 0, equal_nan=True)
         for a, b in zip(got, wanted, strict=True)
