@@ -15,7 +15,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from structprune.analysis.infer import Types
 from structprune.ir.axes import Atom
@@ -44,6 +44,8 @@ _AFFINE = {"batch_norm": (1, 2), "instance_norm": (1, 2), "layer_norm": (2, 3), 
 # zeros stay zeros; of a recurrent layer too, whose gates of zero weights halve the state
 _PASSING = frozenset({layout.__name__, joining.__name__, spatial.__name__, recurrent.__name__})
 _BY_OPERAND = {contraction.attention: 2, joining.embedding: 0}  # that a row's number is zero says nothing of the row
+_NUMBERS = {"gather": 2, "take_along_dim": 1, "scatter": 2, "scatter_add": 2, "scatter_reduce": 2, "index_select": 2, "index_add": 2, "index_copy": 2,
+            "index": 1, "_unsafe_index": 1, "index_put": 1, "masked_scatter": 1}  # fmt: skip
 _COPYING = (layout.expand, layout.repeat_interleave)
 _REDUCED = (normalization.total, normalization.mean, normalization.vector_norm, normalization.norm, normalization.reduction, normalization.variance)
 _STATISTICS = ("mean", "variance")
@@ -150,11 +152,11 @@ def _loud_norm(atom: Atom, node: fx.Node, places: tuple[int, int | None], atoms:
 
 
 def _values(node: fx.Node) -> list[fx.Node]:
-    """The operands that an operator takes entries of; not those that tell which: where rows are gathered or scattered, their numbers."""
-    answer = node.meta.get("val")
-    if not isinstance(answer, Tensor):
-        return node.all_input_nodes
-    return [o for o in node.all_input_nodes if not isinstance(o.meta.get("val"), Tensor) or o.meta["val"].dtype == answer.dtype]
+    """The operands that an operator takes entries of: not the numbers of rows that it reads or writes."""
+    found: dict[fx.Node, None] = {}
+    numbers = _NUMBERS.get(operator_name(node))
+    fx.map_arg(([a for place, a in enumerate(node.args) if place != numbers], node.kwargs), found.setdefault)
+    return list(found)
 
 
 def _is_zero(value: Any) -> bool:
