@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import fields, is_dataclass
@@ -96,13 +95,12 @@ def unaware() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export prints the whole graph where it fails; what matters of it comes back as an error. Of attributes that it sets the report tells."""
+    """torch.export prints the whole graph where it fails; what matters of it comes back as an error."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The tensor attribute")
+        with redirect_stderr(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)
