@@ -43,10 +43,9 @@ _WHATEVER = frozenset({"logsumexp", "one_hot", "bucketize", "searchsorted"})  # 
 _AFFINE = {"batch_norm": (1, 2), "instance_norm": (1, 2), "layer_norm": (2, 3), "group_norm": (2, 3), "rms_norm": (2, None)}
 # zeros stay zeros; of a recurrent layer too, whose gates of zero weights halve the state
 _PASSING = frozenset({layout.__name__, joining.__name__, spatial.__name__, recurrent.__name__})
-_BY_OPERAND = {contraction.attention: 2, joining.embedding: 0}  # that a row's number is zero says nothing of the row
-_NUMBERS = {"gather": 2, "take_along_dim": 1, "scatter": 2, "scatter_add": 2, "scatter_reduce": 2, "index_select": 2, "index_add": 2, "index_copy": 2,
-            "index": 1, "_unsafe_index": 1, "index_put": 1, "masked_scatter": 1}  # fmt: skip
-_COPYING = (layout.expand, layout.repeat_interleave)
+_ENTRIES = {"scaled_dot_product_attention": (2,), "embedding": (0,), "embedding_bag": (0,), "gather": (0,), "take_along_dim": (0,), "index": (0,),
+            "_unsafe_index": (0,), "index_select": (0,), "index_put": (0, 2), "masked_scatter": (0, 2), "scatter": (0, 3), "scatter_add": (0, 3),
+            "scatter_reduce": (0, 3), "index_add": (0, 3), "index_copy": (0, 3)}  # fmt: skip
 _REDUCED = (normalization.total, normalization.mean, normalization.vector_norm, normalization.norm, normalization.reduction, normalization.variance)
 _STATISTICS = ("mean", "variance")
 
@@ -126,16 +125,11 @@ def _loud(
         return frozenset(a for a in mine if _loud_output(a, x, weight, bias, atoms, loud))
     if name in _AFFINE:
         return frozenset(a for a in mine if _loud_norm(a, node, _AFFINE[name], atoms, loud))
-    if rule in _BY_OPERAND:
-        told: Any = node.args[_BY_OPERAND[rule]]
-        return loud[told] | (mine - atoms[told])
     if rule in (contraction.matmul, contraction.einsum, contraction.grouped_matmul):
         return frozenset(a for a in mine if all(a in loud[o] for o in operands if a in atoms[o]))
-    if node.target is operator.getitem or rule in _REDUCED or (rule is not None and rule.__module__ in _PASSING):
-        passed = frozenset(a for a in mine if any(a in loud[o] for o in _values(node)))
-        if rule in _COPYING:  # zeros in the weights of an entry silence all of its copies, and no single one
-            return passed.union(mine.difference(*(atoms[o] for o in operands)))
-        return passed
+    if name in _ENTRIES or node.target is operator.getitem or rule in _REDUCED or (rule is not None and rule.__module__ in _PASSING):
+        taken = _entries(node)  # zeros in an entry silence all of its copies; no single copy, nor what another operand counts
+        return frozenset(a for a in mine if any(a in loud[o] for o in taken) or not any(a in atoms[o] for o in taken))
     return mine
 
 
@@ -151,11 +145,11 @@ def _loud_norm(atom: Atom, node: fx.Node, places: tuple[int, int | None], atoms:
     return not affine or any(atom in loud[a] or atom not in atoms[a] for a in affine)
 
 
-def _values(node: fx.Node) -> list[fx.Node]:
-    """The operands that an operator takes entries of: not the numbers of rows that it reads or writes."""
+def _entries(node: fx.Node) -> list[fx.Node]:
+    """The operands that an operator takes entries of: not the scores, nor the numbers of rows, by which it does."""
+    places = _ENTRIES.get(operator_name(node), range(len(node.args)))
     found: dict[fx.Node, None] = {}
-    numbers = _NUMBERS.get(operator_name(node))
-    fx.map_arg(([a for place, a in enumerate(node.args) if place != numbers], node.kwargs), found.setdefault)
+    fx.map_arg(([a for place, a in enumerate(node.args) if place in places], node.kwargs), found.setdefault)
     return list(found)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import functools
 import io
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ import onnxslim
 import torch
 from onnxscript.rewriter.rules.common import _min_max_to_clip, _no_op
 from torch import Tensor
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils import _pytree as pytree
 
 from structprune.backends import ties
 from structprune.backends.lowering import Lowered
 from structprune.backends.onnx_operators import translations
 from structprune.errors import StructpruneError, VerificationError, first_line
+from structprune.ir.traced import replaced
 from structprune.transform.reference import in_double
 
 _log = logging.getLogger(__name__)
@@ -81,7 +84,8 @@ def export(
             custom_translation_table=translations(),
         )
 
-    with _quiet(), _rules_left_out():
+    rules = replaced(onnxscript.rewriter, "_DEFAULT_REWRITE_RULES", _harmless_rules())
+    with _quiet(), rules, replaced(ONNXRegistry, "from_torchlib", staticmethod(_library)):
         try:
             try:
                 exported = translated(optimize=not sizes)
@@ -118,9 +122,8 @@ def export(
     return origins
 
 
-@contextlib.contextmanager
-def _rules_left_out() -> Iterator[None]:
-    """Rules of onnxscript's optimizer that do harm.
+def _harmless_rules() -> tuple[Any, ...]:
+    """The rules of onnxscript's optimizer without those that do harm.
 
     It takes what is within 1e-8 of 0 for 0, and what is within 1e-5 of 1 for 1, and drops it: of x / (sum + 1e-12) the file would answer NaN for a
     silent input. Adding a plain 0 costs nothing; runtimes drop it. To the bounds of all clamps of one value it gives the same names. And it compares
@@ -128,11 +131,20 @@ def _rules_left_out() -> Iterator[None]:
     """
     rules = onnxscript.rewriter._DEFAULT_REWRITE_RULES
     harmful = [*_no_op.rules, *_min_max_to_clip.rules, *(rule for rule in rules if rule.name == "SlicesSplit")]
-    onnxscript.rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if not any(rule is other for other in harmful))
-    try:
-        yield
-    finally:
-        onnxscript.rewriter._DEFAULT_REWRITE_RULES = rules
+    return tuple(rule for rule in rules if not any(rule is other for other in harmful))
+
+
+def _library(**opset: int) -> ONNXRegistry:
+    """torch's translations, which it reads from their sources anew for every file: most of the time that a small one takes.
+
+    A copy, for the exporter puts those of its caller among them.
+    """
+    library = copy.copy(_read_once(**opset))
+    library.functions = {target: list(found) for target, found in library.functions.items()}
+    return library
+
+
+_read_once = functools.cache(ONNXRegistry.from_torchlib)
 
 
 def size(path: Path) -> int:

@@ -35,13 +35,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from structprune.errors import TraceError
-from structprune.frontends.torch_export import called_once, replaced
+from structprune.frontends.torch_export import called_once
 from structprune.frontends.users_code import LIBRARIES
 from structprune.frontends.values import KnownValues, has_not, passes, without_not
 from structprune.ir.graph import Graph, frames_of, sizes_in
 from structprune.ir.samples import close, copies, floats
 from structprune.ir.source import parsed
-from structprune.ir.traced import buffers_kept
+from structprune.ir.traced import buffers_kept, replaced
 
 _NUMBERS = frozenset({Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__int__, Tensor.__index__})
 _PAIRS = frozenset({"max", "min", "sort", "topk"})  # of values and positions along an axis

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from structprune.ir.graph import TORCH, held_by
 from structprune.ir.signature import signature_of
-from structprune.ir.traced import attributes_kept
+from structprune.ir.traced import attributes_kept, replaced
 
 _SPEAKS_OF_TORCH = frozenset({"torch", "nn", "F", "Tensor"})
 UNKNOWN_CLASS = "which is not a known type"  # as torch.export says it of what a model answers
@@ -83,14 +83,10 @@ def called_once(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 @contextmanager
 def unaware() -> Iterator[None]:
     """Code that asks whether it is traced (`torch.compiler.is_compiling()`; then it makes no mask of its own) goes the way that it goes else."""
-    asked = {name: getattr(torch.compiler, name) for name in ("is_compiling", "is_exporting", "is_dynamo_compiling")}
-    for name in asked:
-        setattr(torch.compiler, name, lambda: False)
-    try:
+    with ExitStack() as held:
+        for name in ("is_compiling", "is_exporting", "is_dynamo_compiling"):
+            held.enter_context(replaced(torch.compiler, name, lambda: False))
         yield
-    finally:
-        for name, answer in asked.items():
-            setattr(torch.compiler, name, answer)
 
 
 @contextmanager
@@ -104,17 +100,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-@contextmanager
-def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
-    """Something of torch's is another while a model is traced."""
-    before = getattr(holder, name)
-    setattr(holder, name, value)
-    try:
-        yield
-    finally:
-        setattr(holder, name, before)
 
 
 @contextmanager

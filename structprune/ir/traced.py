@@ -71,6 +71,17 @@ class TracedModule(fx.GraphModule):
 
 
 @contextmanager
+def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+    """Something of torch's, or of another library's, is another for a while."""
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
+@contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """The model in training or in evaluation, and afterwards each of its modules as it was."""
     before = [(module, module.training) for module in model.modules()]
