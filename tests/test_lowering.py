@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import structprune as sp
 from structprune.backends.lowering import Lowered
-from structprune.backends.onnx import export, run
+from structprune.backends.onnx import _library, export, run
 from structprune.frontends.trace import trace
 
 
@@ -273,3 +274,19 @@ def test_experts_that_multiply_their_rows_in_one_operator(tmp_path: Path) -> Non
     x = torch.randn(5, 6, 10)
     (answer,) = run(path, [x])
     assert np.allclose(answer, result.model(x).detach().numpy(), atol=1e-5)
+
+
+def test_what_is_read_once_stays_as_torch_reads_it(tmp_path: Path) -> None:
+    """The exporter puts the project's translations among torch's own: into a copy."""
+
+    def known(library: ONNXRegistry) -> dict[str, list[bool]]:
+        return {str(target): [one.is_custom for one in found] for target, found in library.functions.items()}
+
+    program = torch.export.export(_Net().eval(), (torch.randn(1, 3, 8, 8),))
+    for _ in range(2):
+        export(program, tmp_path / "model.onnx", ["x"], ["y"])
+    opset = onnx.load(tmp_path / "model.onnx").opset_import[0].version
+    fresh = known(ONNXRegistry.from_torchlib(opset_version=opset))
+    assert known(_library(opset_version=opset)) == fresh and not any(map(any, fresh.values()))
+    export(program, tmp_path / "older.onnx", ["x"], ["y"], opset=opset - 2)  # each version of the operators has a library of its own
+    assert onnx.load(tmp_path / "older.onnx").opset_import[0].version == opset - 2
