@@ -58,6 +58,7 @@ CASES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
     "rows that are read by their numbers": (lambda m, x: m.a(F.normalize(m.q(x).gather(0, ROWS[:, None].expand(5, 8)), dim=-1)), True),
     "numbers of rows beside one that is not zero": (lambda m, x: m.a(F.normalize(_to_rows(m.q(x).exp()), dim=-1)), False),
     "numbers that are no rows'": (lambda m, x: m.a(F.normalize(torch.cat([m.q(x), (m.k(x) >= 0).long()], -1)[:, 4:12], dim=-1)), False),
+    "what numbers of channels look up": (lambda m, x: m.a(F.normalize(x[:, :2].gather(1, (m.q(x) > 0).long()), dim=-1)), False),
     "attention": (lambda m, x: (m.q(x) @ m.k(x).t()).softmax(-1) @ m.b(x), True),
 }
 
