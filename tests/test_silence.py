@@ -43,6 +43,7 @@ CASES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
     "linear attention": (lambda m, x: (F.elu(m.q(x)) + 1) @ (F.elu(m.k(x)) + 1).t() @ m.b(x), False),
     "a choice between silent values": (lambda m, x: m.q(x).relu().masked_fill(x[:, :1] > 0, 0).sum(-1, keepdim=True) * m.b(x), True),
     "a choice of something else": (lambda m, x: m.q(x).masked_fill(x[:, :1] > 0, 1).sum(-1, keepdim=True) * m.b(x), False),
+    "zeros among channels": (lambda m, x: m.a(F.normalize(F.pad(m.q(x)[:, :6], (0, 2)), dim=-1)), True),
     "zeros beside": (lambda m, x: F.pad(m.q(x)[..., None], (0, 1)).sum((1, 2))[:, None] * m.b(x), True),
     "something else beside": (lambda m, x: F.pad(m.q(x)[..., None], (0, 1), value=1.0).sum((1, 2))[:, None] * m.b(x), False),
     "zeros written": (lambda m, x: _pair(m, x).index_fill(-1, torch.tensor([1]), 0.0).sum((1, 2))[:, None] * m.b(x), True),

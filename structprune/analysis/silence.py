@@ -128,8 +128,10 @@ def _loud(
     if rule in (contraction.matmul, contraction.einsum, contraction.grouped_matmul):
         return frozenset(a for a in mine if all(a in loud[o] for o in operands if a in atoms[o]))
     if name in _ENTRIES or node.target is operator.getitem or rule in _REDUCED or (rule is not None and rule.__module__ in _PASSING):
-        taken = _entries(node)  # zeros in an entry silence all of its copies; no single copy, nor what another operand counts
-        return frozenset(a for a in mine if any(a in loud[o] for o in taken) or not any(a in atoms[o] for o in taken))
+        taken = _entries(node)
+        passed = frozenset(a for a in mine if any(a in loud[o] for o in taken))
+        # zeros in an entry silence all of its copies, and no single one; what another operand counts may be any entry; what pads is zero here
+        return passed if name in _FILLING else passed.union(mine.difference(*(atoms[o] for o in taken)))
     return mine
 
 
