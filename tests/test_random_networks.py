@@ -19,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st
 from networks import Network, RmsNorm, networks
+from test_operators import watched
 from torch import Tensor, nn
 
 from structprune.analysis.groups import Groups, find_groups
@@ -62,6 +63,7 @@ def check(network: Network, data: st.DataObject) -> None:
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     graph = trace(network, (network.example,))
     operators_met.update(operator_name(n) for n in graph.nodes if n.op == "call_function")
+    assert not watched(graph).wrong
     groups = find_groups(graph)
     types = groups.types
     note(str(groups))
