@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from structprune import closed_loop
+from structprune.backends import benchmark
 from structprune.backends.bench_process import BenchProcess
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -43,6 +45,15 @@ def process_that_measures() -> Iterator[None]:
         yield
     for bench in waiting:
         leave(bench, None, None, None)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of words: what is timed is timed so shortly that it is no proof that a latency was reached, and one round is enough."""
+    timed = benchmark._time_rounds
+    monkeypatch.setattr(benchmark, "_time_rounds", lambda turns, runs, rounds, seconds, *rest: timed(turns, runs, 5, 0.2, *rest))
+    monkeypatch.setattr(closed_loop, "_MOST_ROUNDS", 1)
+    monkeypatch.setattr(closed_loop, "_MISSED", 10.0)
 
 
 @pytest.fixture

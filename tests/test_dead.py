@@ -74,7 +74,7 @@ def without_dead(network: Network) -> tuple[Graph, Groups, nn.Module, dict[str, 
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes")
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
 @given(networks(), st.data())
 def test_the_answer_never_changes(network: Network, data: st.DataObject):
     check(network, data)

@@ -29,7 +29,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)
-def test_tutorial(path: Path, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tutorial(path: Path, run, hasty: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setenv("STRUCTPRUNE_CACHE", str(tmp_path / "cache"))
     before = set(sys.modules)
@@ -43,9 +43,6 @@ def test_tutorial(path: Path, run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             elif language == "sh":
                 for words in commands(f"```sh\n{block}```"):
                     status, _, err = run(*words)
-                    if status == 3 and "latency=" in (target := words[words.index("--target") + 1]):  # told to be so on a machine that is busy
-                        assert "cannot be reached: the closest took" in err
-                        status, _, err = run(*[target.replace("latency", "macs") if word == target else word for word in words])
                     assert status == 0, f"{path.name}: structprune {shlex.join(words)}: {err}"
     finally:
         for name in set(sys.modules) - before:

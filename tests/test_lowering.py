@@ -14,7 +14,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import structprune as sp
 from structprune.backends.lowering import Lowered
-from structprune.backends.onnx import _library, export, run
+from structprune.backends.onnx import _library, _read_once, export, run
 from structprune.frontends.trace import trace
 
 
@@ -288,5 +288,11 @@ def test_what_is_read_once_stays_as_torch_reads_it(tmp_path: Path) -> None:
     opset = onnx.load(tmp_path / "model.onnx").opset_import[0].version
     fresh = known(ONNXRegistry.from_torchlib(opset_version=opset))
     assert known(_library(opset_version=opset)) == fresh and not any(map(any, fresh.values()))
+    before = _read_once.cache_info().misses
+    export(program, tmp_path / "model.onnx", ["x"], ["y"])
+    assert _read_once.cache_info().misses == before
+    torch.library.define("structprune_tests::comes_later", "(Tensor x) -> Tensor")  # as a library's operators do, which torch may translate
+    export(program, tmp_path / "model.onnx", ["x"], ["y"])
+    assert _read_once.cache_info().misses == before + 1
     export(program, tmp_path / "older.onnx", ["x"], ["y"], opset=opset - 2)  # each version of the operators has a library of its own
     assert onnx.load(tmp_path / "older.onnx").opset_import[0].version == opset - 2

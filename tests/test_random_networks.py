@@ -52,7 +52,7 @@ def choices(draw: st.DrawFn, graph: Graph, groups: Groups) -> Keep:
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes")  # torch.export, of the list of weights that a recurrent layer keeps
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
 @given(networks(), st.data())
 def test_small_models_answer_as_both_oracles(network: Network, data: st.DataObject):
     check(network, data)

@@ -139,12 +139,18 @@ def _library(**opset: int) -> ONNXRegistry:
 
     A copy, for the exporter puts those of its caller among them.
     """
-    library = copy.copy(_read_once(**opset))
+    library = copy.copy(_read_once(frozenset(torch._C._dispatch_get_all_op_names()), **opset))
     library.functions = {target: list(found) for target, found in library.functions.items()}
     return library
 
 
-_read_once = functools.cache(ONNXRegistry.from_torchlib)
+_reading = ONNXRegistry.from_torchlib
+
+
+@functools.lru_cache(maxsize=4)
+def _read_once(operators: frozenset[str], **opset: int) -> ONNXRegistry:
+    """operators: all that there are; torch leaves out what translates others, such as those of torchvision before it is imported."""
+    return _reading(**opset)
 
 
 def size(path: Path) -> int:
