@@ -41,6 +41,8 @@ from structprune.transform.precision import call_in_float32, floated, in_float32
 Progress = Callable[[str], None]
 Evaluate = Callable[[nn.Module], float]
 
+_SECONDS = 6.0  # of a comparison, at most
+
 
 @dataclass(frozen=True)
 class Result:
@@ -160,7 +162,7 @@ class Result:
                 found["note"] = f"int8 has no accuracy: evaluate= does not take an ONNX file: {type(error).__name__} {error}"
         if bench is not None:
             inputs = [v for v in floated(self.graph.given_inputs()) if isinstance(v, Tensor)]
-            compared = runtimes.compare(Runtime("onnxruntime", "cpu", self.runtime.threads), work / "original.onnx", target, inputs, bench)
+            compared = runtimes.compare(Runtime("onnxruntime", "cpu", self.runtime.threads), work / "original.onnx", target, inputs, bench, _SECONDS)
             found["latency_ms"] = _latency(compared)
         return found
 
@@ -180,7 +182,7 @@ class Result:
                 if not original.exists():  # only ONNX stays in the directory
                     original = where.file(Path(folder), "original")
                     runtimes.save_original(where, self.graph, original)
-                compared = runtimes.compare(where, original, where.file(work, "model"), given, bench)
+                compared = runtimes.compare(where, original, where.file(work, "model"), given, bench, _SECONDS)
                 found[compared.latencies[0].runtime] = _latency(compared)
         return found
 

@@ -1,5 +1,6 @@
 """Shared by all tests."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from structprune import closed_loop
+from structprune import closed_loop, result
 from structprune.backends import benchmark
 from structprune.backends.bench_process import BenchProcess
 
@@ -22,9 +23,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden", action="store_true", help="write the golden text forms anew")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.freeze()  # a million objects of libraries, that every full collection would look through
+
+
 @pytest.fixture(autouse=True, scope="session")
 def process_that_measures() -> Iterator[None]:
-    """It takes seconds to start: the next block gets the one of the last, unless that ended by an error, or the process did."""
+    """It takes seconds to start, and measures shortly: the next block gets the one of the last, unless that ended by an error, or the process did."""
     leave = BenchProcess.__exit__
     waiting: list[BenchProcess] = []
 
@@ -40,6 +45,7 @@ def process_that_measures() -> Iterator[None]:
             leave(bench, kind, error, trace)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(result, "_SECONDS", 0.3)  # no test is about how well the saved model was timed
         patch.setattr(BenchProcess, "__enter__", enter)
         patch.setattr(BenchProcess, "__exit__", keep)
         yield

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -389,6 +390,16 @@ def test_groups_of_a_convolution_are_no_heads() -> None:
     model = models.Of(forward, **convolutions, grouped=nn.Conv2d(64, 64, 3, padding=1, groups=4), head=nn.Linear(64, 4)).eval()
     macs = sp.compress(model, (torch.randn(2, 3, 8, 8),), "channels=0.5").report.data["macs"]
     assert macs["after"] < 0.27 * macs["before"]
+
+
+def test_channels_that_lie_several_times_in_a_shuffle_are_no_heads() -> None:
+    """Units split and shuffle a stream until single channels are left, which stay: no part has to be as wide as these."""
+    model = torchvision.models.ShuffleNetV2([1, 6, 1], [8, 16, 48, 32, 64]).eval()
+    groups = sp.find_groups(sp.trace(model, (torch.randn(1, 3, 64, 64),)))
+    scores = {g.name: np.ones(g.size) for g in groups}
+    for share in (0.3, 0.5, 0.7):
+        widths = decide.allocate(groups, parse_target(f"channels={share}"), scores).widths
+        assert {g.name: widths[g.atom] for g in groups if abs(widths[g.atom] - share * g.size) > 0.5} == {}
 
 
 def test_products_of_which_one_alone_is_as_wide_as_a_stream_have_widths() -> None:

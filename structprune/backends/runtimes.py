@@ -103,7 +103,7 @@ def tables_of(where: Runtime, say: Callable[[str], None] | None = None, path: Pa
     return Tables(f"{processor}, {library}, {where.threads} thread(s)", timer, path, say)
 
 
-def compare(where: Runtime, dense: Path, small: Path, inputs: Sequence[Tensor], bench: BenchProcess, seconds: float = 6.0) -> Comparison:
+def compare(where: Runtime, dense: Path, small: Path, inputs: Sequence[Tensor], bench: BenchProcess, seconds: float) -> Comparison:
     """Both files side by side, within that time."""
     compiled = where.name == "torch.compile"
     return bench.compare(dense, small, inputs, device=where.device, threads=where.threads, seconds=seconds, compiled=compiled)

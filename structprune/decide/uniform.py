@@ -265,7 +265,10 @@ def _rounded(value: float) -> int:
 
 
 def _products(groups: Groups, free: set[Atom], least: int = 2) -> list[Product]:
-    """The products of at least so many free atoms in the axes of the model's tensors."""
+    """The products of at least so many free atoms in the axes of the model's tensors.
+
+    Channels that a shuffle lays out, each at several positions, make none: what is beside them is no atom.
+    """
     found: dict[Product, None] = {}
 
     def visit(axis: Axis) -> None:
@@ -273,7 +276,8 @@ def _products(groups: Groups, free: set[Atom], least: int = 2) -> list[Product]:
             for term in axis.terms:
                 visit(term)
         elif isinstance(axis, Product) and len(free.intersection(leaves(axis))) >= least:
-            found[axis] = None
+            if sum(any(leaves(factor)) for factor in axis.factors) > 1:
+                found[axis] = None
             for factor in axis.factors:
                 visit(factor)
 

@@ -170,7 +170,7 @@ def _lengths_as_they_are() -> Iterator[None]:
     """`len(x)`, of which Python makes a plain number, is `x.shape[0]` in all modules that speak of torch: the size of a batch stays free."""
     others = {"torch", "structprune", "sympy"}
     modules = [module for name, module in list(sys.modules.items()) if module is not None and name.partition(".")[0] not in others]
-    spaces = [space for space in map(vars, modules) if not _SPEAKS_OF_TORCH.isdisjoint(space) and "len" not in space]
+    spaces = [space for space in map(vars, modules) if "len" not in space and any(name in space for name in _SPEAKS_OF_TORCH)]
 
     def length(value: Any) -> Any:
         return value.shape[0] if isinstance(value, FakeTensor) and value.dim() else len(value)
