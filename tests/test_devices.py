@@ -83,3 +83,19 @@ def test_an_evaluation_gets_every_model_where_the_users_is_and_so_does_a_replay(
         moved.clear()
         sp.apply(model, plan)
         assert moved == [(width, "cuda:0")], target
+
+
+def test_autocast_for_a_gpu_changes_nothing_of_a_model_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that has a GPU, where the region is in the trace. For the device that the model is on, it stays an unknown operator."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast(m.device, dtype=torch.float16):
+            return m.b(m.a(x).relu())
+
+    model, x = Of(forward, a=nn.Linear(6, 8), b=nn.Linear(8, 4)).eval(), torch.randn(2, 6)
+    model.device = "cuda"
+    result = sp.compress(model, (x,), "channels=0.5")
+    assert result.model.a.out_features == 4 and type(result.model) is Of
+    model.device = "cpu"
+    assert "wrap_with_autocast" in str(sp.inspect(model, (x,)))

@@ -127,7 +127,8 @@ def _without_vmap(exported: ExportedProgram) -> ExportedProgram:
 def _inline_regions(module: fx.GraphModule) -> None:
     """Replace regions under torch.no_grad, or with autocast switched off, by their operators.
 
-    A detach keeps gradients out of a region as no_grad did. Regions with autocast on stay as they are, unknown operators.
+    A detach keeps gradients out of a region as no_grad did. Regions with autocast on for the device that they run on stay as they are, unknown
+    operators; where it is on for another one (for CUDA, of a model on the CPU), it does nothing.
     """
     graph = module.graph
     for node in [n for n in graph.nodes if n.target in (_GRAD_MODE, _AUTOCAST)]:
@@ -135,11 +136,11 @@ def _inline_regions(module: fx.GraphModule) -> None:
             enabled, region, *inputs = node.args
             detached = not enabled
         else:
-            _device, _dtype, enabled, _cache, region, *inputs = node.args
+            device, _dtype, enabled, _cache, region, *inputs = node.args
             detached = False
-            if enabled:
-                continue
         body = attribute(module, str(region.target)).graph
+        if node.target is _AUTOCAST and enabled and device in _devices(body):
+            continue
         mapping = dict(zip([n for n in body.nodes if n.op == "placeholder"], inputs, strict=True))
         with graph.inserting_before(node):
             outputs = graph.graph_copy(body, mapping)
@@ -154,6 +155,11 @@ def _inline_regions(module: fx.GraphModule) -> None:
         graph.erase_node(node)
         if not region.users:
             graph.erase_node(region)
+
+
+def _devices(graph: fx.Graph) -> set[str]:
+    """The kinds of devices that the tensors of a graph are on."""
+    return {value.device.type for n in graph.nodes if isinstance(value := n.meta.get("val"), Tensor)}
 
 
 def _drop_checks(module: fx.GraphModule) -> None:
