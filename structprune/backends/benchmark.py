@@ -504,17 +504,15 @@ def _bootstrap(parts: Sequence[np.ndarray], seed: int) -> tuple[float, float, fl
     """
     random = np.random.default_rng(seed)
     lengths = np.array([len(part) for part in parts])
-    values = np.full((len(parts), lengths.max()), np.nan)  # NaN comes last where numbers are sorted
+    values = np.full((len(parts), lengths.max()), np.nan)
     for row, part in zip(values, parts, strict=True):
         row[: len(part)] = part
 
     def medians(resamples: int) -> np.ndarray:
         starts = random.integers(len(parts), size=(resamples, len(parts), 1))
         rounds = random.integers(np.broadcast_to(lengths[starts], (resamples, *values.shape)))
-        drawn = np.where(np.arange(values.shape[1]) < lengths[starts], values[starts, rounds], np.nan).reshape(resamples, -1)
-        count = lengths[starts].sum((1, 2))
-        middle = np.stack([(count - 1) // 2, count // 2], axis=1)
-        return np.take_along_axis(np.sort(drawn, axis=1), middle, axis=1).mean(1)
+        drawn = np.where(np.arange(values.shape[1]) < lengths[starts], values[starts, rounds], np.nan)
+        return np.nanmedian(drawn.reshape(resamples, -1), axis=1)
 
     at_once = max(1, _AT_ONCE // values.size)
     found = np.concatenate([medians(min(at_once, RESAMPLES - done)) for done in range(0, RESAMPLES, at_once)])
