@@ -237,7 +237,9 @@ class _Ready:
 
 def _prepare(given: _Given, targets: Sequence[str], options: Options, clock: Clock) -> _Ready:
     """All that one decision shares with another."""
-    deployed = options.deployed()
+    deployed = options.deployed()  # what is unknown is told before any work is done
+    decide.must_be_criterion(options.criterion)
+    decide.must_be_method(options.allocation)
     measured = any(t.key == "latency" for target in targets for t in decide.parse_target(target))
     if options.sharded and measured:
         raise InputError("a latency is measured by one process at a time: compress to a latency without sharded, or to macs=")
@@ -274,7 +276,7 @@ def _decide(ready: _Ready, target: str) -> Result:
 
 def _without_dead(given: _Given, options: Options, clock: Clock, plan: Plan | None = None) -> Result:
     """The model without the channels that contribute nothing, proved to answer as the original; or without those of them that a plan removes."""
-    options.deployed()  # an unknown runtime is told before any work is done
+    options.deployed()  # what is unknown is told before any work is done
     folded, original = given.traced(clock)
     silent, module = copy.deepcopy((folded, original.module), results_in(folded))  # together, so that they go on to share their tensors
     graph = replace(original, module=module)

@@ -129,3 +129,8 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     return model, (torch.randn(shape),)
+
+
+def residual() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """For the command line: `models:residual`."""
+    return build("residual")

@@ -57,7 +57,7 @@ def test_a_front_of_models(run, tmp_path: Path) -> None:
     assert "accuracy" in (tmp_path / "front/front.svg").read_text()
     assert all(f'href="{row["directory"]}/report.html"' in (tmp_path / "front/front.html").read_text() for row in rows)
 
-    assert run("compress", "demo", "--target", "channels=0.75", "--no-latency", "--out", "other/one")[0] == 0
+    assert run("compress", "models:residual", "--target", "channels=0.75", "--no-latency", "--out", "other/one")[0] == 0
     status, out, err = run("compare", "front", "other/one", "--json")
     assert status == 0, err
     assert [(row["directory"], row["target"]) for row in json.loads(out)] == [
@@ -72,22 +72,23 @@ def test_a_front_of_models(run, tmp_path: Path) -> None:
 
 
 def test_bench_sweeps_threads_and_batches(run, tmp_path: Path) -> None:
-    assert run("compress", "demo", "--target", "channels=0.5", "--no-latency", "--out", "small")[0] == 0
+    assert run("compress", "models:residual", "--target", "channels=0.5", "--no-latency", "--out", "small")[0] == 0
     status, out, err = run("bench", "small", "--threads", "1,2", "--batch", "1,3", "--seconds", "0.2", "--json", "--chart", "sweep.svg")
     assert status == 0, err
     drawn = (tmp_path / "sweep.svg").read_text()
-    assert all(text in drawn for text in ("original", "model", "3×1×28×28", "2 threads", "milliseconds a run"))
+    assert all(text in drawn for text in ("original", "model", "3×3×8×8", "2 threads", "milliseconds a run"))
     status, _, err = run("bench", "small", "--chart", "sweep.xyz")
     assert status == 2 and "sweep.xyz: a chart cannot be a '.xyz' file" in err
     found = json.loads(out)
     assert [(one["threads"], one["inputs"][0][0]) for one in found] == [(1, 1), (1, 3), (2, 1), (2, 3)]
     status, _, err = run("bench", "small", "--size", "40", "--seconds", "0.2")
-    assert status == 2 and "has shape" in err  # the demo takes 28 x 28
+    assert status == 2 and "has shape" in err  # the file takes 8 x 8
     assert run("bench", "small", "--threads", "two")[0] == run("bench", "small", "--batch", "0")[0] == 2
 
 
 def test_deployed_in_torch(run, tmp_path: Path) -> None:
-    status, out, err = run("compress", "demo", "--target", "channels=0.5", "--runtime", "torch", "--threads", "1", "--json", "--out", "small")
+    asked = ("--target", "channels=0.5", "--runtime", "torch", "--threads", "1")
+    status, out, err = run("compress", "models:residual", *asked, "--json", "--out", "small")
     assert status == 0, err
     measured = json.loads(out)["latency_ms"]
     assert list(measured) == ["torch-cpu", "onnxruntime-cpu"]
@@ -138,14 +139,15 @@ def test_inspect_why(run) -> None:
     assert "model output" in out
 
 
-def test_dynamic_axes(run, tmp_path: Path) -> None:
-    status, out, _ = run("compress", "demo", "--dynamic", "2,3", "--no-latency", "--json", "--out", str(tmp_path / "small"))
+def test_dynamic_axes(run) -> None:
+    given = ("compress", "models:residual", "--target", "channels=0.5", "--no-latency", "--json", "--out", "small")
+    status, out, _ = run(*given, "--dynamic", "2,3")
     assert status == 0
-    assert json.loads(out)["verification"]["dynamic_axes"] == {"images": [0, 2, 3]}
-    status, _, err = run("compress", "demo", "--dynamic", "height", "--out", str(tmp_path / "other"))
+    assert json.loads(out)["verification"]["dynamic_axes"] == {"x": [0, 2, 3]}
+    status, _, err = run(*given, "--dynamic", "height")
     assert (status, err.strip().splitlines()[-1]) == (2, "structprune: --dynamic 'height': write axes as 2,3, or of one input as NAME=1")
-    status, _, err = run("compress", "demo", "--dynamic", "x=1", "--out", str(tmp_path / "other"))
-    assert status == 2 and "no input; the inputs are images" in err
+    status, _, err = run(*given, "--dynamic", "y=1")
+    assert status == 2 and "no input; the inputs are x" in err
 
 
 def test_every_kind_of_file(run, tmp_path: Path) -> None:

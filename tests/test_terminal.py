@@ -117,14 +117,14 @@ def test_groups_as_a_tree_of_the_users_names(capsys: pytest.CaptureFixture[str])
 
 
 def test_config_file(run, tmp_path: Path) -> None:
-    (tmp_path / "mine.toml").write_text('target = "channels=0.5"\nno-latency = true\nseed = 3\nignore = ["stem.0"]\njson = true\n')
-    status, out, err = run("compress", "demo", "--config", "mine.toml", "--out", "small", "--target", "channels=0.75", "--quiet")
+    (tmp_path / "mine.toml").write_text('target = "channels=0.5"\nno-latency = true\nseed = 3\nignore = ["stem"]\njson = true\n')
+    status, out, err = run("compress", "models:residual", "--config", "mine.toml", "--out", "small", "--target", "channels=0.75", "--quiet")
     assert (status, err) == (0, "")
     report = json.loads(out)
     assert (report["target"], report["seed"], report["latency_ms"]) == ("channels=0.75", 3, {}), "what is typed wins"
     assert any(f["reason"] == "ignored" for f in report["frozen"])
-    assert report["config"] == {"target": "channels=0.5", "no-latency": True, "seed": 3, "ignore": ["stem.0"], "json": True}
-    assert report["command"] == "structprune compress demo --config mine.toml --out small --target channels=0.75 --quiet"
+    assert report["config"] == {"target": "channels=0.5", "no-latency": True, "seed": 3, "ignore": ["stem"], "json": True}
+    assert report["command"] == "structprune compress models:residual --config mine.toml --out small --target channels=0.75 --quiet"
     assert "mine.toml --out small" in (tmp_path / "small/report.html").read_text()
 
 

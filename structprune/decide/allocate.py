@@ -81,8 +81,7 @@ def allocate(
 
     Raises TargetError, with the closest that can be reached, where the least of every group is too much.
     """
-    if method not in METHODS:
-        raise InputError(f"unknown allocation {method!r}{did_you_mean(method, METHODS)}; use one of {', '.join(METHODS)}")
+    must_be_method(method)
     share = min([t.value for t in targets if t.key == "channels"], default=1.0)
     known = {"macs": [macs(groups)], "params": [params(groups)], **(costs or {})}
     budgets = [budget for t in targets if t.key not in ("channels", "threshold") for budget in _budgets(t, known[t.key])]
@@ -112,6 +111,12 @@ def allocate(
             widths, gap = found
             return Allocation(widths, lost.mean(widths), gap)
     raise _unreachable(budgets, {atom: widths[0] for atom, widths in offered.items()})
+
+
+def must_be_method(method: str) -> None:
+    """Raise InputError for a word that is none of METHODS."""
+    if method not in METHODS:
+        raise InputError(f"unknown allocation {method!r}{did_you_mean(method, METHODS)}; use one of {', '.join(METHODS)}")
 
 
 def _budgets(target: Target, costs: Sequence[Cost]) -> list[tuple[Cost, float]]:

@@ -83,9 +83,14 @@ def criterion_of(choice: Any, model: nn.Module, seed: int, graph: Graph | None =
     raise InputError(f"criterion {choice!r} is neither a name, a torch_pruning Importance, nor a callable")
 
 
+def must_be_criterion(choice: Any) -> None:
+    """Raise InputError for a name that is no criterion's."""
+    if isinstance(choice, str) and choice not in ("auto", *NAMED):
+        raise InputError(f"unknown criterion {choice!r}{did_you_mean(choice, NAMED)}; use one of {', '.join(['auto', *sorted(NAMED)])}")
+
+
 def _named(name: str, seed: int, graph: Graph | None, samples: Samples | None) -> Criterion:
-    if name not in NAMED:
-        raise InputError(f"unknown criterion {name!r}{did_you_mean(name, NAMED)}; use one of {', '.join(['auto', *sorted(NAMED)])}")
+    must_be_criterion(name)
     chosen = NAMED[name]
     if chosen.needs == LABELS and (samples is None or samples.labels is None):
         raise InputError(f"criterion {name!r} needs samples with labels: give calibration= (--calibration) with batches of (inputs, labels)")
