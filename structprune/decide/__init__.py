@@ -10,6 +10,6 @@ from structprune.decide.targets import Target, parse_target, spread
 
 __all__ = [
     "METHODS", "TARGET", "Allocation", "Dead", "Saliency", "Target", "allocate", "atoms_of", "costs_of", "example_inputs", "importance_kept",
-    "must_be_criterion", "must_be_method", "parse_target", "plan", "plan_for", "plan_of", "planned", "predicted_loss", "saliency", "scored", "silence",
-    "spread",
+    "must_be_criterion", "must_be_method", "parse_target", "plan", "plan_for", "plan_of", "planned", "predicted_loss", "saliency", "scored",
+    "silence", "spread",
 ]  # fmt: skip
