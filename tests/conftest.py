@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from structprune import closed_loop, result
-from structprune.backends import benchmark
+from structprune.backends import benchmark, tables
 from structprune.backends.bench_process import BenchProcess
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -58,8 +58,9 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of words: what is timed is timed so shortly that it is no proof that a latency was reached, and one round is enough."""
     timed = benchmark._time_rounds
     monkeypatch.setattr(benchmark, "_time_rounds", lambda turns, runs, rounds, seconds, *rest: timed(turns, runs, 5, 0.2, *rest))
-    monkeypatch.setattr(closed_loop, "_MOST_ROUNDS", 1)
-    monkeypatch.setattr(closed_loop, "_MISSED", 10.0)
+    monkeypatch.setattr(tables, "_PASSES", 1)
+    for name, value in {"_GLANCE": 0.3, "_FULL": 0.3, "_WAITS": (), "_MOST_ROUNDS": 1, "_MISSED": 10.0}.items():
+        monkeypatch.setattr(closed_loop, name, value)
 
 
 @pytest.fixture
