@@ -502,11 +502,11 @@ def test_the_loop_goes_on_where_four_rounds_came_nowhere_near(machine: Any) -> N
 def test_a_plan_that_is_too_fast_is_better_than_none(machine: Any) -> None:
     """Where all plans are either a tenth slower than what was asked for, or much faster."""
     measured = machine(lambda share: 0.55 if share > 0.6 else 0.3)
-    found = sp.compress(*chain(32), target="latency=0.5", align=1).report.data["latency_target"]
+    found = sp.compress(*chain(32), target="latency=0.5", align=2).report.data["latency_target"]
     assert found["measured"] == 0.3 and set(measured) == {0.55, 0.3}
     machine(lambda share: 0.55)
     with pytest.raises(TargetError, match="the closest took 0.55 of it"):
-        sp.compress(*chain(32), target="latency=0.5", align=1)
+        sp.compress(*chain(32), target="latency=0.5", align=2)
 
 
 def test_where_nothing_lies_between_two_rounds_the_loop_looks_elsewhere(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -521,7 +521,7 @@ def test_where_nothing_lies_between_two_rounds_the_loop_looks_elsewhere(machine:
     monkeypatch.setattr(closed_loop.decide, "allocate", allocated)
     monkeypatch.setattr(closed_loop, "_WELL", 1.0)
     machine(lambda share: 0.3 + 0.7 * share)
-    found = sp.compress(*chain(), target="latency=0.7", align=1).report.data["latency_target"]
+    found = sp.compress(*chain(), target="latency=0.7", align=2).report.data["latency_target"]
     assert asked[:3] == [False, True, False] and abs(found["measured"] / 0.7 - 1) <= 0.04
 
 
@@ -543,7 +543,7 @@ def test_what_others_disturbed_is_measured_again(disturbed: int, machine: Any, m
     disturbing(monkeypatch, lambda n: n <= disturbed, partial(misread, threads=os.cpu_count() or 1, busy_elsewhere=1.5))
     monkeypatch.setattr(closed_loop, "_MOST_ROUNDS", 1)
     said: list[str] = []
-    result = sp.compress(*chain(), target="latency=0.7", align=1, progress=said.append)
+    result = sp.compress(*chain(), target="latency=0.7", align=2, progress=said.append)
     assert [line for line in said if "again" in line] == ["round 1: measure again, for other processes kept 1.5 cores busy"] * min(disturbed, 3)
     assert result.found is not None and (result.found.rounds[0].measured > 0.5) == (disturbed < 9)
     assert any("though other processes" in note for note in result.found.built.compared.notes) == (disturbed == 9)
@@ -559,7 +559,7 @@ def test_rounds_are_compared_at_one_pace_of_the_machine(late: bool, machine: Any
 
     disturbing(monkeypatch, lambda n: n == (2 if late else 1), slowed)
     said: list[str] = []
-    found = sp.compress(*chain(), target="latency=0.7", align=1, progress=said.append).report.data["latency_target"]
+    found = sp.compress(*chain(), target="latency=0.7", align=2, progress=said.append).report.data["latency_target"]
     assert [round["dense_ms"] for round in found["rounds"] if round["forgotten"]] == ([] if late else [4.0])
     assert {round["dense_ms"] for round in found["rounds"] if not round["forgotten"]} == {2.0}
     assert abs(found["measured"] / 0.7 - 1) <= 0.04
@@ -571,7 +571,7 @@ def test_rounds_are_compared_at_one_pace_of_the_machine(late: bool, machine: Any
 @pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
 def test_the_loop_corrects_until_it_is_close(machine: Any, runtime: str) -> None:
     measured = machine(lambda share: 0.3 + 0.7 * share)  # less is saved than the tables say
-    result = sp.compress(*chain(), target="latency=0.7", align=1, runtime=runtime)
+    result = sp.compress(*chain(), target="latency=0.7", align=2, runtime=runtime)
     found = result.report.data["latency_target"]
     assert found["asked"] == 0.7
     assert len(found["rounds"]) == len(measured) <= 4
@@ -582,7 +582,7 @@ def test_the_loop_corrects_until_it_is_close(machine: Any, runtime: str) -> None
 
 def test_the_file_that_hit_the_target_is_the_one_that_is_deployed(machine: Any, tmp_path: Path) -> None:
     machine(lambda share: share)
-    result = sp.compress(*chain(), target="latency=0.7", align=1)
+    result = sp.compress(*chain(), target="latency=0.7", align=2)
     assert result.found is not None
     built = result.found.built.file
     report = result.save(tmp_path / "first")
@@ -646,7 +646,7 @@ def test_a_latency_that_the_tables_hold_to_be_out_of_reach_is_tried(machine: Any
 
 def test_a_latency_in_milliseconds(machine: Any) -> None:
     machine(lambda share: share)
-    result = sp.compress(*chain(), target="latency=1ms", align=1)  # of 2 ms
+    result = sp.compress(*chain(), target="latency=1ms", align=2)  # of 2 ms
     assert result.report.data["latency_target"]["asked"] == pytest.approx(0.5)
     assert result.report.data["latency_target"]["measured"] == pytest.approx(0.5, rel=0.08)
 
@@ -659,7 +659,7 @@ def test_a_latency_out_of_reach_says_how_close_it_came(machine: Any) -> None:
 
 def test_a_latency_beside_another_budget(machine: Any) -> None:
     machine(lambda share: share)
-    result = sp.compress(*chain(), target="latency=0.9,macs=0.4", align=1)
+    result = sp.compress(*chain(), target="latency=0.9,macs=0.4", align=2)
     assert result.report.data["macs"]["after"] <= 0.4 * result.report.data["macs"]["before"]
 
 
