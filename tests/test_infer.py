@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -499,6 +500,26 @@ def test_vmap_is_resolved() -> None:
     result = sp.compress(model, (x,), target="channels=0.5")
     assert type(result.model) is Of and result.model.a.out_features == 8 and result.graph.dynamic_batch
     assert torch.allclose(result.model(x[:1]), result.small(x)[:1], atol=1e-5)
+
+
+@pytest.mark.parametrize("deep", [1, 2, 3])
+def test_regions_within_regions(deep: int) -> None:
+    """Gradients or autocast switched off, as deep as code likes: a region's own regions bear names that others have outside of it."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = m.a(x)
+        with torch.autocast("cpu", enabled=False):
+            x = x.relu()
+        with ExitStack() as stack:
+            for number in range(deep):
+                stack.enter_context(torch.autocast("cpu", enabled=False) if number % 2 else torch.no_grad())
+                x = m.b(x) if number == deep - 1 else x + 1
+        return m.c(x)
+
+    model = Of(forward, a=nn.Linear(6, 16), b=nn.Linear(16, 16), c=nn.Linear(16, 3)).eval()
+    result = sp.compress(model, (torch.randn(2, 6),), "channels=0.5")
+    assert type(result.model) is Of and result.model.b.weight.shape == (8, 8)
 
 
 def test_memory_that_is_freed_is_no_operator() -> None:

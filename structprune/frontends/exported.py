@@ -138,12 +138,16 @@ def _inline_regions(module: fx.GraphModule) -> None:
         else:
             device, _dtype, enabled, _cache, region, *inputs = node.args
             detached = False
-        body = attribute(module, str(region.target)).graph
+        within = attribute(module, str(region.target))
+        body = within.graph
         if node.target is _AUTOCAST and enabled and device in _devices(body):
             continue
+        _inline_regions(within)
         mapping = dict(zip([n for n in body.nodes if n.op == "placeholder"], inputs, strict=True))
         with graph.inserting_before(node):
             outputs = graph.graph_copy(body, mapping)
+            for inner in (n for n in body.nodes if n.op == "get_attr"):
+                mapping[inner].target = f"{region.target}.{inner.target}"  # what it holds goes on to lie there
             flat = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
             for i, value in enumerate(flat):
                 if detached and isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor):
