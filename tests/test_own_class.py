@@ -68,6 +68,25 @@ class ByVariables(nn.Module):
         return self.mixed((left.unsqueeze(-2) * right.view(len(x), steps, -1).sum(-1, keepdim=True)).flatten(1))
 
 
+class ByOffsets(nn.Module):
+    """Where queries end is computed in a statement before, of settings and of an attribute; keys and values count by another attribute (Phi-3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.key_heads, self.width = Sizes(), 4, 8
+        self.qkv, self.out = nn.Linear(6, 96), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.qkv(x)
+        first = self.config.steps * self.width
+        q = y[..., :first]
+        k = y[..., first : first + self.key_heads * self.width]
+        v = y[..., first + self.key_heads * self.width :]
+        q, k, v = (t.view(*x.shape[:2], -1, self.width).transpose(1, 2) for t in (q, k, v))
+        q = q * torch.arange(self.width).to(q).cos()
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class Grouped(nn.Module):
     """Of two attributes that hold one number the code mentions one, and computes with both (torchtune)."""
 
@@ -168,11 +187,12 @@ class Chosen(nn.Module):
     [
         (InMethod(), torch.randn(3, 6)),
         (ByVariables(), torch.randn(3, 6)),
+        (ByOffsets(), torch.randn(2, 5, 6)),
         (Grouped(), torch.randn(2, 5, 6)),
         (ByChance(), torch.randn(2, 3, 5, 32)),
         (Chosen(), torch.randn(2, 7, 6)),
     ],
-    ids=["in a method", "by variables", "two of one size", "by chance", "a child that stays"],
+    ids=["in a method", "by variables", "by offsets", "two of one size", "by chance", "a child that stays"],
 )
 def test_attributes_follow(model: nn.Module, x: Tensor) -> None:
     in_its_class(model, (x,), "channels=0.5")

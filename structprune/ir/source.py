@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache
 
+_OF_NUMBERS = (ast.Name, ast.Attribute, ast.Constant, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.expr_context)
+
 
 @cache
 def parsed(file: str) -> ast.Module:
@@ -31,6 +33,26 @@ def text_at(file: str, line: int) -> str:
     body = getattr(around[-1], "body", None)
     last = body[0].lineno - 1 if body else around[-1].end_lineno or line
     return "".join(linecache.getline(file, number) for number in range(around[-1].lineno, max(line, last) + 1))
+
+
+@cache
+def numbers_behind(file: str, line: int) -> str:
+    """What the function around a line assigned to those names of its statement that stand for numbers: `width = self.heads * self.head_dim`."""
+    around = statements_at(file, line)
+    function = next((s for s in reversed(around[:-1]) if isinstance(s, ast.FunctionDef)), None)
+    if function is None or hasattr(around[-1], "body"):
+        return ""
+    named, found = _names_in(around[-1]), []
+    assigned = [s for s in ast.walk(function) if isinstance(s, ast.Assign) and s.lineno < line]
+    for assignment in sorted(assigned, key=lambda s: s.lineno, reverse=True):
+        if not named.isdisjoint(map(ast.unparse, assignment.targets)) and all(isinstance(n, _OF_NUMBERS) for n in ast.walk(assignment.value)):
+            found.append(ast.unparse(assignment))
+            named |= _names_in(assignment.value)
+    return "\n".join(found)
+
+
+def _names_in(node: ast.AST) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
 
 @cache

@@ -23,7 +23,7 @@ from structprune.ops.rules import Literals, Number
 Attributes = dict[str, dict[str, Any]]  # module name -> attribute, or attribute of one (config.hidden_size) -> new value
 
 _MANY_KEYS = 12  # attributes in doubt, of which small sets are tried
-_CHOICES = 16
+_CHOICES = 24
 
 _MENTIONED, _HELD, _COMPUTED, _BESIDE = range(4)
 _LISTS = (tuple, list, torch.Size)
@@ -119,10 +119,18 @@ def _explanations(modules: Mapping[str, nn.Module], literals: Literals) -> list[
                 own = [c for c in children if c in modules and not _is_of_torch(modules[c])]  # a shared child has one name
                 near = [owner, *own]
                 known = level == 0 and _is_of_torch(modules[owner])
-                options += _holding({n: _values_in(modules[n]) for n in near}, code, level, old, new, known)
+                known_so_far = {_place(modules, o) for o in options}
+                more = _holding({n: _values_in(modules[n]) for n in near}, code, level, old, new, known)
+                options += [o for o in more if _place(modules, o) not in known_so_far]  # settings that many modules share are one thing
             if options:
                 found[tuple(options)] = None
     return list(found)
+
+
+def _place(modules: Mapping[str, nn.Module], option: _Option) -> tuple[int, str]:
+    """The object that has an attribute, by its identity, and the attribute's name there."""
+    holder, _, name = f"{option.owner}.{option.name}".lstrip(".").rpartition(".")
+    return id(operator.attrgetter(holder)(modules[""]) if holder else modules[""]), name
 
 
 def _is_of_torch(module: nn.Module) -> bool:
