@@ -105,6 +105,36 @@ class _Tried:
     round: Round
 
 
+@dataclass(frozen=True)
+class _Search:
+    """Where the loop stands. `share`: of the dense model's time that was asked for; `limit`: that the tables may say of the next plan.
+
+    latency: the tables, as the rounds have taught them. between: see `_between`. best: what came nearest to the target, and its file.
+    """
+
+    share: float
+    limit: float
+    latency: LatencyModel
+    between: tuple[Widths, Widths] = ({}, {})
+    tried: tuple[_Tried, ...] = ()
+    forgotten: tuple[Round, ...] = ()
+    best: tuple[_Tried, Built] | None = None
+
+    @property
+    def rounds(self) -> list[Round]:
+        return [t.round for t in self.tried]
+
+    def foretold(self) -> list[Round]:
+        """The rounds as they would be predicted now."""
+        whole = self.latency.cost()
+        return [replace(t.round, predicted=self.latency.cost(t.widths) / whole) for t in self.tried]
+
+    def is_over(self) -> bool:
+        """Whether the last round hit the target, or all together are as near as that many can be expected to come."""
+        rounds = self.rounds
+        return _is_close(rounds[-1].measured / self.share, len(rounds) - 1) or _is_near(rounds, self.share) or len(rounds) == _MOST_ROUNDS
+
+
 def measure_dense(graph: Graph, groups: Groups, where: Runtime, align: int | None, say: Callable[[str], None]) -> Dense:
     """Save the model as it is for the runtime, and time its operators over the widths that they may have.
 
@@ -139,8 +169,7 @@ def plan_for_latency(
     targets = decide.parse_target(target)
     asked = next(t for t in targets if t.key == "latency")
     costs = decide.costs_of(graph, groups, targets)
-    latency = dense.latency
-    whole = latency.cost()
+    whole = dense.latency.cost()
 
     def solved(limit: float, latency: LatencyModel, between: tuple[Widths, Widths]) -> decide.Allocation:
         """The best widths of which the tables say that they take `limit` of the dense model's time."""
@@ -156,60 +185,70 @@ def plan_for_latency(
             branches=saliency.branches,
         )
 
-    share = limit = asked.value / whole if asked.absolute else asked.value
-    tried: list[_Tried] = []
-    forgotten: list[Round] = []
-    best: tuple[_Tried, Built] | None = None
-    between: tuple[Widths, Widths] = ({}, {})
-    waits = iter(_WAITS)
-
     def tell(words: str) -> None:
-        say(f"round {len(forgotten) + len(tried) + 1}: {words}")
+        say(f"round {len(search.forgotten) + len(search.tried) + 1}: {words}")
 
+    share = asked.value / whole if asked.absolute else asked.value
+    search = _Search(share, share, dense.latency)
+    waits = iter(_WAITS)
     with BenchProcess() as bench:
         bench.start()  # its imports take as long as the first solution
         for _ in range(2 * _MOST_ROUNDS):
-            tell(f"solve for {limit:.3f} of the dense model's time")
+            tell(f"solve for {search.limit:.3f} of the dense model's time")
             try:
-                found = solved(limit, latency, between)
+                found = solved(search.limit, search.latency, search.between)
             except TargetError as unreachable:
-                if any(between):  # there may be nothing between two rounds
-                    between = {}, {}
-                    continue
-                least = unreachable.least.get("latency", 0.0) / whole
-                beyond = least * (1 + _MISSED)  # so the tables say; the file may be faster
-                if tried and beyond >= min(r.predicted for r in _foretold(tried, latency)):
+                elsewhere = _elsewhere(search, unreachable)
+                if elsewhere is None:
                     break
-                if least <= limit:
-                    raise
-                limit = beyond
+                search = elsewhere
                 continue
             plan = decide.plan_of(graph, groups, found.widths, saliency.scores, target=target, criterion=saliency.criterion, ignore=tuple(ignore))
-            known = next((number for number, other in enumerate(tried) if other.plan.tensors == plan.tensors), None)
+            known = next((number for number, other in enumerate(search.tried) if other.plan.tensors == plan.tensors), None)
             if known is not None:  # the correction was smaller than a step
-                limit = _beyond(limit, _foretold(tried, latency), known, share)
+                search = replace(search, limit=_beyond(search.limit, search.foretold(), known, search.share))
                 continue
             file, weights, keeper, small = _build(graph, groups, plan, dense)
-            compared, share = _measured(graph, dense, file, bench, asked, [t.round for t in tried], waits, tell)
-            ratio, pace = compared.ratios[file.name], compared.latencies[0].median_ms
-            if all(t.round.dense_ms > _OTHER_PACE * pace for t in tried):  # something slowed them, that is gone now
-                forgotten += [replace(t.round, forgotten=True) for t in tried]
-                tried.clear()
-            one = Round(latency.cost(found.widths) / whole, ratio.median, ratio.low, ratio.high, found.gap, pace)
-            tried.append(_Tried(plan, found.widths, one))
-            rounds = [t.round for t in tried]
-            if min(rounds, key=lambda r: _miss(r.measured, share)) is one:
-                best = tried[-1], Built(file, weights, keeper, compared)  # the file of the one before goes
-            if _is_close(ratio.median / share, len(rounds) - 1) or _is_near(rounds, share) or len(rounds) == _MOST_ROUNDS:
+            compared, share = _measured(graph, dense, file, bench, asked, search.rounds, waits, tell)
+            search = _with_round(replace(search, share=share), plan, found, Built(file, weights, keeper, compared))
+            if search.is_over():
                 break
-            latency = dense.latency.taught(found.widths, runtimes.ran(dense.runtime, small, file), ratio.median * whole)
-            limit = _corrected(_foretold(tried, latency), share)
-            between = _between(tried, share)
-    if best is None or math.isinf(_miss(best[0].round.measured, share)):
-        closest = f"the closest took {min(t.round.measured for t in tried):.3g} of it" if tried else "no plan was found"
-        raise TargetError(f"latency={share:.3g} of the dense model's time cannot be reached: {closest}")
-    nearest, built = best
-    return Found(nearest.plan, share, (*forgotten, *(t.round for t in tried)), nearest.round, dense, built)
+            taught = dense.latency.taught(found.widths, runtimes.ran(dense.runtime, small, file), search.rounds[-1].measured * whole)
+            search = replace(search, latency=taught, between=_between(search.tried, share))
+            search = replace(search, limit=_corrected(search.foretold(), share))
+    if search.best is None or math.isinf(_miss(search.best[0].round.measured, search.share)):
+        closest = f"the closest took {min(r.measured for r in search.rounds):.3g} of it" if search.tried else "no plan was found"
+        raise TargetError(f"latency={search.share:.3g} of the dense model's time cannot be reached: {closest}")
+    nearest, built = search.best
+    return Found(nearest.plan, search.share, (*search.forgotten, *search.rounds), nearest.round, dense, built)
+
+
+def _elsewhere(search: _Search, unreachable: TargetError) -> _Search | None:
+    """Where to look for what the tables have no plan for; None where no plan that they know would be faster than those that were tried.
+
+    Raises `unreachable` where the reason is another than the limit.
+    """
+    if any(search.between):  # there may be nothing between two rounds
+        return replace(search, between=({}, {}))
+    least = unreachable.least.get("latency", 0.0) / search.latency.cost()
+    beyond = least * (1 + _MISSED)  # so the tables say; the file may be faster
+    if search.tried and beyond >= min(r.predicted for r in search.foretold()):
+        return None
+    if least <= search.limit:
+        raise unreachable
+    return replace(search, limit=beyond)
+
+
+def _with_round(search: _Search, plan: Plan, found: decide.Allocation, built: Built) -> _Search:
+    """The search after a measurement. Where something slowed all others, that is gone now, they are forgotten."""
+    ratio, pace = built.compared.ratios[built.file.name], built.compared.latencies[0].median_ms
+    predicted = search.latency.cost(found.widths) / search.latency.cost()
+    one = _Tried(plan, found.widths, Round(predicted, ratio.median, ratio.low, ratio.high, found.gap, pace))
+    if all(r.dense_ms > _OTHER_PACE * pace for r in search.rounds):
+        search = replace(search, tried=(), forgotten=(*search.forgotten, *(replace(r, forgotten=True) for r in search.rounds)))
+    search = replace(search, tried=(*search.tried, one))
+    nearest = min(search.rounds, key=lambda r: _miss(r.measured, search.share))
+    return replace(search, best=(one, built)) if nearest is one.round else search  # the file of the one before goes
 
 
 def _build(graph: Graph, groups: Groups, plan: Plan, dense: Dense) -> tuple[Path, str, Any, Graph]:
@@ -287,12 +326,6 @@ def _between(tried: Sequence[_Tried], share: float) -> tuple[Widths, Widths]:
     faster = [t.widths for t in good if t.round.measured <= share]
     slower = [t.widths for t in good if t.round.measured > share]
     return faster[-1] if faster else {}, slower[-1] if slower else {}
-
-
-def _foretold(tried: Sequence[_Tried], latency: LatencyModel) -> list[Round]:
-    """The rounds as they would be predicted now."""
-    whole = latency.cost()
-    return [replace(t.round, predicted=latency.cost(t.widths) / whole) for t in tried]
 
 
 def _corrected(rounds: Sequence[Round], share: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,9 +29,9 @@ from structprune.frontends.devices import device_of
 from structprune.frontends.finite import must_be_finite
 from structprune.frontends.samples import samples_of
 from structprune.frontends.trace import Dynamic, plain, trace
-from structprune.ir.axes import Atom
+from structprune.ir.axes import Atom, Keep
 from structprune.ir.graph import Graph, results_in
-from structprune.ir.plan import Plan
+from structprune.ir.plan import Plan, PlannedGroup
 from structprune.ir.samples import Samples
 from structprune.ir.traced import buffers_kept, state_kept
 from structprune.recovery.compensate import Fitted
@@ -347,6 +347,25 @@ def explain(
     return why(graph, find_groups(graph), layer, other)
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What became of a plan: the small graph, verified, the user's own class where it follows, and what fitting its weights gave."""
+
+    surgery: Surgery
+    verification: Verification
+    own: nn.Module | None
+    note: str  # why it is the user's own class, or is not
+    forgotten: Sequence[str]  # attributes that the user's code keeps from one call to the next, and that matter
+    fitted: Sequence[Fitted] | None = None
+    matched: Matched | None = None
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def small(self) -> nn.Module:
+        """What the user gets."""
+        return self.own if self.own is not None else self.surgery.module
+
+
 def realise(
     model: nn.Module, graph: Graph, groups: Groups, plan: Plan, clock: Clock, *, ready: _Ready | None = None, found: Found | None = None
 ) -> Result:
@@ -354,8 +373,20 @@ def realise(
 
     ready and found: what the plan was decided by, where it was decided here.
     """
-    options = ready.options if ready is not None else Options()
     keep = decide.atoms_of(plan, groups)
+    made = _cut(model, graph, groups, plan, keep, clock)
+    accuracy = _scores_of(ready, "pruned", made.small, clock)
+    if ready is not None and ready.samples is not None and ready.options.compensate:
+        made = _fit(graph, groups, keep, made, ready.samples, ready.options, clock)
+        accuracy |= _scores_of(ready, "after", made.small, clock)
+    report = _report(graph, groups, plan, replace(made, accuracy=accuracy), clock, ready, found)
+    given = (ready.samples, ready.evaluate) if ready is not None else ()
+    deployed = (ready.options if ready is not None else Options()).deployed()
+    return Result(made.small, plan, report, graph, made.surgery.module, clock, deployed, found, *given)
+
+
+def _cut(model: nn.Module, graph: Graph, groups: Groups, plan: Plan, keep: Keep, clock: Clock) -> _Made:
+    """The model without what the plan removes, with the weights that it had, and the proof of it."""
     with freed_or_kept(graph.module.state_dict().values(), groups.macs()):
         with clock("surgery"):
             surgery = operate(graph, groups.types, keep, plan.tensors)
@@ -370,23 +401,20 @@ def realise(
                         verify_trace(model, graph)
                 forgotten = changed if changed and not answers_again(model, graph) else []
     _follow(own, surgery.module)
-    small = own if own is not None else surgery.module
-    accuracy = _scores_of(ready, "pruned", small, clock)
-    fitted: Sequence[Fitted] | None = None
-    matched: Matched | None = None
-    if ready is not None and ready.samples is not None and options.compensate:
-        with clock("compensate"):
-            turned = turns(measured_logits(graph, groups.types, ready.samples), keep)
-            fitted = compensated(graph, groups.types, keep, surgery, ready.samples, clock.say, turned)
-        if options.matching:
-            with clock("match"), buffers_kept(graph.module), buffers_kept(surgery.module):
-                matched = match(graph, groups.types, keep, surgery, ready.samples, options.matching, options.seed, clock.say, turned)
-        _follow(own, surgery.module)
-        accuracy |= _scores_of(ready, "after", small, clock)
-    notes = [*graph.notes, *_gone(surgery), *_forgotten(forgotten)]
-    report = _report(graph, groups, plan, surgery, verification, own is not None, note, notes, clock, ready, found, fitted, matched, accuracy)
-    given = (ready.samples, ready.evaluate) if ready is not None else ()
-    return Result(small, plan, report, graph, surgery.module, clock, options.deployed(), found, *given)
+    return _Made(surgery, verification, own, note, forgotten)
+
+
+def _fit(graph: Graph, groups: Groups, keep: Keep, made: _Made, samples: Samples, options: Options, clock: Clock) -> _Made:
+    """The same with its weights fitted to the samples, in place."""
+    surgery, matched = made.surgery, None
+    with clock("compensate"):
+        turned = turns(measured_logits(graph, groups.types, samples), keep)
+        fitted = compensated(graph, groups.types, keep, surgery, samples, clock.say, turned)
+    if options.matching:
+        with clock("match"), buffers_kept(graph.module), buffers_kept(surgery.module):
+            matched = match(graph, groups.types, keep, surgery, samples, options.matching, options.seed, clock.say, turned)
+    _follow(made.own, surgery.module)
+    return replace(made, fitted=fitted, matched=matched)
 
 
 def _follow(own: nn.Module | None, module: nn.Module) -> None:
@@ -404,12 +432,19 @@ def _scores_of(ready: _Ready | None, stage: str, model: nn.Module, clock: Clock)
     return {"after": score} if stage == "after" else {"before": ready.accuracy, stage: score, "after": score}
 
 
-def _options(ready: _Ready | None) -> dict[str, Any] | None:
-    """What the user chose, for the report; a criterion of the user's own by its name."""
+def _decided(ready: _Ready | None, groups: Groups, widths: Mapping[Atom, int]) -> dict[str, Any]:
+    """What the plan was decided by, for the report; a criterion of the user's own by its name."""
     if ready is None:
-        return None
-    chosen = asdict(replace(ready.options, criterion=str(ready.saliency.criterion)))
-    return {name: value for name, value in chosen.items() if value not in (None, ())}
+        return {"seed": 0, "options": None, "calibration": None, "importance_kept": None, "predicted_loss": None}
+    samples, saliency = ready.samples, ready.saliency
+    options = asdict(replace(ready.options, criterion=str(saliency.criterion)))
+    return {
+        "seed": ready.options.seed,
+        "options": {name: value for name, value in options.items() if value not in (None, ())},
+        "calibration": {"samples": len(samples), "labels": samples.labels is not None, "synthetic": samples.made} if samples else None,
+        "importance_kept": decide.importance_kept(groups, widths, saliency.scores),
+        "predicted_loss": decide.predicted_loss(groups, widths, saliency.losses) if saliency.losses is not None else None,
+    }
 
 
 def _gone(surgery: Surgery) -> list[str]:
@@ -432,72 +467,58 @@ def _peak(alive: Sequence[Cost], widths: Mapping[Atom, int]) -> dict[str, float]
     return {"before": max((c() for c in alive), default=0), "after": max((c(widths) for c in alive), default=0)}
 
 
-def _report(
-    graph: Graph,
-    groups: Groups,
-    plan: Plan,
-    surgery: Surgery,
-    verification: Verification,
-    own: bool,
-    note: str,
-    notes: Sequence[str],
-    clock: Clock,
-    ready: _Ready | None,
-    found: Found | None,
-    fitted: Sequence[Fitted] | None,
-    matched: Matched | None,
-    accuracy: Mapping[str, float],
-) -> Report:
+def _report(graph: Graph, groups: Groups, plan: Plan, made: _Made, clock: Clock, ready: _Ready | None, found: Found | None) -> Report:
     widths = {g.atom: len(p.keep) for g, p in zip(groups, plan.groups, strict=True)}
-    losses = ready.saliency.losses if ready is not None else None
     return Report(
         {
             "format": "structprune-report/1",
             "model": "",
             "target": plan.target,
             "criterion": plan.criterion,
-            "seed": ready.options.seed if ready is not None else 0,
-            "params": {"before": groups.params(), "after": sum(p.numel() for p in surgery.module.parameters())},
+            **_decided(ready, groups, widths),
+            "params": {"before": groups.params(), "after": sum(p.numel() for p in made.surgery.module.parameters())},
             "macs": {"before": groups.macs(), "after": groups.macs(widths)},
             "activation_bytes": _peak(memory(graph, groups), widths),
             "onnx_bytes": None,
-            "importance_kept": decide.importance_kept(groups, widths, ready.saliency.scores) if ready is not None else None,
-            "predicted_loss": decide.predicted_loss(groups, widths, losses) if losses is not None else None,
             "latency_ms": {},
             "latency_target": found.to_dict() if found is not None else None,
-            "accuracy": dict(accuracy) or None,
-            "calibration": {"samples": len(ready.samples), "labels": ready.samples.labels is not None, "synthetic": ready.samples.made}
-            if ready is not None and ready.samples
-            else None,
-            "compensation": [asdict(f) for f in fitted] if fitted is not None else None,
-            "matching": asdict(matched) if matched is not None else None,
-            "verification": {
-                "masked_error": verification.error,
-                "tolerance": verification.tolerance,
-                "onnx_error": None,
-                "exact": all(g.exact or len(g.keep) == g.channels for g in plan.groups),
-                "inexact": [{"name": g.name, "reason": g.reason} for g in plan.groups if not g.exact and len(g.keep) < g.channels],
-                "module": "the user's own class" if own else "traced graph",
-                "module_note": note,
-                "dynamic_batch": graph.dynamic_batch,
-                "dynamic_axes": {name: list(axes) for name, axes in zip(graph.input_names, graph.dynamic, strict=True)},
-            },
-            "groups": [
-                {
-                    "name": g.name,
-                    "channels": g.channels,
-                    "kept": len(g.keep),
-                    "exact": g.exact,
-                    "reason": g.reason,
-                    "members": [f"{m.tensor}[{m.dim}]" for m in g.members],
-                }
-                for g in plan.groups
-            ],
+            "accuracy": dict(made.accuracy) or None,
+            "compensation": [asdict(f) for f in made.fitted] if made.fitted is not None else None,
+            "matching": asdict(made.matched) if made.matched is not None else None,
+            "verification": _verified(graph, plan, made),
+            "groups": list(map(_group, plan.groups)),
             "frozen": [{"name": f.name, "channels": f.channels, "reason": f.reason, "at": f.at} for f in plan.frozen],
             "outline": outline(graph, groups),
-            "options": _options(ready),
-            "notes": list(notes),
+            "notes": [*graph.notes, *_gone(made.surgery), *_forgotten(made.forgotten)],
             "seconds": dict(clock.seconds),
             "environment": environment(),
         }
     )
+
+
+def _verified(graph: Graph, plan: Plan, made: _Made) -> dict[str, Any]:
+    """What was proved, and of what; for the report."""
+    narrowed = [g for g in plan.groups if len(g.keep) < g.channels]
+    return {
+        "masked_error": made.verification.error,
+        "tolerance": made.verification.tolerance,
+        "onnx_error": None,
+        "exact": all(g.exact for g in narrowed),
+        "inexact": [{"name": g.name, "reason": g.reason} for g in narrowed if not g.exact],
+        "module": "the user's own class" if made.own is not None else "traced graph",
+        "module_note": made.note,
+        "dynamic_batch": graph.dynamic_batch,
+        "dynamic_axes": {name: list(axes) for name, axes in zip(graph.input_names, graph.dynamic, strict=True)},
+    }
+
+
+def _group(group: PlannedGroup) -> dict[str, Any]:
+    """What a group was and is; for the report."""
+    return {
+        "name": group.name,
+        "channels": group.channels,
+        "kept": len(group.keep),
+        "exact": group.exact,
+        "reason": group.reason,
+        "members": [f"{m.tensor}[{m.dim}]" for m in group.members],
+    }
