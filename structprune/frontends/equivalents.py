@@ -72,6 +72,12 @@ def _zeros(z: Tensor, **kwargs: Any) -> Tensor:
     return torch.complex(zeros, zeros)
 
 
+def _padded(z: Tensor, pad: Sequence[Any], mode: str = "constant", value: float | None = None) -> Tensor:
+    real, imaginary = _parts(z)
+    around = None if value is None else 0.0  # of the imaginary part; other modes take no value
+    return torch.complex(F.pad(real, pad, mode, value), F.pad(imaginary, pad, mode, around))
+
+
 def _exp(z: Tensor) -> Tensor:
     real, imaginary = _parts(z)
     return torch.polar(real.exp(), imaginary)
@@ -202,5 +208,10 @@ def _same(a: Any, b: Any) -> bool:
     return statically_known_true(a == b)
 
 
-_OF_COMPLEX: dict[Any, Callable[..., Tensor]] = {aten.exp.default: _exp, aten.angle.default: _angle, aten.zeros_like.default: _zeros}
+_OF_COMPLEX: dict[Any, Callable[..., Tensor]] = {
+    aten.exp.default: _exp,
+    aten.angle.default: _angle,
+    aten.zeros_like.default: _zeros,
+    aten.pad.default: _padded,
+}
 _PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
