@@ -87,6 +87,47 @@ class ByOffsets(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class ByQuotient(nn.Module):
+    """How wide a head is follows from two attributes, of which one is the number of heads; a third number is as large as the other, and stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.width, self.most = 4, 32, 32
+        self.first, self.values, self.out = nn.Linear(6, 32), nn.Linear(32, 32), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        v = self.values(x).view(*x.shape[:2], self.heads, self.width // self.heads).transpose(1, 2)
+        return self.out((v @ (v.mT @ v).softmax(-1)).transpose(1, 2).flatten(2)) * self.most
+
+
+class Sliced(nn.Module):
+    """Parts of lists, of a model that holds one module under two names: torch calls what is reached by them otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = self.same = nn.GELU()
+        self.gates, self.rest = nn.ModuleList([Gate() for _ in range(4)]), nn.Sequential(Gate(), nn.Linear(6, 6), Gate())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for gate in self.gates[1:][::2]:
+            x = self.act(gate(x))
+        for gate in self.gates[:1]:
+            x = self.same(gate(x))
+        return self.rest[1:](self.rest[:1](x))
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = self.most = 10
+        self.both, self.out = nn.Linear(6, 20), nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.both(x).split(self.inner, -1)
+        return self.out(left.tanh() * right) / self.most
+
+
 class Grouped(nn.Module):
     """Of two attributes that hold one number the code mentions one, and computes with both (torchtune)."""
 
@@ -188,11 +229,13 @@ class Chosen(nn.Module):
         (InMethod(), torch.randn(3, 6)),
         (ByVariables(), torch.randn(3, 6)),
         (ByOffsets(), torch.randn(2, 5, 6)),
+        (ByQuotient(), torch.randn(2, 5, 6)),
+        (Sliced(), torch.randn(3, 6)),
         (Grouped(), torch.randn(2, 5, 6)),
         (ByChance(), torch.randn(2, 3, 5, 32)),
         (Chosen(), torch.randn(2, 7, 6)),
     ],
-    ids=["in a method", "by variables", "by offsets", "two of one size", "by chance", "a child that stays"],
+    ids=["in a method", "by variables", "by offsets", "by a quotient", "parts of lists", "two of one size", "by chance", "a child that stays"],
 )
 def test_attributes_follow(model: nn.Module, x: Tensor) -> None:
     in_its_class(model, (x,), "channels=0.5")

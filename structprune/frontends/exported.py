@@ -25,6 +25,7 @@ from structprune.ir.traced import buffers_kept
 FIXED_BATCH = "the model's code fixes the first axis of an input"
 _GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+_SLICE = re.compile(r"slice\((None|-?\d+), (None|-?\d+), (None|-?\d+)\)")
 
 
 def from_exported(
@@ -41,6 +42,8 @@ def from_exported(
     _free_views(exported.graph_module)
     module = operators_of(exported)
     _drop_checks(module)
+    if model is not None:
+        _name_owners(module, model)
     unneeded = set_aside(module)
     names = names_in(model if model is not None else module)
     folded = fold_standardised(module)
@@ -185,6 +188,29 @@ def _may_be(node: Any) -> Iterator[fx.Node]:
     while isinstance(node, fx.Node):
         yield node
         node = node.args[0] if node.args and node.target is not operator.getitem and not is_fresh(node) else None
+
+
+def _name_owners(module: fx.GraphModule, model: nn.Module) -> None:
+    """Of a model of which one module has two names, torch says 'layers.slice(1, None, None).0' of what its code reached by `self.layers[1:]`."""
+    for node in module.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        if any("slice(" in path for path, _ in stack.values()):
+            node.meta["nn_module_stack"] = {key: (_name_in(model, path), of_class) for key, (path, of_class) in stack.items()}
+
+
+def _name_in(model: nn.Module, path: str) -> str:
+    """A module's name, from a path that may go through parts of containers; of such a part, the container's."""
+    name: list[str] = []
+    part: list[str] | None = None
+    for step in path.split("."):
+        if cut := _SLICE.fullmatch(step):
+            container = model.get_submodule(".".join(name))
+            keys = part if part is not None else list(container._modules)
+            part = keys[slice(*(None if n == "None" else int(n) for n in cut.groups()))]
+        else:
+            name.append(step if part is None or isinstance(container, nn.Sequential) else part[int(step)])  # a part of a list counts anew
+            part = None
+    return ".".join(name)
 
 
 def _free_views(module: fx.GraphModule) -> None:

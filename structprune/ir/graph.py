@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import operator
 import re
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from structprune.ir.operators import has_effect, is_random, operator_name
 from structprune.ir.signature import Signature
-from structprune.ir.source import numbers_behind, text_at
+from structprune.ir.source import Formula, formulas_at, numbers_behind, text_at
 
 ORIGIN = "structprune_origin"  # in the notes that torch keeps of a node: what of the user's own file it was made of
 TORCH = f"{Path(torch.__file__).parent}/"
@@ -267,7 +268,12 @@ def source_of(node: fx.Node) -> str:
 
 def source_code_of(node: fx.Node) -> str:
     """The statements of the user's code on the way to a node, as text, and those that compute the numbers in them."""
-    return "\n".join(text for place in frames_of(node) for text in (text_at(*place), numbers_behind(*place)) if text)
+    return "\n".join(text for place in frames_of(node) for text in (text_at(*place), *map(ast.unparse, numbers_behind(*place))) if text)
+
+
+def formulas_of(node: fx.Node) -> list[Formula]:
+    """What the statements on the way to a node compute of attributes of their modules."""
+    return [formula for place in frames_of(node) for formula in formulas_at(*place)]
 
 
 def frames_of(node: fx.Node) -> list[tuple[str, int]]:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from structprune.ir.graph import owners_of, source_code_of
+from structprune.ir.graph import formulas_of, owners_of, source_code_of
+from structprune.ir.source import Formula
 from structprune.ops.rules import Literals, Number
 
 Attributes = dict[str, dict[str, Any]]  # module name -> attribute, or attribute of one (config.hidden_size) -> new value
@@ -25,7 +27,7 @@ Attributes = dict[str, dict[str, Any]]  # module name -> attribute, or attribute
 _MANY_KEYS = 12  # attributes in doubt, of which small sets are tried
 _CHOICES = 24
 
-_MENTIONED, _HELD, _COMPUTED, _BESIDE = range(4)
+_MENTIONED, _IMPLIED, _HELD, _COMPUTED, _BESIDE = range(5)
 _LISTS = (tuple, list, torch.Size)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -69,8 +71,9 @@ class _Option(NamedTuple):
     name: str
     old: Number
     new: Number
-    doubt: int  # _MENTIONED in the source line; or _HELD by the module; or the number may be _COMPUTED from it: 3 · self.width, or self.width // 2;
-    # or it is _BESIDE one that is mentioned, and as large: heads of queries and of keys
+    doubt: int  # _MENTIONED in the source line; or _IMPLIED by one that is: half the heads, as wide as before, are half of `self.width` in
+    # `self.width // self.heads`; or _HELD by the module; or the number may be _COMPUTED from it: 3 · self.width, or self.width // 2; or it is
+    # _BESIDE one that is mentioned, and as large: heads of queries and of keys
 
 
 def _choices(modules: Mapping[str, nn.Module], changes: Sequence[Sequence[_Option]]) -> Iterator[list[_Option]]:
@@ -79,17 +82,19 @@ def _choices(modules: Mapping[str, nn.Module], changes: Sequence[Sequence[_Optio
     A number that no attribute explains was computed from the sizes of tensors, and follows by itself; so may one that might be computed from an
     attribute, and any that an attribute holds by chance: modules further out, a child beside the module that made a node, or one of many.
     """
-    pools = [_explained(changes, lambda o, most=doubt: o.doubt <= most) for doubt in (_MENTIONED, _HELD, _COMPUTED)]  # type: ignore[misc]
-    yield from map(_innermost, pools)
-    yield [option for options in pools[_HELD] for option in options if option.level == 0 and option.owner == options[0].owner]
-    yield [option for options in pools[_HELD] if len(options) == 1 for option in options]
+    sure, held, computed = (_explained(changes, lambda o, most=doubt: o.doubt <= most) for doubt in (_IMPLIED, _HELD, _COMPUTED))  # type: ignore[misc]
+    yield from map(_innermost, (sure, held, computed))
+    yield [option for options in held for option in options if option.level == 0 and option.owner == options[0].owner]
+    yield [option for options in held if len(options) == 1 for option in options]
     yield _innermost(_explained(changes, lambda o: o.doubt != _COMPUTED))
+    if any(o.doubt == _IMPLIED for all_of in changes for o in all_of):
+        yield _innermost(_explained(changes, lambda o: o.doubt == _MENTIONED))
     yield []
-    for explained in pools[:_COMPUTED]:
+    for explained in (sure, held):
         yield from _smallest_sets(modules, explained)
     for chosen in dict.fromkeys(_key(modules, o) for all_of in changes for o in all_of if o.doubt == _COMPUTED):
         yield _innermost(_explained(changes, lambda o, chosen=chosen: o.doubt < _COMPUTED or _key(modules, o) == chosen))  # type: ignore[misc]
-    yield from _smallest_sets(modules, pools[_COMPUTED])
+    yield from _smallest_sets(modules, computed)
 
 
 def _explained(changes: Sequence[Sequence[_Option]], trusted: Callable[[_Option], bool]) -> list[tuple[_Option, ...]]:
@@ -124,7 +129,36 @@ def _explanations(modules: Mapping[str, nn.Module], literals: Literals) -> list[
                 options += [o for o in more if _place(modules, o) not in known_so_far]  # settings that many modules share are one thing
             if options:
                 found[tuple(options)] = None
-    return list(found)
+    return [*found, *dict.fromkeys(_implied(modules, literals, found))]
+
+
+def _implied(modules: Mapping[str, nn.Module], literals: Literals, explained: Iterable[Sequence[_Option]]) -> Iterator[tuple[_Option, ...]]:
+    """Attributes of which, and of others that surely change, code computes a number: what they must be for that to be the number that it is now."""
+    known: dict[tuple[int, str], dict[int, int]] = {}
+    for option in itertools.chain.from_iterable(explained):
+        if option.doubt == _MENTIONED and isinstance(option.old, int) and isinstance(option.new, int):
+            known.setdefault(_place(modules, option), {})[option.old] = option.new
+    for node, changes in literals.items():
+        numbers = set(_numbers_in(pytree.tree_leaves((node.args, node.kwargs))))
+        after = {old: new for old, new in changes if isinstance(old, int) and isinstance(new, int)}
+        for formula, owner in itertools.product(formulas_of(node), (o for o in owners_of(node) if o in modules)):
+            held = {name: value for name, value in _values_in(modules[owner]).items() if type(value) is int}
+            if not all(name in held for name in formula.names) or (old := formula(held)) not in numbers:
+                continue
+            places = {name: _place(modules, _Option(0, owner, name, 0, 0, _IMPLIED)) for name in formula.names}
+            told = {name: known[place][held[name]] for name, place in places.items() if held[name] in known.get(place, {})}
+            rest = [name for name in formula.names if name not in told]
+            if told and len(rest) == 1 and (value := _solved(formula, {**held, **told}, rest[0], after.get(old, old))) != held[rest[0]]:
+                yield (_Option(0, owner, rest[0], held[rest[0]], value, _IMPLIED),)
+
+
+def _solved(formula: Formula, held: Mapping[str, int], name: str, wanted: int) -> int:
+    """What an attribute must be for a formula to give the number that is wanted; what it is, where that is nothing that it may be."""
+    given = formula(held)
+    for value in (held[name] * wanted // given, held[name] * given // wanted) if given > 0 and wanted > 0 else ():  # above the line, or below it
+        if value > 0 and formula({**held, name: value}) == wanted:
+            return value
+    return held[name]
 
 
 def _place(modules: Mapping[str, nn.Module], option: _Option) -> tuple[int, str]:
