@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-_OF_NUMBERS = (ast.Name, ast.Attribute, ast.Constant, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.expr_context)
+_OF_NUMBERS = (
+    *(ast.Name, ast.Attribute, ast.Constant, ast.BinOp, ast.UnaryOp, ast.Tuple, ast.List, ast.Starred),
+    *(ast.operator, ast.unaryop, ast.expr_context),
+)
 _OPERATIONS = {ast.Add: operator.add, ast.Mult: operator.mul, ast.FloorDiv: lambda a, b: a // b if b else 0}
 
 
@@ -40,7 +43,10 @@ def text_at(file: str, line: int) -> str:
 
 @cache
 def numbers_behind(file: str, line: int) -> Sequence[ast.Assign]:
-    """What the function around a line assigned to those names of its statement that stand for numbers: `width = self.heads * self.head_dim`."""
+    """What the function around a line assigned to names of its statement that stand for numbers: `width = self.heads * self.head_dim`.
+
+    Or for several: `shape = (*batch, -1, self.head_dim)`.
+    """
     around = statements_at(file, line)
     function = next((s for s in reversed(around[:-1]) if isinstance(s, ast.FunctionDef)), None)
     if function is None or hasattr(around[-1], "body"):
