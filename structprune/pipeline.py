@@ -30,7 +30,7 @@ from structprune.frontends.finite import must_be_finite
 from structprune.frontends.samples import samples_of
 from structprune.frontends.trace import Dynamic, plain, trace
 from structprune.ir.axes import Atom, Keep
-from structprune.ir.graph import Graph, results_in
+from structprune.ir.graph import Graph, memo_for
 from structprune.ir.plan import Plan, PlannedGroup
 from structprune.ir.samples import Samples
 from structprune.ir.traced import buffers_kept, state_kept
@@ -209,7 +209,7 @@ class _Given:
         evaluate, device = self.evaluate, device_of(self.model)
         if evaluate is None or device.type == "cpu":
             return evaluate
-        return lambda model: evaluate(copy.deepcopy(model).to(device))
+        return lambda model: evaluate(copy.deepcopy(model, memo_for(model)).to(device))
 
     def score(self, clock: Clock) -> float | None:
         """What the user's evaluation says of the model."""
@@ -278,7 +278,7 @@ def _without_dead(given: _Given, options: Options, clock: Clock, plan: Plan | No
     """The model without the channels that contribute nothing, proved to answer as the original; or without those of them that a plan removes."""
     options.deployed()  # what is unknown is told before any work is done
     folded, original = given.traced(clock)
-    silent, module = copy.deepcopy((folded, original.module), results_in(folded))  # together, so that they go on to share their tensors
+    silent, module = copy.deepcopy((folded, original.module), memo_for(folded))  # together, so that they go on to share their tensors
     graph = replace(original, module=module)
     with clock("infer"):
         groups = find_groups(graph, options.ignore)

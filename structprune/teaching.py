@@ -27,6 +27,7 @@ from structprune.errors import InputError, StructpruneError
 from structprune.frontends.program import load_graph
 from structprune.frontends.trace import trace
 from structprune.frontends.users_code import named_object, users_code
+from structprune.ir.graph import memo_for
 from structprune.ir.plan import Plan
 from structprune.ir.traced import TracedModule
 from structprune.recovery.finetune import AUTO, Flat, Recipe, Train, Trained, answers_of, finetune, teacher_of
@@ -87,7 +88,7 @@ def recover(
     clock = Clock(progress)
     clock.seconds = dict(result.clock.seconds)
     say = clock.say if processes.rank() == 0 else lambda line: None
-    model, small = copy.deepcopy((result.model, result.small))
+    model, small = copy.deepcopy((result.model, result.small), memo_for(result.model))
 
     def score(state: Mapping[str, Tensor]) -> float:
         take_values(model, state)

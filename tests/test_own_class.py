@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -431,3 +432,26 @@ class Trying(nn.Module):
 @pytest.mark.parametrize("model", [Turned(), Trying()], ids=["an order that is a tensor", "calls that fail"])
 def test_code_is_traced(model: nn.Module) -> None:
     in_its_class(model, (torch.randn(2, 3, 5, 5),), "channels=0.5")
+
+
+class Holding(nn.Module):
+    """Python refuses to copy what this module keeps (`copy.deepcopy`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"first": nn.Linear(6, 20), "last": nn.Linear(20, 3)})
+        self.steps, self.lock, self.functions = self.layers.keys(), threading.Lock(), {"act": torch.nn.functional}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = self.functions["act"].gelu(self.layers[step](x))
+        return x
+
+
+def test_what_cannot_be_copied_is_shared() -> None:
+    x = torch.randn(4, 6)
+    result = sp.compress(Holding().eval(), (x,), "channels=0.5")
+    assert type(result.model) is Holding
+    recovered = sp.recover(result, [x], epochs=1)
+    assert recovered.model.layers["first"].out_features == 10
+    assert not torch.equal(recovered.model.layers["first"].weight, result.model.layers["first"].weight)

@@ -35,7 +35,7 @@ from torch.export.passes import move_to_device_pass
 
 from structprune.backends.resources import NO_ENERGY, NO_MEMORY, Resources, measure
 from structprune.errors import InputError, first_line
-from structprune.ir.graph import results_in
+from structprune.ir.graph import memo_for
 
 Runner = Callable[[], float]
 """One run of one candidate, its inputs already in place; returns seconds. A runner ends when the outputs exist."""
@@ -319,7 +319,7 @@ def _starter(
 def _evaluation_copy(name: str, module: nn.Module) -> nn.Module:
     """A copy in evaluation mode, so that the mode, the device and whatever the original caches in forward stay as they are."""
     try:
-        duplicate = copy.deepcopy(module, results_in(module))
+        duplicate = copy.deepcopy(module, memo_for(module))
     except Exception as error:  # whatever the module's own attributes raise
         raise InputError(f"{name}: the module cannot be copied (copy.deepcopy): {first_line(error)}") from error
     with suppress(NotImplementedError):  # modules of torch.export were traced in one mode and refuse to change it

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from structprune.ir.graph import results_in
+from structprune.ir.graph import memo_for
 
 
 def fold_parametrizations(model: nn.Module) -> nn.Module:
@@ -18,7 +18,7 @@ def fold_parametrizations(model: nn.Module) -> nn.Module:
     """
     if not any(parametrize.is_parametrized(m) or any(map(_folds, m._forward_pre_hooks.values())) for m in model.modules()):
         return model
-    model = copy.deepcopy(model, results_in(model))
+    model = copy.deepcopy(model, memo_for(model))
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             # A copy shares the class that holds its parametrized properties, and removing one would break the original.

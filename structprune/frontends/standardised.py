@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from structprune.ir.graph import Graph, attribute, computed_of, held_by, owners_of, results_in
+from structprune.ir.graph import Graph, attribute, computed_of, held_by, memo_for, owners_of
 from structprune.ir.operators import has_effect, operator_name
 from structprune.ops import RULES, contraction
 
@@ -81,7 +81,7 @@ def with_plain_layers(model: nn.Module, graph: Graph) -> nn.Module:
     All tensors are shared with the model and the graph. A layer that does more (pads its input by itself) stays, and no longer fits the graph.
     """
     shared = {id(tensor): tensor for tensor in held_by(model).values()}
-    model = copy.deepcopy(model, results_in(model) | shared)
+    model = copy.deepcopy(model, memo_for(model) | shared)
     made = defaultdict(list)
     for node in graph.nodes:
         for owner in owners_of(node) if node.op == "call_function" else ():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import io
 import operator
 import re
-from collections.abc import Collection, Mapping, Sequence
+import threading
+from collections.abc import Collection, Generator, Mapping, MappingView, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeGuard
 
 import torch
@@ -23,6 +26,7 @@ ORIGIN = "structprune_origin"  # in the notes that torch keeps of a node: what o
 TORCH = f"{Path(torch.__file__).parent}/"
 _PASSES = "torch/fx/passes/"  # their lines stand in for the user's where a pass of torch's added a node
 _CHOSEN = "structprune_chosen"  # on a symbolic size: what it is on the example, where values decide
+_NEVER_COPIED = (MappingView, ModuleType, Generator, io.IOBase, type(threading.Lock()))
 _HANDING_ON = frozenset({"to", "_to_copy", "detach", "clone", "contiguous", "alias"})
 
 
@@ -158,13 +162,15 @@ def digest(module: torch.nn.Module) -> str:
     return found.hexdigest()
 
 
-def results_in(module: torch.nn.Module) -> dict[int, Tensor]:
-    """What a module keeps that was computed (a masked weight, features of its last call), detached, by the identity of the original.
+def memo_for(module: torch.nn.Module) -> dict[int, Any]:
+    """The memo with which `copy.deepcopy` can copy a user's module: what it refuses by itself, by the identity of that.
 
-    torch refuses to copy such a tensor with its history; as the memo of `copy.deepcopy` this stands in for it.
+    What was computed and kept (a masked weight, features of the last call), detached, for torch copies no tensor with its history; and as it is what
+    Python cannot copy: the keys of a dictionary, a module of functions, a file, a lock.
     """
     kept = pytree.tree_leaves([vars(part) for part in module.modules()])
-    return {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
+    results = {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
+    return results | {id(thing): thing for thing in kept if isinstance(thing, _NEVER_COPIED)}
 
 
 def attribute(root: torch.nn.Module, name: str) -> Any:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from structprune.errors import VerificationError, one_line
 from structprune.frontends.standardised import with_plain_layers
-from structprune.ir.graph import Graph, attribute, held_by, owners_of, repeated, results_in, shape_of
+from structprune.ir.graph import Graph, attribute, held_by, memo_for, owners_of, repeated, shape_of
 from structprune.ir.samples import copies, floats, samples_in
 from structprune.ir.traced import buffers_kept, state_kept
 from structprune.transform.attributes import Attributes, follow, guesses
@@ -80,7 +80,7 @@ def rebuild(model: nn.Module, tensors: Mapping[int, Tensor], attributes: Attribu
 
     What is replaced is never copied: the copy costs the memory of the small model.
     """
-    small = copy.deepcopy(model, results_in(model) | dict(tensors))
+    small = copy.deepcopy(model, memo_for(model) | dict(tensors))
     for name, values in attributes.items():
         follow(small.get_submodule(name), model.get_submodule(name), values)
     for name, module in (instead or {}).items():
@@ -129,7 +129,7 @@ def own_class(
         for attributes in candidates(double):
             try:
                 candidate = rebuild(model, surgery.tensors, attributes, instead)
-                judged = copy.deepcopy(candidate).double() if double else candidate
+                judged = copy.deepcopy(candidate, memo_for(candidate)).double() if double else candidate
                 error, attributes, hooks = _with_its_scales(judge, judged, model, attributes, scales, double)
                 if _TOLERANCE < error < _SINGLE and not double:
                     doubtful.append((error, attributes))
@@ -318,7 +318,7 @@ def _runs_in_training(candidate: nn.Module, graph: Graph) -> None:
     """Layers that evaluation never reaches (auxiliary heads) may not fit the small ones: then training would fail."""
     with torch.no_grad():
         args, kwargs = graph.example()
-        training = copy.deepcopy(candidate)
+        training = copy.deepcopy(candidate, memo_for(candidate))
         training.train()
         training(*args, **kwargs)
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from structprune.analysis.infer import Types
 from structprune.errors import TraceError, VerificationError, first_line
 from structprune.ir.axes import Keep
-from structprune.ir.graph import Graph, results_in, shape_of
+from structprune.ir.graph import Graph, memo_for, shape_of
 from structprune.ir.operators import operator_name
 from structprune.ir.samples import close, copies, floats
 from structprune.ir.traced import in_mode, state_kept
@@ -127,7 +127,7 @@ def verify_trace(model: nn.Module, graph: Graph) -> None:
     off = error(model, fx.Interpreter(graph.module), lambda value: value)
     in_its_own = off <= _SINGLE  # more is no rounding, unless what is chosen by it (of two boxes about as good) is another
     if off > _ROUNDED and not _as_in_double(
-        lambda: error(copy.deepcopy(model, results_in(model)).double(), Exact(graph.module), in_double), otherwise=in_its_own
+        lambda: error(copy.deepcopy(model, memo_for(model)).double(), Exact(graph.module), in_double), otherwise=in_its_own
     ):
         raise TraceError(
             f"the model answers otherwise than its trace by torch.export, by {off:.2g} of the largest answer: its code goes another way while it is "
