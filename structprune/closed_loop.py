@@ -185,12 +185,13 @@ def plan_for_latency(
             branches=saliency.branches,
         )
 
-    def tell(words: str) -> None:
-        say(f"round {len(search.forgotten) + len(search.tried) + 1}: {words}")
-
     share = asked.value / whole if asked.absolute else asked.value
     search = _Search(share, share, dense.latency)
     waits = iter(_WAITS)
+
+    def tell(words: str) -> None:
+        say(f"round {len(search.forgotten) + len(search.tried) + 1}: {words}")
+
     with BenchProcess() as bench:
         bench.start()  # its imports take as long as the first solution
         for _ in range(2 * _MOST_ROUNDS):

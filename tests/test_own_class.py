@@ -89,7 +89,10 @@ class ByOffsets(nn.Module):
 
 
 class ByQuotient(nn.Module):
-    """How wide a head is follows from two attributes, of which one is the number of heads; a third number is as large as the other, and stays."""
+    """How wide a head is follows from two attributes, of which one is the number of heads; a third number is as large as the other, and stays.
+
+    The number of heads is read in a statement before, with another.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,8 +101,9 @@ class ByQuotient(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x).relu()
-        v = self.values(x).view(*x.shape[:2], self.heads, self.width // self.heads).transpose(1, 2)
-        return self.out((v @ (v.mT @ v).softmax(-1)).transpose(1, 2).flatten(2)) * self.most
+        heads, most = self.heads, self.most
+        v = self.values(x).view(*x.shape[:2], heads, self.width // self.heads).transpose(1, 2)
+        return self.out((v @ (v.mT @ v).softmax(-1)).transpose(1, 2).flatten(2)) * most
 
 
 class Sliced(nn.Module):

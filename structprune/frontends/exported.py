@@ -192,23 +192,24 @@ def _may_be(node: Any) -> Iterator[fx.Node]:
 
 def _name_owners(module: fx.GraphModule, model: nn.Module) -> None:
     """Of a model of which one module has two names, torch says 'layers.slice(1, None, None).0' of what its code reached by `self.layers[1:]`."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     for node in module.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
         if any("slice(" in path for path, _ in stack.values()):
-            node.meta["nn_module_stack"] = {key: (_name_in(model, path), of_class) for key, (path, of_class) in stack.items()}
+            node.meta["nn_module_stack"] = {key: (_name_in(modules, path), of_class) for key, (path, of_class) in stack.items()}
 
 
-def _name_in(model: nn.Module, path: str) -> str:
+def _name_in(modules: Mapping[str, nn.Module], path: str) -> str:
     """A module's name, from a path that may go through parts of containers; of such a part, the container's."""
     name: list[str] = []
     part: list[str] | None = None
     for step in path.split("."):
-        if cut := _SLICE.fullmatch(step):
-            container = model.get_submodule(".".join(name))
+        cut, container = _SLICE.fullmatch(step), modules.get(".".join(name))
+        if cut and container is not None:
             keys = part if part is not None else list(container._modules)
             part = keys[slice(*(None if n == "None" else int(n) for n in cut.groups()))]
         else:
-            name.append(step if part is None or isinstance(container, nn.Sequential) else part[int(step)])  # a part of a list counts anew
+            name.append(part[int(step)] if part is not None and isinstance(container, nn.ModuleList) else step)  # a part of a list counts anew
             part = None
     return ".".join(name)
 

@@ -6,7 +6,7 @@ import ast
 import linecache
 import operator
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -54,7 +54,7 @@ def numbers_behind(file: str, line: int) -> Sequence[ast.Assign]:
     named, found = _names_in(around[-1]), []
     assigned = [s for s in ast.walk(function) if isinstance(s, ast.Assign) and s.lineno < line]
     for assignment in sorted(assigned, key=lambda s: s.lineno, reverse=True):
-        if not named.isdisjoint(map(ast.unparse, assignment.targets)) and all(isinstance(n, _OF_NUMBERS) for n in ast.walk(assignment.value)):
+        if not named.isdisjoint(_names_given(assignment)) and all(isinstance(n, _OF_NUMBERS) for n in ast.walk(assignment.value)):
             found.append(assignment)
             named |= _names_in(assignment.value)
     return found
@@ -103,6 +103,14 @@ def _attributes_of(part: ast.expr) -> list[str] | None:
 
 def _path(attribute: ast.expr) -> str:
     return ast.unparse(attribute).removeprefix("self.")
+
+
+def _names_given(assignment: ast.Assign) -> Iterator[str]:
+    """`a = b = 1`, `a, b = 1, 2`."""
+    for target in assignment.targets:
+        for part in target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]:
+            if isinstance(part, ast.Name):
+                yield part.id
 
 
 def _names_in(node: ast.AST) -> set[str]:
