@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import oracle
 import pytest
@@ -258,6 +259,12 @@ def test_a_failing_export_prints_nothing(capfd: pytest.CaptureFixture[str]) -> N
     with pytest.raises(sp.StructpruneError, match="branches on values of tensors"):
         sp.trace(Branches(), torch.randn(2, 3))
     assert capfd.readouterr() == ("", "")
+
+
+def test_code_that_goes_on_in_numpy_is_told_so() -> None:
+    model = Of(lambda m, x: torch.from_numpy(np.maximum(m.a(x).detach().numpy(), 0)), a=nn.Linear(3, 8))
+    with pytest.raises(sp.StructpruneError, match=r"test_infer.py:\d+: .*the code goes on in NumPy"):
+        sp.trace(model, torch.randn(2, 3))
 
 
 class Checked(nn.Module):

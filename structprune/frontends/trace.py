@@ -383,7 +383,9 @@ def _two_samples(tensor: Tensor) -> Tensor:
 def _explained(error: BaseException) -> TraceError:
     """One line: what failed, in which line of the user's code, and what to change."""
     text = str(error)
-    if _is_of_values(error):
+    if ".numpy()" in text:
+        advice = "the code goes on in NumPy, where no trace can follow: compress the part before it (what comes after a network often has a switch)"
+    elif _is_of_values(error):
         advice = "the code branches on values of tensors: use torch.where or torch.cond, or compress the part before it"
     elif UNKNOWN_CLASS in text:
         advice = "let the model answer tensors, or a tuple, dict or dataclass of them"
