@@ -57,6 +57,22 @@ def test_a_table_on_which_little_depends_keeps_its_size() -> None:
     assert type(sp.compress(model, tuple(inputs), target="channels=0.5").model) is Of
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_what_no_window_moves_along_can_shrink(kind: type[nn.Module]) -> None:
+    """A convolution over tokens, to which their entries are the columns of a picture (the values of Nystromformer)."""
+    torch.manual_seed(0)
+
+    def model(**settings: Any) -> Of:
+        window = kind(1, 1, **settings)
+        columns = window(torch.zeros(1, 7, 8)).shape[-1]
+        return Of(lambda m, x: m.c(m.b(m.a(x)[:, None])[:, 0]), a=nn.Linear(6, 8), b=window, c=nn.Linear(columns, 3))
+
+    x = torch.randn(2, 7, 6)
+    assert pruned(model(kernel_size=(5, 1), padding=(2, 0), stride=(2, 1)), [x])["a.weight"] == (4, 6)
+    for moving in ({"kernel_size": (5, 3), "padding": (0, 1)}, {"kernel_size": (5, 1), "padding": (0, 1)}, {"kernel_size": (5, 1), "stride": (1, 2)}):
+        assert frozen(model(**moving), [x], "a.weight", 0) == ["a convolution window slides along this axis"]
+
+
 def test_an_empty_part_freezes_nothing() -> None:
     def run(m: Of, x: Tensor) -> Tensor:
         q = m.a(x)

@@ -49,16 +49,20 @@ def _grouped(eq: Equations, channels: Axis, groups: int, inner: Axis) -> Axis:
     return outer
 
 
-def _window(eq: Equations, space: Shape, out: tuple[int, ...], pointwise: bool) -> Shape:
-    """The spatial axes after a sliding window; they pass through a window of one."""
-    if pointwise:
-        return space
-    eq.freeze(_WINDOW, *space)
-    return tuple(eq.frozen(size, _WINDOW) for size in out)
+def _window(eq: Equations, space: Shape, window: Shape, steps: Any, *others: Any) -> Shape:
+    """The spatial axes after a sliding window; they pass through where it has one entry, steps by one, and the `others`, paddings, add none."""
+    rank = len(space)
+    moves = [(axis.size, *(_along(value, rank)[place] for value in (steps, *others))) for place, axis in enumerate(window)]
+    passes = [move == (1, 1, *(0 for _ in others)) for move in moves]
+    eq.freeze(_WINDOW, *window, *(axis for axis, through in zip(space, passes, strict=True) if not through))
+    answer = zip(space, eq.out[-rank:], passes, strict=True)
+    return tuple(axis if through else eq.frozen(size, _WINDOW) for axis, size, through in answer)
 
 
-def _all(value: Any, number: int) -> bool:
-    return all(v == number for v in (value if isinstance(value, (list, tuple)) else [value]))
+def _along(value: Any, rank: int) -> list[Any]:
+    """A setting of a convolution for each spatial axis; one number is for all of them."""
+    several = list(value) if isinstance(value, (list, tuple)) else [value]
+    return several * rank if len(several) == 1 else several
 
 
 @rule("conv1d", "conv2d", "conv3d")
@@ -75,9 +79,7 @@ def conv(
     eq.equate(out, product((group, filters)))
     if bias is not None:
         eq.equate(out, bias[0])
-    eq.freeze(_WINDOW, *window)
-    pointwise = all(w.size == 1 for w in window) and _all(stride, 1) and (padding in ("same", "valid") or _all(padding, 0))
-    space = _window(eq, x[-rank:], eq.out[-rank:], pointwise)
+    space = _window(eq, x[-rank:], tuple(window), stride, 0 if padding in ("same", "valid") else padding)
     eq.macs(*batch, group, filters, inner, *window, *space)
     return (*batch, out, *space)
 
@@ -98,8 +100,7 @@ def conv_transpose(
     out = product((group, filters))
     if bias is not None:
         eq.equate(out, bias[0])
-    eq.freeze(_WINDOW, *window)
-    space = _window(eq, x[-rank:], eq.out[-rank:], pointwise=False)
+    space = _window(eq, x[-rank:], tuple(window), stride, padding, output_padding)
     eq.macs(*batch, group, filters, inner, *window, *x[-rank:])
     return (*batch, out, *space)
 
