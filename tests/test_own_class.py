@@ -133,6 +133,32 @@ class Gate(nn.Module):
         return self.out(left.tanh() * right) / self.most
 
 
+class Attending(nn.Module):
+    """As many heads, which a softmax keeps, as they are wide: the number that shrinks is that of the entries of each."""
+
+    def __init__(self, local: nn.Module) -> None:
+        super().__init__()
+        self.heads, self.local, self.values, self.out = 4, local, nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        number, tokens, width = x.shape
+        values = self.values(x).view(number, tokens, self.heads, width // self.heads)
+        rows = (values * values.sum(-1, keepdim=True).softmax(2)).flatten(2)
+        return self.out(rows + self.local(rows.mT).mT)
+
+
+class Sharing(nn.Module):
+    """A convolution that two layers share with who holds them all (CoaT): torch tells it by the name by which its caller has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.local = nn.Conv1d(16, 16, 3, padding=1, groups=16)
+        self.stem, self.layers = nn.Linear(6, 16), nn.Sequential(Attending(self.local), Attending(self.local), nn.Linear(16, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(self.stem(x).relu())
+
+
 class Grouped(nn.Module):
     """Of two attributes that hold one number the code mentions one, and computes with both (torchtune)."""
 
@@ -236,11 +262,12 @@ class Chosen(nn.Module):
         (ByOffsets(), torch.randn(2, 5, 6)),
         (ByQuotient(), torch.randn(2, 5, 6)),
         (Sliced(), torch.randn(3, 6)),
+        (Sharing(), torch.randn(2, 5, 6)),
         (Grouped(), torch.randn(2, 5, 6)),
         (ByChance(), torch.randn(2, 3, 5, 32)),
         (Chosen(), torch.randn(2, 7, 6)),
     ],
-    ids=["in a method", "by variables", "by offsets", "by a quotient", "parts of lists", "two of one size", "by chance", "a child that stays"],
+    ids=["in a method", "by variables", "by offsets", "by quotients", "parts of lists", "shared", "of one size", "by chance", "stays in a child"],
 )
 def test_attributes_follow(model: nn.Module, x: Tensor) -> None:
     in_its_class(model, (x,), "channels=0.5")

@@ -15,7 +15,7 @@ from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from structprune.ir.graph import formulas_of, owners_of, source_code_of
@@ -35,7 +35,8 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 def guesses(model: nn.Module, tensors: Mapping[int, Tensor], literals: Literals) -> Iterator[Attributes]:
     """tensors: the small ones, by the identity of the original ones."""
     modules = dict(model.named_modules())
-    choices = list(itertools.islice(_choices(modules, _explanations(modules, literals)), _CHOICES))
+    makers = _makers(model, modules, literals)
+    choices = list(itertools.islice(_choices(modules, _explanations(modules, makers, literals)), _CHOICES))
     tried: list[Attributes] = []
     of_torch = {name: module for name, module in modules.items() if _is_of_torch(module)}  # classes made of these may compute scales from their sizes
     few = choices[:2]
@@ -90,6 +91,8 @@ def _choices(modules: Mapping[str, nn.Module], changes: Sequence[Sequence[_Optio
     if any(o.doubt == _IMPLIED for all_of in changes for o in all_of):
         yield _innermost(_explained(changes, lambda o: o.doubt == _MENTIONED))
     yield []
+    for chance in dict.fromkeys(_key(modules, o) for o in _innermost(sure) if not _is_of_torch(modules[o.owner])):  # eight heads, as wide as eight
+        yield [option for option in _innermost(sure) if _key(modules, option) != chance]
     for explained in (sure, held):
         yield from _smallest_sets(modules, explained)
     for chosen in dict.fromkeys(_key(modules, o) for all_of in changes for o in all_of if o.doubt == _COMPUTED):
@@ -111,15 +114,24 @@ def _key(modules: Mapping[str, nn.Module], option: _Option) -> tuple[type, str]:
     return type(modules[option.owner]), option.name
 
 
-def _explanations(modules: Mapping[str, nn.Module], literals: Literals) -> list[tuple[_Option, ...]]:
+def _makers(model: nn.Module, modules: Mapping[str, nn.Module], literals: Literals) -> dict[fx.Node, list[str]]:
+    """For every node with a number that changed, the modules whose forward made it, the innermost first, each by the name that it has in `modules`.
+
+    A module that several share is told by the name by which its caller reached it.
+    """
+    names = {id(module): name for name, module in modules.items()}
+    shared = {name: names[id(module)] for name, module in model.named_modules(remove_duplicate=False)}
+    return {node: [shared[owner] for owner in owners_of(node) if owner in shared] for node in literals}
+
+
+def _explanations(modules: Mapping[str, nn.Module], makers: Mapping[fx.Node, Sequence[str]], literals: Literals) -> list[tuple[_Option, ...]]:
     """For every number that changed, the attributes that may explain it, those of the innermost module first."""
     found: dict[tuple[_Option, ...], None] = {}
     for node, changes in literals.items():
         code = source_code_of(node)
-        owners = [o for o in owners_of(node) if o in modules]
         for old, new in changes:
             options: list[_Option] = []
-            for level, owner in enumerate(owners):
+            for level, owner in enumerate(makers[node]):
                 children = [f"{owner}.{child}" if owner else child for child, _ in modules[owner].named_children()] if level == 0 else []
                 own = [c for c in children if c in modules and not _is_of_torch(modules[c])]  # a shared child has one name
                 near = [owner, *own]
@@ -129,10 +141,12 @@ def _explanations(modules: Mapping[str, nn.Module], literals: Literals) -> list[
                 options += [o for o in more if _place(modules, o) not in known_so_far]  # settings that many modules share are one thing
             if options:
                 found[tuple(options)] = None
-    return [*found, *dict.fromkeys(_implied(modules, literals, found))]
+    return [*found, *dict.fromkeys(_implied(modules, makers, literals, found))]
 
 
-def _implied(modules: Mapping[str, nn.Module], literals: Literals, explained: Iterable[Sequence[_Option]]) -> Iterator[tuple[_Option, ...]]:
+def _implied(
+    modules: Mapping[str, nn.Module], makers: Mapping[fx.Node, Sequence[str]], literals: Literals, explained: Iterable[Sequence[_Option]]
+) -> Iterator[tuple[_Option, ...]]:
     """Attributes of which, and of others that surely change, code computes a number: what they must be for that to be the number that it is now."""
     known: dict[tuple[int, str], dict[int, int]] = {}
     for option in itertools.chain.from_iterable(explained):
@@ -141,7 +155,7 @@ def _implied(modules: Mapping[str, nn.Module], literals: Literals, explained: It
     for node, changes in literals.items():
         numbers = set(_numbers_in(pytree.tree_leaves((node.args, node.kwargs))))
         after = {old: new for old, new in changes if isinstance(old, int) and isinstance(new, int)}
-        for formula, owner in itertools.product(formulas_of(node), (o for o in owners_of(node) if o in modules)):
+        for formula, owner in itertools.product(formulas_of(node), makers[node]):
             held = {name: value for name, value in _values_in(modules[owner]).items() if type(value) is int}
             if not all(name in held for name in formula.names) or (old := formula(held)) not in numbers:
                 continue
