@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -181,15 +183,34 @@ def test_a_weight_that_is_used_raw_as_well_is_not_folded() -> None:
     assert not sp.trace(model, torch.randn(3, 6)).standardised
 
 
-def test_a_layer_that_pads_before_a_standardised_weight_comes_back_as_a_graph() -> None:
-    class Padded(Standardised):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(F.pad(x, (0, 1, 0, 1)))
+class Padding(Standardised):
+    """Pads its input by as much as its size asks for (the NF-Nets of DeepMind, hybrids of ResNet and ViT), or always by the same."""
 
+    def __init__(self, *sizes: int, by_size: bool, **options: Any):
+        super().__init__(*sizes, **options)
+        self.by_size = by_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads = []
+        for size in x.shape[:1:-1] if self.by_size else ():
+            short = max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0)
+            pads += [short // 2, short - short // 2]
+        return super().forward(F.pad(x, pads or (0, 1, 0, 1)))
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+def test_a_layer_that_pads_before_a_standardised_weight(by_size: bool) -> None:
     torch.manual_seed(0)
-    model = Of(lambda m, x: m.b(F.relu(m.a(x)).mean((2, 3))), a=Padded(3, 8, 2), b=nn.Linear(8, 4)).eval()
+    layer = Padding(3, 8, 3, stride=2, by_size=by_size)
+    model = Of(lambda m, x: m.b(F.relu(m.a(x)).mean((2, 3))), a=layer, b=nn.Linear(8, 4)).eval()
     result = sp.compress(model, (torch.randn(2, 3, 6, 6),), target="channels=0.5")
-    assert isinstance(result.model, torch.fx.GraphModule) and result.model(torch.randn(5, 3, 6, 6)).shape == (5, 4)
+    assert isinstance(result.model, Of) == by_size  # pads of 0 and 1 are right for the example, and not for other sizes
+    if by_size:
+        wide = copy.deepcopy(model)
+        kept = result.plan.tensors["b.weight"].keep[1]
+        wide.b.weight.data = torch.zeros(4, 8).index_copy(1, torch.tensor(kept), model.b.weight.data[:, kept])
+        other = torch.randn(5, 3, 9, 11)
+        torch.testing.assert_close(result.model(other), wide(other))
 
 
 def test_widths_beside_each_other_take_the_same_share() -> None:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from structprune.ir.graph import Graph, attribute, computed_of, held_by, memo_for, owners_of
@@ -78,7 +79,7 @@ def _standardised(graph: fx.Graph) -> dict[fx.Node, dict[fx.Node, list[fx.Node]]
 def with_plain_layers(model: nn.Module, graph: Graph) -> nn.Module:
     """The model with a plain convolution or linear layer, which holds the folded weight, for each layer that standardises its own.
 
-    All tensors are shared with the model and the graph. A layer that does more (pads its input by itself) stays, and no longer fits the graph.
+    All tensors are shared with the model and the graph. A layer that does more stays, and no longer fits the graph.
     """
     shared = {id(tensor): tensor for tensor in held_by(model).values()}
     model = copy.deepcopy(model, memo_for(model) | shared)
@@ -90,15 +91,45 @@ def with_plain_layers(model: nn.Module, graph: Graph) -> nn.Module:
         for name in graph.aliases[weight]:
             path, _, own = name.rpartition(".")
             layer = model.get_submodule(path)
+            more = [n for n in made[path] if not _weighs_by(n, weight)]
             base = next((kind for kind in _PLAIN if isinstance(layer, kind)), None)
-            if base is None or own != "weight" or not all(_weighs_by(n, weight) for n in made[path]):
+            if base is None or own != "weight" or any(operator_name(n) not in ("pad", "constant_pad_nd") for n in more):
                 continue
-            plain = base.__new__(base)
-            vars(plain).update(
-                vars(layer) | {"_parameters": {"weight": attribute(graph.module, weight), "bias": layer.bias}, "_buffers": {}, "_modules": {}}
-            )
-            model.set_submodule(path, plain)
+            plain = _plain_layer(layer, PaddedConv2d if more else base, attribute(graph.module, weight))
+            if not more or (base is nn.Conv2d and _pads_alike(layer, plain)):
+                model.set_submodule(path, plain)
     return model
+
+
+class PaddedConv2d(nn.Conv2d):
+    """A convolution that answers ⌈size / stride⌉ positions along each axis, of an input with zeros around it: "SAME" of TensorFlow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for size, window, step, dilation in zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True):
+            missing = max((-(-size // step) - 1) * step + dilation * (window - 1) + 1 - size, 0)
+            pads = [missing // 2, missing - missing // 2, *pads]  # torch names the last axis first
+        return super().forward(F.pad(x, pads))
+
+
+def _plain_layer(layer: nn.Module, kind: type[nn.Module], weight: Tensor) -> nn.Module:
+    """A layer of the given kind, with the settings of another, and a weight that is used as it is."""
+    plain = kind.__new__(kind)
+    vars(plain).update(vars(layer) | {"_parameters": {"weight": weight, "bias": layer.bias}, "_buffers": {}, "_modules": {}})
+    return plain
+
+
+@torch.no_grad()
+def _pads_alike(layer: nn.Module, plain: nn.Module) -> bool:
+    """Whether two layers answer the same at sizes that leave a stride every rest that it has."""
+    window, stride = (max(getattr(layer, name)) for name in ("kernel_size", "stride"))
+    weight = layer.get_parameter("weight")
+    channels = weight.shape[1] * int(layer.groups)  # type: ignore[arg-type]
+    for size in range(window, window + 2 * stride):
+        x = torch.linspace(-9, 9, channels * size * (size + 1), dtype=weight.dtype, device=weight.device).sin().view(1, channels, size, size + 1)
+        if (one := layer(x)).shape != (other := plain(x)).shape or not torch.allclose(one, other, rtol=1e-3, atol=1e-4):
+            return False
+    return True
 
 
 def _weighs_by(node: fx.Node, weight: str) -> bool:
