@@ -145,11 +145,27 @@ def by_divided_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.mT + (q @ k.mT).flip(-1)) / math.sqrt(k.shape[-1])).softmax(-1) @ v
 
 
+def by_summed_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of every query and key entry by entry, as over the edges of a graph (TransformerConv)."""
+    return ((q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+
+
 def by_equation(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("b h i j, b h j d -> b h i d", (torch.einsum("b h i d, b h j d -> b h i j", q, k) * q.shape[-1] ** -0.5).softmax(-1), v)
 
 
-@pytest.mark.parametrize("attend", [by_operator, by_operator_that_is_told, by_scaled_queries, by_divided_product, by_divided_sum, by_equation])
+ATTENTIONS = [
+    by_operator,
+    by_operator_that_is_told,
+    by_scaled_queries,
+    by_divided_product,
+    by_divided_sum,
+    by_summed_products,
+    by_equation,
+]
+
+
+@pytest.mark.parametrize("attend", ATTENTIONS)
 def test_a_class_with_hooks_can_be_saved_and_loaded(attend: Attend) -> None:
     torch.manual_seed(0)
     model, x = Fused(attend).eval(), torch.randn(2, 5, 12)

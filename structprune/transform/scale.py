@@ -107,6 +107,8 @@ def _contracted(node: fx.Node, types: Types) -> Sequence[Axis]:
     if name == "einsum":
         answer = types.shape(node)
         return [axis for axis in types.shape(node.args[1][0]) if axis not in answer]  # type: ignore[index, arg-type]
+    if name == "sum" and (axes := node.args[1:2]) and isinstance(axes[0], list):  # of products entry by entry
+        return [types.shape(node.args[0])[axis] for axis in axes[0]]  # type: ignore[index]
     terms = node.all_input_nodes if name == "add" or name in _LAYOUTS else ()
     return next((found for term in terms if (found := _contracted(term, types))), ())
 
