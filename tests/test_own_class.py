@@ -133,6 +133,30 @@ class Gate(nn.Module):
         return self.out(left.tanh() * right) / self.most
 
 
+class Making(nn.Module):
+    """Two attributes of one number, one after the other in the code: of the last such layer only the first shrinks (NNConv)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs = self.outputs = 16
+        self.weights = nn.Linear(4, 256)
+
+    def forward(self, x: Tensor, by: Tensor) -> Tensor:
+        return (x.unsqueeze(1) @ self.weights(by).view(-1, self.inputs, self.outputs)).squeeze(1)
+
+
+class Made(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layers = nn.Linear(6, 16), nn.ModuleList([Making(), Making()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        for layer in self.layers:
+            y = layer(y.relu(), x[:, :4])
+        return y
+
+
 class Attending(nn.Module):
     """As many heads, which a softmax keeps, as they are wide: the number that shrinks is that of the entries of each."""
 
@@ -262,12 +286,13 @@ class Chosen(nn.Module):
         (ByOffsets(), torch.randn(2, 5, 6)),
         (ByQuotient(), torch.randn(2, 5, 6)),
         (Sliced(), torch.randn(3, 6)),
+        (Made(), torch.randn(3, 6)),
         (Sharing(), torch.randn(2, 5, 6)),
         (Grouped(), torch.randn(2, 5, 6)),
         (ByChance(), torch.randn(2, 3, 5, 32)),
         (Chosen(), torch.randn(2, 7, 6)),
     ],
-    ids=["in a method", "by variables", "by offsets", "by quotients", "parts of lists", "shared", "of one size", "by chance", "stays in a child"],
+    ids=["method", "variables", "offsets", "quotient", "lists", "turns", "shared", "grouped", "chance", "child"],
 )
 def test_attributes_follow(model: nn.Module, x: Tensor) -> None:
     in_its_class(model, (x,), "channels=0.5")

@@ -75,6 +75,7 @@ class _Option(NamedTuple):
     doubt: int  # _MENTIONED in the source line; or _IMPLIED by one that is: half the heads, as wide as before, are half of `self.width` in
     # `self.width // self.heads`; or _HELD by the module; or the number may be _COMPUTED from it: 3 · self.width, or self.width // 2; or it is
     # _BESIDE one that is mentioned, and as large: heads of queries and of keys
+    in_turn: bool = True  # not of `view(-1, self.inputs, self.outputs)`, where both are 32 and the other number changed
 
 
 def _choices(modules: Mapping[str, nn.Module], changes: Sequence[Sequence[_Option]]) -> Iterator[list[_Option]]:
@@ -84,7 +85,8 @@ def _choices(modules: Mapping[str, nn.Module], changes: Sequence[Sequence[_Optio
     attribute, and any that an attribute holds by chance: modules further out, a child beside the module that made a node, or one of many.
     """
     sure, held, computed = (_explained(changes, lambda o, most=doubt: o.doubt <= most) for doubt in (_IMPLIED, _HELD, _COMPUTED))  # type: ignore[misc]
-    yield from map(_innermost, (sure, held, computed))
+    in_turn = _explained(changes, lambda o: o.doubt <= _IMPLIED and o.in_turn)
+    yield from map(_innermost, (sure, held, computed) if in_turn == sure else (in_turn, sure, held, computed))
     yield [option for options in held for option in options if option.level == 0 and option.owner == options[0].owner]
     yield [option for options in held if len(options) == 1 for option in options]
     yield _innermost(_explained(changes, lambda o: o.doubt != _COMPUTED))
@@ -137,7 +139,7 @@ def _explanations(modules: Mapping[str, nn.Module], makers: Mapping[fx.Node, Seq
                 near = [owner, *own]
                 known = level == 0 and _is_of_torch(modules[owner])
                 known_so_far = {_place(modules, o) for o in options}
-                more = _holding({n: _values_in(modules[n]) for n in near}, code, level, old, new, known)
+                more = _in_turn(_holding({n: _values_in(modules[n]) for n in near}, code, level, old, new, known), code, changes)
                 options += [o for o in more if _place(modules, o) not in known_so_far]  # settings that many modules share are one thing
             if options:
                 found[tuple(options)] = None
@@ -202,8 +204,7 @@ def _holding(held: Mapping[str, Mapping[str, Any]], code: str, level: int, old: 
     """
 
     def mentioned(name: str, before: str = r"\._*") -> bool:
-        *_, last = name.split(".")
-        return re.search(rf"{before}{last.lstrip('_')}\b(?!\s*=[^=])", code) is not None  # a public name and a private one of the same are one thing
+        return _mention(name, code, before) is not None
 
     found = [(m, a) for m, attributes in held.items() for a, v in attributes.items() if _holds(v, old)]
     sure = [_Option(level, m, a, old, new, _MENTIONED) for m, a in found if known or mentioned(a)]
@@ -218,6 +219,23 @@ def _holding(held: Mapping[str, Mapping[str, Any]], code: str, level: int, old: 
     factors = [_Option(level, module, a, v, v * new // old, _COMPUTED) for a, v in numbers if old % v == 0 and v * new % old == 0]
     multiples = [_Option(level, module, a, v, v // old * new, _COMPUTED) for a, v in numbers if v % old == 0]
     return [*factors, *multiples] or by_chance
+
+
+def _mention(name: str, code: str, before: str = r"\._*") -> re.Match[str] | None:
+    """Where code first reads an attribute; a public name and a private one of the same are one thing."""
+    *_, last = name.split(".")
+    return re.search(rf"{before}{last.lstrip('_')}\b(?!\s*=[^=])", code)
+
+
+def _in_turn(options: Sequence[_Option], code: str, changes: Sequence[tuple[Number, Number]]) -> list[_Option]:
+    """The same, where the code names as many attributes as a list has of that number: those whose turn it is are the ones that changed there."""
+    sites = {o: site.start() for o in options if o.doubt == _MENTIONED and (site := _mention(o.name, code)) is not None}
+    for before, after in changes:
+        if isinstance(before, tuple) and isinstance(after, tuple) and 1 < len(set(sites.values())) == before.count(options[0].old):
+            now = [new for old, new in zip(before, after, strict=True) if old == options[0].old]
+            turns = dict(zip(sorted(set(sites.values())), now, strict=True))
+            return [o._replace(in_turn=o not in sites or turns[sites[o]] == o.new) for o in options]
+    return list(options)
 
 
 def _smallest_sets(modules: Mapping[str, nn.Module], changes: Sequence[tuple[_Option, ...]]) -> Iterator[list[_Option]]:
