@@ -93,8 +93,8 @@ def _choices(modules: Mapping[str, nn.Module], changes: Sequence[Sequence[_Optio
     if any(o.doubt == _IMPLIED for all_of in changes for o in all_of):
         yield _innermost(_explained(changes, lambda o: o.doubt == _MENTIONED))
     yield []
-    for chance in dict.fromkeys(_key(modules, o) for o in _innermost(sure) if not _is_of_torch(modules[o.owner])):  # eight heads, as wide as eight
-        yield [option for option in _innermost(sure) if _key(modules, option) != chance]
+    for other in dict.fromkeys(_key(modules, o) for o in _innermost(sure) if not _is_of_torch(modules[o.owner])):
+        yield [o for o in _innermost(sure) if _key(modules, o) != other]  # of eight heads, eight entries wide, what changed was the width
     for explained in (sure, held):
         yield from _smallest_sets(modules, explained)
     for chosen in dict.fromkeys(_key(modules, o) for all_of in changes for o in all_of if o.doubt == _COMPUTED):
@@ -230,10 +230,12 @@ def _mention(name: str, code: str, before: str = r"\._*") -> re.Match[str] | Non
 def _in_turn(options: Sequence[_Option], code: str, changes: Sequence[tuple[Number, Number]]) -> list[_Option]:
     """The same, where the code names as many attributes as a list has of that number: those whose turn it is are the ones that changed there."""
     sites = {o: site.start() for o in options if o.doubt == _MENTIONED and (site := _mention(o.name, code)) is not None}
-    for before, after in changes:
-        if isinstance(before, tuple) and isinstance(after, tuple) and 1 < len(set(sites.values())) == before.count(options[0].old):
-            now = [new for old, new in zip(before, after, strict=True) if old == options[0].old]
-            turns = dict(zip(sorted(set(sites.values())), now, strict=True))
+    order = sorted(set(sites.values()))
+    lists = [(b, a) for b, a in changes if isinstance(b, tuple) and isinstance(a, tuple) and len(b) == len(a)]
+    for before, after in lists if len(order) > 1 else ():
+        now = [new for old, new in zip(before, after, strict=True) if old == options[0].old]
+        if len(now) == len(order):
+            turns = dict(zip(order, now, strict=True))
             return [o._replace(in_turn=o not in sites or turns[sites[o]] == o.new) for o in options]
     return list(options)
 
