@@ -20,6 +20,7 @@ from structprune.ops import RULES, contraction
 
 _STATISTICS = frozenset({"batch_norm", "instance_norm", "layer_norm", "mean", "std", "std_mean", "var", "var_mean"})
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_PADDING = frozenset({"pad", "constant_pad_nd"})
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,12 @@ def with_plain_layers(model: nn.Module, graph: Graph) -> nn.Module:
         for name in graph.aliases[weight]:
             path, _, own = name.rpartition(".")
             layer = model.get_submodule(path)
-            more = [n for n in made[path] if not _weighs_by(n, weight)]
             base = next((kind for kind in _PLAIN if isinstance(layer, kind)), None)
-            if base is None or own != "weight" or any(operator_name(n) not in ("pad", "constant_pad_nd") for n in more):
+            more = {operator_name(n) for n in made[path] if not _weighs_by(n, weight)}
+            if base is None or own != "weight" or (more and not (base is nn.Conv2d and more <= _PADDING)):
                 continue
             plain = _plain_layer(layer, PaddedConv2d if more else base, attribute(graph.module, weight))
-            if not more or (base is nn.Conv2d and _pads_alike(layer, plain)):
+            if not more or _pads_alike(layer, plain):
                 model.set_submodule(path, plain)
     return model
 
