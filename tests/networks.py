@@ -178,14 +178,6 @@ def convolution_in_time(draw: st.DrawFn, state: State) -> Step:
     return Step(lambda m, x: m.conv(x.transpose(1, 2)).transpose(1, 2), conv=conv)
 
 
-@step(SEQUENCE, when=many(2))
-def convolution_over_tokens(draw: st.DrawFn, state: State) -> Step:
-    """Of every head alone or of all: the entries of a head are the columns of its picture, along which no window moves."""
-    heads, kind = one_of(draw, 1, 2), one_of(draw, nn.Conv2d, nn.ConvTranspose2d)
-    conv = kind(heads, heads, (3, 1), padding=(1, 0), groups=one_of(draw, *divisors(heads)))
-    return Step(lambda m, x: m.conv(x.unflatten(-1, (heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2), conv=conv)
-
-
 @step(IMAGE)
 def functional_convolution(draw: st.DrawFn, state: State) -> Step:
     weight = nn.Parameter(torch.randn(draw(WIDTHS), state.channels, 1, 1))
@@ -690,6 +682,14 @@ def image_to_sequence(draw: st.DrawFn, state: State) -> Step:
 def pool_tokens(draw: st.DrawFn, state: State) -> Step:
     how = one_of(draw, lambda x: x[:, 0], lambda x: x.mean(1), lambda x: x.amax(1))
     return Step(lambda m, x: how(x))
+
+
+@step(SEQUENCE, when=many(2))
+def convolution_over_tokens(draw: st.DrawFn, state: State) -> Step:
+    """Of every head alone or of all: the entries of a head are the columns of its picture, along which no window moves."""
+    heads, kind = one_of(draw, 1, 2), one_of(draw, nn.Conv2d, nn.ConvTranspose2d)
+    conv = kind(heads, heads, (3, 1), padding=(1, 0), groups=one_of(draw, *divisors(heads)))
+    return Step(lambda m, x: m.conv(x.unflatten(-1, (heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2), conv=conv)
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
