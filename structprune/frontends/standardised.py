@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from structprune.frontends.padding import same_padding
 from structprune.ir.graph import Graph, attribute, computed_of, held_by, memo_for, owners_of
 from structprune.ir.operators import has_effect, operator_name
 from structprune.ops import RULES, contraction
@@ -106,11 +107,8 @@ class PaddedConv2d(nn.Conv2d):
     """A convolution that answers ⌈size / stride⌉ positions along each axis, of an input with zeros around it: "SAME" of TensorFlow."""
 
     def forward(self, x: Tensor) -> Tensor:
-        pads: list[int] = []
-        for size, window, step, dilation in zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True):
-            missing = max((-(-size // step) - 1) * step + dilation * (window - 1) + 1 - size, 0)
-            pads = [missing // 2, missing - missing // 2, *pads]  # torch names the last axis first
-        return super().forward(F.pad(x, pads))
+        above, left, below, right = same_padding(x.shape[2:], self.kernel_size, self.stride, self.dilation)
+        return super().forward(F.pad(x, (left, right, above, below)))
 
 
 def _plain_layer(layer: nn.Module, kind: type[nn.Module], weight: Tensor) -> nn.Module:

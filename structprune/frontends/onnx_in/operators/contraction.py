@@ -10,6 +10,7 @@ from torch import Tensor
 
 from structprune.frontends.onnx_in.table import Call, operator
 from structprune.frontends.onnx_in.values import Unsupported, Value, operand
+from structprune.frontends.padding import same_padding
 
 
 @operator("MatMul")
@@ -43,15 +44,6 @@ def einsum(call: Call, *operands: Tensor) -> Tensor:
 
 
 # --- convolution ----------------------------------------------------------------------------------------------------------------
-
-
-def same_padding(space: Any, window: list[int], stride: list[int], dilation: list[int], upper: bool) -> list[Any]:
-    """What auto_pad=SAME_UPPER or SAME_LOWER adds: before every axis, then after every axis."""
-    total = [
-        torch.sym_max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0) for n, k, s, d in zip(space, window, stride, dilation, strict=True)
-    ]  # fmt: skip
-    less, more = [t // 2 for t in total], [t - t // 2 for t in total]
-    return [*less, *more] if upper else [*more, *less]
 
 
 def window_of(call: Call, x: Tensor, window: list[int]) -> tuple[list[int], list[int], list[Any]]:
