@@ -443,6 +443,16 @@ def test_a_budget_out_of_reach_says_how_close_one_comes(method: str) -> None:
         decide.allocate(groups, parse_target("macs=0.0001"), decide.scored(graph, groups, "l2")[1], method=method)
 
 
+def test_uniform_widths_use_a_budget_where_one_channel_of_a_few_is_much_of_the_work() -> None:
+    points = itertools.chain.from_iterable((nn.Conv2d(12 if i else 4, 12, 1), nn.ReLU()) for i in range(16))
+    model = nn.Sequential(nn.Conv2d(3, 4, 17, padding=8), nn.ReLU(), *points, nn.Conv2d(12, 3, 1)).eval()
+    groups = sp.find_groups(sp.trace(model, (torch.randn(1, 3, 16, 16),)))
+    few = next(g.atom for g in groups if g.size == 4)
+    widths = decide.allocate(groups, parse_target("macs=0.55"), {g.name: np.ones(g.size) for g in groups}, method="uniform").widths
+    assert 0.9 < macs(groups)(widths) / (0.55 * macs(groups)()) <= 1
+    assert len({width for atom, width in widths.items() if atom is not few}) == 1, "all others keep one share"
+
+
 def test_a_cost_changes_as_it_is_counted_anew() -> None:
     model, inputs = models.build("joined")
     groups = sp.find_groups(sp.trace(model, inputs))

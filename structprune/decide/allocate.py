@@ -39,6 +39,7 @@ _TOGETHER = 4  # atoms, at most: their widths multiply
 _SECONDS = 20.0  # for a program, or for all that are solved in its place
 _USED = 0.9  # of what a budget allows: widths that stay alike are worth the rest
 _LOOSE = 0.1  # shares that uniform widths may lie apart, where those that stay alike come in large steps
+_WIDER = 0.02  # by which the share of all others grows, where a group that does much of the work has few channels
 _LEVELS = 4  # widths of what is decided first: the program is solved for each
 _MANY_OPTIONS = 64  # of an atom, in a model of few groups
 _ALL_OPTIONS = 500  # of a model
@@ -380,7 +381,7 @@ def _uniform(groups: Groups, uniform: Uniform, share: float, budgets: Sequence[t
     if not fits(smallest):
         raise _unreachable(budgets, smallest)
     low, high = _highest(0.0, share, lambda middle: fits(uniform.widths(middle)))
-    widths = uniform.filled(low, high, fits)
+    widths = uniform.filled(uniform.widths(low), high, fits)
 
     def loosened(alike: Widths, least: float, most: float) -> Widths:
         """With the largest share between these of what need not stay alike."""
@@ -390,6 +391,9 @@ def _uniform(groups: Groups, uniform: Uniform, share: float, budgets: Sequence[t
     found = loosened(widths, high, min(share, high + _LOOSE)) or widths
     if all(cost(found) < _USED * limit for cost, limit in budgets):
         found = loosened(uniform.widths(high), max(0.0, high - _LOOSE), high) or found  # what stays alike one step wider, the rest narrower for it
+    while high < share and all(cost(found) < _USED * limit for cost, limit in budgets):  # one more channel of some group is too much
+        high = min(share, high + _WIDER)
+        found = uniform.filled(found, high, fits)
     return found
 
 

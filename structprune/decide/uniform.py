@@ -67,12 +67,12 @@ class Uniform:
             widths |= self._alike(unit, share) or self._each(unit, share)
         return self._with_equal_parts(widths)
 
-    def filled(self, share: float, wider: float, fits: Callable[[Widths], bool]) -> Widths:
-        """The widths at a share, and at a wider one wherever that fits: for all that stays alike, or is split into equal parts, or for none of it."""
-        widths, most = self.widths(share), self.widths(wider)
+    def filled(self, widths: Widths, share: float, fits: Callable[[Widths], bool]) -> Widths:
+        """The widths, and those at a wider share wherever that fits: for all that stays alike, or is split into equal parts, or for none of it."""
+        most = self.widths(share)
         for atoms in self._together:
             more = {**widths, **{atom: most[atom] for atom in atoms}}
-            widths = more if fits(more) else widths
+            widths = more if all(more[a] >= widths[a] for a in atoms) and fits(more) else widths
         return widths
 
     def loosened(self, widths: Widths, share: float) -> Widths:
