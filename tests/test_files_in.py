@@ -171,6 +171,7 @@ def test_masks_are_multiplied() -> None:
     [
         ("conv.weight", float("nan"), "conv.weight holds 1 NaN"),
         ("head.bias", float("inf"), "head.bias holds 1 infinity"),
+        ("head.bias", -float("inf"), "head.bias holds 1 infinity"),
         ("input", float("nan"), r"input \[0\] holds 1 NaN"),
     ],
 )
@@ -182,12 +183,14 @@ def test_what_is_not_finite_is_named(target: str, name: str, value: float, words
         sp.compress(model, (x,), target=target)
 
 
-def test_masks_of_minus_infinity_are_fine() -> None:
+@pytest.mark.parametrize("is_parameter", [False, True])
+def test_masks_of_minus_infinity_are_fine(is_parameter: bool) -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
-            self.register_buffer("mask", torch.full((5, 5), -torch.inf).triu(1))
+            mask = torch.full((5, 5), -torch.inf).triu(1)
+            self.mask = nn.Parameter(mask, requires_grad=False) if is_parameter else nn.Buffer(mask)
 
         def forward(self, x: Tensor, bias: Tensor) -> Tensor:
             x = self.a(x)

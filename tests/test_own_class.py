@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -316,6 +317,24 @@ def by_root_mean_square(m: models.Of, x: Tensor) -> Tensor:
 def test_the_scale_of_a_norm_stays() -> None:
     layers = {"stem": nn.Linear(6, 32), "gain": nn.Parameter(torch.rand(32) + 0.5), "out": nn.Linear(32, 3)}
     result = in_its_class(models.Of(by_root_mean_square, **layers), (torch.randn(2, 5, 6),), "channels=0.5")
+    assert "hooks on 1 modules" in result.report.data["verification"]["module_note"]
+
+
+SCALINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "root": lambda q, k: q @ k.mT / torch.sqrt(torch.tensor(q.shape[-1])),  # correlations of optical flow (RAFT)
+    "in place": lambda q, k: (q @ k.mT).div_(torch.sqrt(torch.tensor(q.shape[-1]).float())),
+    "inverse": lambda q, k: q @ k.mT * torch.rsqrt(torch.tensor(float(q.shape[-1]))),
+    "several": lambda q, k: q @ (k.mT / torch.sqrt(torch.tensor(q.shape[-1], dtype=torch.float) * 3).to(k.dtype)),  # content and positions (DeBERTa)
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_a_scale_that_code_makes_a_tensor_of_stays(name: str) -> None:
+    def attend(m: models.Of, x: Tensor) -> Tensor:
+        return m.out(SCALINGS[name](m.q(x), m.k(x)).softmax(-1) @ m.v(x))
+
+    layers = {"q": nn.Linear(6, 32), "k": nn.Linear(6, 32), "v": nn.Linear(6, 32), "out": nn.Linear(32, 3)}
+    result = in_its_class(models.Of(attend, **layers), (torch.randn(2, 5, 6),), "channels=0.5")
     assert "hooks on 1 modules" in result.report.data["verification"]["module_note"]
 
 

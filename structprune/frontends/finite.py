@@ -14,12 +14,15 @@ from structprune.errors import InputError
 
 
 def must_be_finite(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> None:
-    """Raise InputError that names the first weight or input with NaN or an infinity. Infinities in other buffers and -inf in inputs are masks."""
+    """Raise InputError that names the first weight or input with NaN or an infinity. Infinities in other buffers and -inf in inputs are masks;
+    so is a parameter that is not trained, with nothing but -inf and one other number.
+    """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
             raise InputError(f"{name} has no shape yet: its layer is lazy, and has seen no input; run the model on one before")
         statistics = name.rpartition(".")[2] in ("running_mean", "running_var")
         bad = _odd(tensor, infinite=isinstance(tensor, nn.Parameter) or statistics)
+        bad = "" if bad and _is_mask(tensor) else bad
         if bad:
             raise InputError(f"{name} holds {bad}: training diverged, or the file is damaged; load an earlier checkpoint")
     for path, value in pytree.tree_flatten_with_path((args, dict(kwargs or {})))[0]:
@@ -27,6 +30,13 @@ def must_be_finite(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None
         if bad:
             place = "".join(map(str, path[1:])) or "[0]"
             raise InputError(f"example input {place} holds {bad}; give one that the model was made for")
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    if tensor.requires_grad or not tensor.is_floating_point():
+        return False
+    others = tensor[tensor != -torch.inf]
+    return 0 < len(others) < tensor.numel() and bool(others[0].isfinite() & (others == others[0]).all())
 
 
 def _odd(tensor: Tensor, infinite: bool) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
@@ -55,17 +57,17 @@ def changed_scales(graph: Graph, types: Types, keep: Keep) -> dict[str, Scale]:
     attention: dict[str, Scale] = {}
     others: dict[str, Scale] = {}
     for node in graph.nodes:
-        name, factor = operator_name(node), _factor(node)
-        if not owners_of(node) or not isinstance(node.meta.get("val"), Tensor) or not (factor or name == "scaled_dot_product_attention"):
+        is_of = _width_of_scale(graph, node)
+        if not owners_of(node) or not isinstance(node.meta.get("val"), Tensor) or is_of is None:
             continue  # among others, code that computes with sizes: 0.5 * x.shape[1]
-        owner = owners_of(node)[0]
+        owner, in_code = owners_of(node)[0], is_of is not _any_width
         for axis in _widths_of_queries(node, types):
             left = kept_size(axis, widths)
-            if 0 < left < axis.size and (not factor or _is_scale(factor, axis.size)):
-                attention[owner] = Scale(axis.size, left, bool(factor) or (owner in attention and attention[owner].in_code))
-        for axis in types.shape(node) if name in ("mul", "div") else ():
+            if 0 < left < axis.size and is_of(axis.size):
+                attention[owner] = Scale(axis.size, left, in_code or (owner in attention and attention[owner].in_code))
+        for axis in types.shape(node) if operator_name(node) in ("mul", "div") else ():
             left = kept_size(axis, widths)
-            if 0 < left < axis.size and _is_scale(factor, axis.size):
+            if 0 < left < axis.size and is_of(axis.size):
                 others[owner] = Scale(axis.size, left, in_code=True, of_attention=False)
     return others | attention
 
@@ -113,13 +115,41 @@ def _contracted(node: fx.Node, types: Types) -> Sequence[Axis]:
     return next((found for term in terms if (found := _contracted(term, types))), ())
 
 
-def _factor(node: fx.Node) -> float:
-    """The number that a node multiplies by, or that attention is told to; 0 for any other node."""
-    if operator_name(node) == "scaled_dot_product_attention":
-        return node.kwargs.get("scale") or 0.0  # type: ignore[return-value]
-    if operator_name(node) not in ("mul", "div") or not isinstance(number := node.args[1], float) or not number:
-        return 0.0
-    return number if operator_name(node) == "mul" else 1 / number
+def _width_of_scale(graph: Graph, node: fx.Node) -> Callable[[int], bool] | None:
+    """Whether what a node scales by was computed from a width; None for a node that scales nothing.
+
+    From a number, that is 1/√width or √width; of a tensor, a width that code made one of is all that it was computed from.
+    """
+    name = operator_name(node)
+    if name == "scaled_dot_product_attention":
+        scale = node.kwargs.get("scale")
+        return partial(_is_scale, scale) if isinstance(scale, float) and scale else _any_width
+    if name not in ("mul", "div"):
+        return None
+    number = node.args[1]
+    if isinstance(number, fx.Node):
+        numbers = _numbers_behind(graph, number)
+        return numbers.__contains__ if numbers else None
+    return partial(_is_scale, number) if isinstance(number, float) and number else None
+
+
+def _any_width(width: int) -> bool:
+    """Attention that leaves its scale to the operator has that of whatever width it finds."""
+    return True
+
+
+def _numbers_behind(graph: Graph, node: fx.Node) -> frozenset[float]:
+    """The numbers that code made tensors of, where a node is computed of such alone: of `torch.sqrt(torch.tensor(width))` the width."""
+    found: set[float] = set()
+    reached = [node]
+    for source in reached:  # grows while it is walked
+        value = source.meta.get("val")
+        if not isinstance(value, Tensor) or value.dim() or source.op == "placeholder" or str(source.target) in graph.aliases:
+            return frozenset()
+        if source.op == "get_attr":
+            found.add(graph.tensor(source).item())
+        reached.extend(n for n in source.all_input_nodes if n not in reached)
+    return frozenset(found)
 
 
 def _same(a: float, b: float) -> bool:
@@ -168,6 +198,9 @@ class _Scaled(TorchFunctionMode):
             said = kwargs.get("scale")
             kwargs["scale"] = self._scale.factor if said is None else self._scale.held(said)
             self._held.needed |= kwargs["scale"] != said
+        elif function is torch.tensor and self._scale.in_code and type(args[0]) in (int, float) and args[0] == self._scale.left:
+            self._held.needed = True
+            args = (type(args[0])(self._scale.width), *args[1:])  # of which code is about to take the root
         elif getattr(function, "__name__", "") in _TIMES | _OVER:
             held = tuple(map(self._scale.held, args))
             self._held.needed |= any(new is not old for new, old in zip(held, args, strict=True))
