@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from models import Of
 from torch import Tensor, nn
+from torchvision.ops import DeformConv2d, deform_conv2d
 
 import structprune as sp
 from structprune.ir.operators import operator_name
@@ -265,14 +266,46 @@ def test_scattered_rows_keep_their_width_free_and_scattered_entries_do_not(rows:
 
 
 def test_deformable_convolution_and_regions() -> None:
-    from torchvision.ops import deform_conv2d
-
     torch.manual_seed(0)
     model = Of(
         lambda m, x: m.c(deform_conv2d(m.a(x), m.o(m.a(x)), m.w, padding=1)), a=nn.Conv2d(3, 8, 3), o=nn.Conv2d(8, 18, 3, padding=1),
         w=nn.Parameter(torch.randn(12, 8, 3, 3)), c=nn.Conv2d(12, 4, 1),
     )  # fmt: skip
     assert pruned(model, [torch.randn(2, 3, 8, 8)])["w"] == (6, 4, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("groups", "offset_groups", "smaller"),
+    [(1, 4, (6, 8, 3, 3)), (4, 1, (6, 4, 3, 3)), (4, 4, (6, 4, 3, 3))],
+    ids=["offsets in groups", "weights in groups", "both in groups"],
+)
+def test_deformable_convolution_in_groups(groups: int, offset_groups: int, smaller: tuple[int, ...]) -> None:
+    """Whole groups go, with their channels; of offsets in groups what learns these too, and what learns the weights of what is read."""
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        x = m.a(x)
+        return m.c(m.d(x, m.o(x), m.m(x).sigmoid()))
+
+    torch.manual_seed(0)
+    model = Of(
+        run, a=nn.Conv2d(3, 16, 3), o=nn.Conv2d(16, 18 * offset_groups, 3, padding=1), m=nn.Conv2d(16, 9 * offset_groups, 3, padding=1),
+        d=DeformConv2d(16, 12, 3, padding=1, groups=groups), c=nn.Conv2d(12, 4, 1),
+    )  # fmt: skip
+    small = pruned(model, [torch.randn(2, 3, 8, 8)])
+    assert small["d.weight"] == smaller
+    left = max(1, offset_groups // 2)
+    assert small["o.weight"][0] == 18 * left and small["m.weight"][0] == 9 * left
+
+
+def test_deformable_convolution_in_groups_of_two_sizes_stays() -> None:
+    layers = {
+        "a": nn.Conv2d(3, 16, 1),
+        "o": nn.Conv2d(3, 72, 3, padding=1),
+        "d": DeformConv2d(16, 12, 3, padding=1, groups=2),
+        "c": nn.Conv2d(12, 4, 1),
+    }
+    reasons = frozen(Of(lambda m, x: m.c(m.d(m.a(x), m.o(x))), **layers), [torch.randn(2, 3, 8, 8)], "d.weight", 1)
+    assert any("a deformable convolution in groups of two sizes" in reason for reason in reasons)
 
 
 def test_what_an_unchecked_operator_reads_as_positions_is_not_made_noise() -> None:

@@ -136,6 +136,44 @@ def conv_groups(new: Resize, node: fx.Node) -> None:
         new.set(node, "groups", new.size(x, new.rank(x) - rank - 1) // new.size(weight, 1))
 
 
+@rule("torchvision::deform_conv2d")
+def deform_conv(eq: Equations, x: Shape, weight: Shape, offset: Shape, mask: Shape, bias: Shape, *settings: Any) -> Shape:
+    """A convolution whose window reads at learned offsets, two for each of its entries, and weighs what it reads where there is a mask.
+
+    x: (batch, groups·inner, *space), which is offset groups · channels, too; weight: (groups·outer, inner, *window);
+    offset: (batch, offset groups · window · 2, *space); mask: (batch, offset groups · window, *space), or without entries.
+    """
+    *_, groups, offset_groups, use_mask = settings
+    out, inner, *window = weight
+    group = _grouped(eq, x[1], groups, inner)
+    eq.sums(inner)
+    filters = eq.fresh(out.size // groups)
+    eq.equate(out, product((group, filters)))
+    eq.equate(out, bias[0])
+    if offset_groups == groups:
+        owner = group
+    elif 1 in (groups, offset_groups):
+        owner = _grouped(eq, x[1], offset_groups, eq.fresh(x[1].size // offset_groups))
+    else:
+        raise Unsupported("a deformable convolution in groups of two sizes")
+    for learned in (offset, mask) if use_mask else (offset,):
+        eq.equate(x[0], learned[0])
+        eq.equate(learned[1], product((owner, eq.frozen(learned[1].size // offset_groups, "offsets of a window"))))
+        eq.freeze("offsets of a window", *learned[2:])
+    eq.freeze(_WINDOW, *window, *x[2:])
+    space = tuple(eq.frozen(s, _WINDOW) for s in eq.out[-2:])
+    eq.macs(x[0], group, filters, inner, *window, *space)
+    return (x[0], out, *space)
+
+
+@resizer("torchvision::deform_conv2d")
+def deform_conv_groups(new: Resize, node: fx.Node) -> None:
+    x, weight, offset = (new.argument(node, name) for name in ("input", "weight", "offset"))
+    window = math.prod(new.size(weight, dim) for dim in (2, 3))
+    new.set(node, "groups", new.size(x, 1) // new.size(weight, 1))
+    new.set(node, "offset_groups", new.size(offset, 1) // (2 * window))
+
+
 # --- matrix products ------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from structprune.ir.axes import Shape, product
-from structprune.ops.rules import Equations, Resize, Unsupported, axis_index, resizer, rule
+from structprune.ops.rules import Equations, Resize, axis_index, resizer, rule
 
 _WINDOW = "a window slides along this axis"
 _RESAMPLED = "resampled along this axis"
@@ -105,22 +105,6 @@ def regions(eq: Equations, x: Shape, boxes: Shape, *_: Any) -> Any:
     sizes = eq.out[0] if isinstance(eq.out, list) else eq.out
     out = (boxes[0], x[1], *(eq.frozen(s, _RESAMPLED) for s in sizes[-2:]))
     return [out] * len(eq.out) if isinstance(eq.out, list) else out
-
-
-@rule("torchvision::deform_conv2d")
-def deform_conv(eq: Equations, x: Shape, weight: Shape, offset: Shape, mask: Shape, bias: Shape, *sizes: Any) -> Shape:
-    """A convolution whose window reads at learned offsets: (offset groups · window · 2) channels of their own."""
-    weight_groups, offset_groups = sizes[-3], sizes[-2]
-    if weight_groups != 1 or offset_groups != 1:
-        raise Unsupported("a deformable convolution in groups")
-    eq.freeze("offsets of a window", *offset, *mask)
-    eq.freeze(_WINDOW, *x[2:], *weight[2:])
-    eq.equate(x[1], weight[1])
-    eq.sums(weight[1])
-    eq.equate(weight[0], bias[0])
-    space = tuple(eq.frozen(s, _WINDOW) for s in eq.out[-2:])
-    eq.macs(x[0], *weight, *space)
-    return (x[0], weight[0], *space)
 
 
 @rule("max_unpool2d", "max_unpool3d")
