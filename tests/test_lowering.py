@@ -124,12 +124,21 @@ class ClampedBySeveral(_Net):
         return tuple(x.clamp(low, high) for low, high in zip(self.low, self.high, strict=True))
 
 
+class AxesBetween(_Net):
+    """Axes of the sum that have no names, in front, between others and behind, and such of two operands that broadcast."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        x, w = self.conv(image), self.head.weight
+        y = torch.einsum("nc...,kc->k...n", x, w)
+        return y, torch.einsum("...n,kc->c...nk", y, w), torch.einsum("...h,...w->...hw", x.mean(3), x[:1].mean(2))
+
+
 class PooledToMore(_Net):
     def forward(self, image: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(self.conv(image), 2)
 
 
-_LEFT_OUT = [ActivationsInPlace, ReadBeforeAndAfter, UnevenChunks, Shuffled, ReturnsTheWritten, NamesOfPython, ClampedBySeveral]
+_LEFT_OUT = [ActivationsInPlace, ReadBeforeAndAfter, UnevenChunks, Shuffled, ReturnsTheWritten, NamesOfPython, ClampedBySeveral, AxesBetween]
 _NEEDED = [ViewOfTheWritten, WrittenThroughAView, WrittenBehindADropout, WrittenBehindContiguous, WrittenToTheInput, OfAnotherType, PooledToMore]
 
 
@@ -233,6 +242,18 @@ class HeadsInTheBatch(nn.Module):
         return self.head(torch.cat((heads @ heads.transpose(1, 2) @ heads).split(len(x)), -1))
 
 
+class BesideAxesWithoutNames(nn.Module):
+    """A sum that answers with an axis before those without names, beside what has such axes where they are (hyper-connections)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep, self.mix, self.head = nn.Linear(8, 16), nn.Parameter(torch.randn(1, 16, 3)), nn.Linear(19, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.deep(x)
+        return self.head(torch.cat((torch.einsum("...a,bac->b...c", x, self.mix), x[None]), -1))
+
+
 class RowsOverAll(nn.Module):
     """A table that is filled part by part, each with less than it overwrites."""
 
@@ -253,6 +274,7 @@ class RowsOverAll(nn.Module):
         (RelativePositions, (2, 7, 16)),  # attention that is laid out in two ways
         (Spectrogram, (2, 3, 64)),  # complex numbers
         (HeadsInTheBatch, (2, 5, 8)),  # the exporter's optimizer fails at it
+        (BesideAxesWithoutNames, (2, 5, 3, 8)),  # a shape that ONNX infers otherwise
         (RowsOverAll, (2, 5, 8)),  # values are spread over what they overwrite
     ],
 )

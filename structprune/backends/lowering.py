@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import string
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ _aten = torch.ops.aten
 _WHOLE = frozenset({
     "conv1d", "conv2d", "conv3d", "linear", "matmul", "batch_norm", "layer_norm", "group_norm", "softmax", "log_softmax", "max_pool2d", "pad",
     "scaled_dot_product_attention", "flatten", "unflatten", "reshape", "sym_size", "upsample_nearest2d", "upsample_bilinear2d",
+    "einsum",
 })  # fmt: skip
 
 
@@ -55,6 +57,7 @@ class Lowered(ExportedProgram):
             # a view fails where the exporter's next pass lays out the answer of attention otherwise; a reshape has no translation for complex numbers
             if node.target == _aten.view.default and not node.meta["val"].is_complex():
                 node.target = _aten.reshape.default
+            _name_all_axes(node)
         return spelled_out
 
 
@@ -85,6 +88,23 @@ def _simplify(node: fx.Node) -> None:
         node.target, node.args = _aten.mean.dim, (given["self"], [-2, -1], True)
     elif node.target == _aten.chunk.default and isinstance(size := given["self"].meta["val"].shape[given.get("dim", 0)], int):
         node.target, node.args = _aten.split.Tensor, (given["self"], -(-size // given["chunks"]), given.get("dim", 0))
+    _name_all_axes(node)
+
+
+def _name_all_axes(node: fx.Node) -> None:
+    """Letters for the '...' of an einsum: ONNX infers a shape that begins with these axes, wherever they stand. Not where they broadcast."""
+    if node.target != _aten.einsum.default or "..." not in (equation := str(node.args[0])) or "->" not in equation:
+        return
+    terms, _, answer = equation.replace(" ", "").partition("->")
+    ellipses: list[list[str]] = []
+    for term, operand in zip(terms.split(","), node.args[1], strict=True):  # type: ignore[arg-type]
+        if "..." in term:
+            before, behind = map(len, term.split("..."))
+            shape = list(map(str, operand.meta["val"].shape))  # a free size is none that could be compared
+            ellipses.append(shape[before : len(shape) - behind])
+    if all(axes == ellipses[0] for axes in ellipses):
+        letters = "".join(letter for letter in string.ascii_letters if letter not in equation)[: len(ellipses[0])]
+        node.args = (f"{terms}->{answer}".replace("...", letters), *node.args[1:])
 
 
 def _without_effect(node: fx.Node) -> torch._ops.OpOverload | None:
