@@ -83,6 +83,18 @@ def spectrum(z: Tensor) -> Tensor:
     return torch.polar(z[:, :17].exp(), z[:, 17:])
 
 
+def by_parts(z: Tensor) -> Tensor:
+    """Spectra that are laid out anew, gathered, chosen and added up."""
+    f = torch.fft.rfft(z)
+    left, _, right = f.split([4, 26, 4], 1)
+    f = torch.cat([left.unsqueeze(2).expand(-1, -1, 2, -1).sum(2), right[:, torch.tensor([0, 3, 2])], f.unbind(1)[5][:, None].repeat(1, 2, 1)], 1)
+    f = torch.where(f.abs() > 1, f, f.select(1, 2)[:, None].expand_as(f)).cumsum(1)
+    kept = torch.zeros(len(f), 2, f.shape[2], dtype=torch.int64)
+    f = f.scatter(1, kept, f.gather(1, kept + 3)).index_select(1, torch.tensor([4, 0, 1])) ** 2
+    number = f.shape[2]
+    return torch.fft.irfft(torch.fft.fftshift(torch.cat(f.chunk(2, 1), 1), dim=1) * torch.linspace(1, number, number, dtype=torch.complex64))
+
+
 TABLE = torch.linspace(-1, 1, 3 * 34 * 20).reshape(3, 34, 20).sin()
 COMPLEX: dict[str, Callable[[Tensor], Tensor]] = {
     "a complex number": lambda z: torch.fft.irfft(z[:, :17] * (z[:, 17:].cos() + 1j * z[:, 17:].sin()), 32, dim=1),
@@ -96,6 +108,8 @@ COMPLEX: dict[str, Callable[[Tensor], Tensor]] = {
     "angles": lambda z: torch.stft(z.flatten(1), 32, 8, window=torch.hann_window(32), return_complex=True).angle().cos(),
     "spectra multiplied": lambda z: torch.fft.irfft(torch.einsum("bhl,chl->bchl", torch.fft.rfft(z), torch.fft.rfft(TABLE))),
     "a product of matrices": lambda z: torch.fft.irfft(torch.fft.rfft(z).mT @ torch.fft.rfft(z)),
+    "loud frequencies": lambda z: torch.fft.irfft((f := torch.fft.rfft(z)).masked_fill(f.abs() < 1, 0j).masked_fill(f.abs() > 9, 0.5 - 2j)),
+    "parts for themselves": by_parts,
     "a spectrum in part": lambda z: torch.fft.irfft(torch.cat([torch.fft.rfft(z)[..., :4], torch.zeros_like(torch.fft.rfft(z)[..., 4:])], -1)),
 }
 

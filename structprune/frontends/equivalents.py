@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
@@ -23,6 +24,8 @@ def equivalent(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     first = args[0] if args else None
     if target is aten.einsum.default:
         return _einsum if len(args[1]) == 2 and all(map(torch.is_complex, args[1])) else None
+    if target in _OF_NUMBERS:
+        return partial(_made_of_parts, target) if kwargs.get("dtype") in _REAL and not any(isinstance(a, complex) for a in args) else None
     if not isinstance(first, Tensor):
         return None
     if target in _PRODUCTS:
@@ -39,6 +42,8 @@ def equivalent(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         return _selected
     if target in (aten.amax.default, aten.amin.default):
         return None if args[1:] or kwargs.get("dim") else lambda x, **keepdim: target(x, list(range(x.dim())), **keepdim)
+    if target in _OF_EACH_PART:
+        return partial(_by_parts, target) if any(isinstance(v, Tensor) and v.is_complex() for v in pytree.tree_leaves((args, kwargs))) else None
     return _OF_COMPLEX.get(target) if first.is_complex() else None
 
 
@@ -67,6 +72,21 @@ def _parts(z: Tensor) -> tuple[Tensor, Tensor]:
     return parts[..., 0], parts[..., 1]
 
 
+def _by_parts(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What does the same to the real and the imaginary part."""
+
+    def of(place: int) -> Any:
+        args_of, kwargs_of = pytree.tree_map_only(Tensor, lambda v: _parts(v)[place] if v.is_complex() else v, (args, kwargs))
+        return target(*args_of, **kwargs_of)
+
+    return pytree.tree_map(torch.complex, of(0), of(1))
+
+
+def _made_of_parts(target: Callable[..., Tensor], *args: Any, dtype: torch.dtype, **kwargs: Any) -> Tensor:
+    real = target(*args, dtype=_REAL[dtype], **kwargs)
+    return torch.complex(real, torch.zeros_like(real))
+
+
 def _zeros(z: Tensor, **kwargs: Any) -> Tensor:
     zeros = torch.zeros_like(_parts(z)[0])
     return torch.complex(zeros, zeros)
@@ -76,6 +96,15 @@ def _padded(z: Tensor, pad: Sequence[Any], mode: str = "constant", value: float 
     real, imaginary = _parts(z)
     around = None if value is None else 0.0  # of the imaginary part; other modes take no value
     return torch.complex(F.pad(real, pad, mode, value), F.pad(imaginary, pad, mode, around))
+
+
+def _power(z: Tensor, exponent: float) -> Tensor:
+    return torch.polar(z.abs() ** exponent, _angle(z) * exponent)
+
+
+def _masked(z: Tensor, mask: Tensor, value: complex) -> Tensor:
+    real, imaginary = _parts(z)
+    return torch.complex(real.masked_fill(mask, value.real), imaginary.masked_fill(mask, value.imag))
 
 
 def _exp(z: Tensor) -> Tensor:
@@ -213,5 +242,14 @@ _OF_COMPLEX: dict[Any, Callable[..., Tensor]] = {
     aten.angle.default: _angle,
     aten.zeros_like.default: _zeros,
     aten.pad.default: _padded,
+    aten.masked_fill.Scalar: _masked,
+    aten.pow.Tensor_Scalar: _power,
 }
+_OF_NUMBERS = (aten.linspace.default, aten.arange.default, aten.arange.start, aten.arange.start_step)
+_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+_OF_EACH_PART = frozenset({
+    aten.unsqueeze.default, aten.expand.default, aten.expand_as.default, aten.repeat.default, aten.tile.default, aten.select.int, aten.unbind.int,
+    aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.index.Tensor, aten.index_select.default,
+    aten.gather.default, aten.scatter.src, aten.where.self, aten.cumsum.default, aten.fft_fftshift.default, aten.fft_ifftshift.default,
+})  # fmt: skip
 _PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
