@@ -110,6 +110,7 @@ COMPLEX: dict[str, Callable[[Tensor], Tensor]] = {
     "a product of matrices": lambda z: torch.fft.irfft(torch.fft.rfft(z).mT @ torch.fft.rfft(z)),
     "loud frequencies": lambda z: torch.fft.irfft((f := torch.fft.rfft(z)).masked_fill(f.abs() < 1, 0j).masked_fill(f.abs() > 9, 0.5 - 2j)),
     "parts for themselves": by_parts,
+    "real ones among them": lambda z: torch.fft.irfft(torch.where((f := torch.fft.rfft(z)).abs() < 2, f.real, f)),
     "a spectrum in part": lambda z: torch.fft.irfft(torch.cat([torch.fft.rfft(z)[..., :4], torch.zeros_like(torch.fft.rfft(z)[..., 4:])], -1)),
 }
 

@@ -73,13 +73,19 @@ def _parts(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_parts(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What does the same to the real and the imaginary part."""
+    """What does the same to the real and the imaginary part, which of a real number is zero; places and masks are what they are."""
 
-    def of(place: int) -> Any:
-        args_of, kwargs_of = pytree.tree_map_only(Tensor, lambda v: _parts(v)[place] if v.is_complex() else v, (args, kwargs))
+    def real(v: Tensor) -> Tensor:
+        return _parts(v)[0] if v.is_complex() else v
+
+    def imaginary(v: Tensor) -> Tensor:
+        return _parts(v)[1] if v.is_complex() else torch.zeros_like(v) if v.is_floating_point() else v
+
+    def of(part: Callable[[Tensor], Tensor]) -> Any:
+        args_of, kwargs_of = pytree.tree_map_only(Tensor, part, (args, kwargs))
         return target(*args_of, **kwargs_of)
 
-    return pytree.tree_map(torch.complex, of(0), of(1))
+    return pytree.tree_map(torch.complex, of(real), of(imaginary))
 
 
 def _made_of_parts(target: Callable[..., Tensor], *args: Any, dtype: torch.dtype, **kwargs: Any) -> Tensor:
