@@ -20,6 +20,7 @@ import structprune as sp
 from structprune.ir.graph import source_of
 from structprune.result import Result
 from structprune.transform.attention import attend
+from structprune.transform.scale import Scale, hold_scales
 
 
 def in_its_class(model: nn.Module, x: tuple[Any, ...], target: str) -> Result:
@@ -336,6 +337,13 @@ def test_a_scale_that_code_makes_a_tensor_of_stays(name: str) -> None:
     layers = {"q": nn.Linear(6, 32), "k": nn.Linear(6, 32), "v": nn.Linear(6, 32), "out": nn.Linear(32, 3)}
     result = in_its_class(models.Of(attend, **layers), (torch.randn(2, 5, 6),), "channels=0.5")
     assert "hooks on 1 modules" in result.report.data["verification"]["module_note"]
+
+
+def test_under_a_hook_other_tensors_are_made_as_ever() -> None:
+    """By keyword, too, which torch.export does not trace, but what only training reaches may do."""
+    model = models.Of(lambda m, x: x * torch.tensor(data=16.0) + torch.tensor([16.0]))
+    hold_scales(model, {"": Scale(width=32, left=16, in_code=True)})
+    assert torch.equal(model(torch.ones(2)), torch.full((2,), 32.0))
 
 
 class Compensating(nn.Module):

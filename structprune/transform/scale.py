@@ -198,7 +198,7 @@ class _Scaled(TorchFunctionMode):
             said = kwargs.get("scale")
             kwargs["scale"] = self._scale.factor if said is None else self._scale.held(said)
             self._held.needed |= kwargs["scale"] != said
-        elif function is torch.tensor and self._scale.in_code and type(args[0]) in (int, float) and args[0] == self._scale.left:
+        elif function is torch.tensor and self._scale.in_code and args and type(args[0]) in (int, float) and args[0] == self._scale.left:
             self._held.needed = True
             args = (type(args[0])(self._scale.width), *args[1:])  # of which code is about to take the root
         elif getattr(function, "__name__", "") in _TIMES | _OVER:
