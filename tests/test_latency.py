@@ -174,9 +174,17 @@ def test_a_kernel_knows_what_was_fused_into_it(tmp_path: Path) -> None:
     assert [c["batch"] for c in convolutions] == [2] * 3
 
 
-@pytest.mark.parametrize(("wall", "seconds"), [(4e-3, [2.5e-3, 0.5e-3, 1e-3]), (6e-3, [3e-3, 1e-3, 1.5e-3]), (1e-3, [1.5e-3, 0.2e-3, 0.3e-3])])
-def test_what_the_profiler_takes_is_taken_off(wall: float, seconds: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels of 3, 1 and 1.5 ms under the profiler, in runs that take `wall` without it; a fifth of a kernel is its own, whatever the mean says."""
+@pytest.mark.parametrize(
+    ("unit", "wall", "seconds"),
+    [
+        (10, 40e-6, [25e-6, 5e-6, 10e-6]),
+        (10, 60e-6, [30e-6, 10e-6, 15e-6]),
+        (10, 10e-6, [15e-6, 2e-6, 3e-6]),  # a fifth of a kernel is its own, whatever the mean says
+        (1000, 4e-3, [3e-3, 1e-3, 1.5e-3]),  # beside kernels of milliseconds the profiler takes nothing
+    ],
+)
+def test_what_the_profiler_takes_is_taken_off(unit: int, wall: float, seconds: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of 3, 1 and 1.5 units of so many µs under the profiler, in runs that take `wall` without it."""
 
     class Session:
         runs = 0
@@ -188,7 +196,7 @@ def test_what_the_profiler_takes_is_taken_off(wall: float, seconds: list[float],
             told = [
                 {"cat": "Node", "name": f"{n}_kernel_time", "dur": d + 9 * (run % 2)}
                 for run in range(self.runs)
-                for n, d in enumerate((3000, 1000, 1500))
+                for n, d in enumerate((3 * unit, unit, 3 * unit // 2))
             ]
             path = tmp_path / "profile.json"
             path.write_text(json.dumps([{"cat": "Session", "name": "load", "dur": 5}, *told]))

@@ -28,9 +28,11 @@ from structprune.backends.tables import Point
 RUNS = 4
 BLOCKED = "_nchwc"  # ends the names of kernels that work on channels in blocks, a layout that their neighbours share
 _FUSED = "fused "  # begins the names of products into which an activation was fused
-_WARM_UP = 2
+_WARM_UP = 1  # the shortest of the runs that follow counts
 _SESSIONS = 2
 _AT_ONCE = 192 << 20  # bytes of weights and inputs in one session
+_OWN = 5e-6  # seconds that the profiler takes of its own within a kernel, at most
+_UNNOTICED = 0.02  # of a session's time
 _AT_LEAST = 0.2  # of what the profiler told is a kernel's own
 _ROOT_OF = re.compile(r"^p(\d+)\.")
 _PRODUCTS = ("linear", "matmul")
@@ -171,7 +173,7 @@ def _run(session: onnxruntime.InferenceSession, feeds: Mapping[str, np.ndarray],
     """`runs` runs under the profiler, after some to warm up.
 
     The profiler takes time of its own within every kernel, 2 to 5 µs where threads share the work: as much as a small kernel takes. As many
-    runs without it tell how much that is, in the mean over the kernels.
+    runs without it tell how much that is, in the mean over the kernels. Where these take so long that it is less than runs differ by, it is let be.
     """
     for _ in range(_WARM_UP + runs):
         session.run(None, dict(feeds))
@@ -180,6 +182,8 @@ def _run(session: onnxruntime.InferenceSession, feeds: Mapping[str, np.ndarray],
     number = len(events) // (_WARM_UP + runs)
     events = events[number * _WARM_UP :]
     shortest = [min(e["dur"] for e in events[place::number]) * 1e-6 for place in range(number)]
+    if number * _OWN < _UNNOTICED * sum(shortest):
+        return _Session(events[:number], shortest)
     own = max(0.0, sum(shortest) - min(_seconds(session, feeds) for _ in range(_WARM_UP + runs))) / max(1, number)
     return _Session(events[:number], [max(seconds - own, _AT_LEAST * seconds) for seconds in shortest])
 

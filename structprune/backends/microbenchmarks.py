@@ -1,4 +1,4 @@
-"""Contractions by themselves, as ONNX, for ONNX Runtime to time: many side by side in one model, each on noise of its own."""
+"""Contractions by themselves, as ONNX, for ONNX Runtime to time: many side by side in one model, on noise."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from structprune.backends.tables import Point
 GATES = {"LSTM": 4, "GRU": 3}  # of the recurrent operators; plain layers are exported step by step, as products
 _CONVOLUTIONS = ("conv", "conv_transpose")
 _TYPES = {"float": "float32", "float16": "float16", "double": "float64"}
+_NOISE = np.random.default_rng(0).standard_normal(1 << 16, dtype=np.float32)  # repeated: to draw as much as is multiplied takes as long as that
 _SECOND_INPUTS = {"Clip": (0.0, 6.0)}
 
 
@@ -63,7 +64,6 @@ class _Draft:
 
     def __init__(self) -> None:
         self.feeds: dict[str, np.ndarray] = {}
-        self._generator = np.random.default_rng(0)
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, np.ndarray] = {}
         self._answers: dict[str, onnx.ValueInfoProto] = {}  # by point, that of its last operator
@@ -94,7 +94,7 @@ class _Draft:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
     def _noise(self, shape: Sequence[int]) -> np.ndarray:
-        return self._generator.standard_normal(shape, dtype=np.float32).astype(self._type)
+        return np.resize(_NOISE, shape).astype(self._type)
 
 
 def _convolution(draft: _Draft, given: Mapping[str, Any], groups: int, filters: int, inputs: int) -> None:
