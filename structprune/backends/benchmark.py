@@ -188,40 +188,21 @@ def benchmark(
     """
     say = progress or (lambda line: None)
     threads = torch.get_num_threads() if threads is None else threads
-    if not candidates:
-        raise InputError("benchmark: no candidates; give at least a baseline, such as {'dense': model}")
-    if not isinstance(inputs, tuple | list) or not all(isinstance(tensor, Tensor) for tensor in inputs):
-        raise InputError("benchmark: inputs must be a tuple of tensors; write (x,) for one tensor x")
-    if threads < 1:
-        raise InputError(f"benchmark: threads must be at least 1, not {threads}")
+    _check_arguments(candidates, inputs, threads)
     device = str(device)
     place = place_of(device)
 
     names = list(candidates)
     runtimes, starters = zip(*[_starter(name, candidates[name], inputs, device, place, threads, compiled) for name in names], strict=True)
     mixed = len(set(runtimes)) > 1
-    parts: list[np.ndarray] = []
-    number = 1
+    rest = REST_SECONDS if mixed and place.type == "cpu" and threads > 1 else 0.0
     with steady(threads), torch.inference_mode():
         used = {name: Resources() for name in names}
         for name, start in zip(names, starters, strict=True) if resources else ():
             say(f"benchmark: memory and energy of {name}")
             used[name] = measure(lambda name=name, start=start: _warmed_up(name, start())[0], place)  # type: ignore[misc]
         cores_busy_elsewhere = _watch_others()
-        while len(parts) < number:
-            started = time.perf_counter()
-            warmed_up = []
-            for name, start in zip(names, starters, strict=True):
-                if not parts:
-                    say(f"benchmark: warming up {name}")
-                warmed_up.append(_warmed_up(name, start()))
-            if not parts:
-                say(f"benchmark: timing {len(names)} candidate(s), at most {rounds} rounds or {seconds:g} s")
-                number = max(1, min(STARTS, rounds // MIN_ROUNDS, int(seconds / 2 / (time.perf_counter() - started))))
-            rest = REST_SECONDS if mixed and place.type == "cpu" and threads > 1 else 0.0
-            limits = (rounds - sum(map(len, parts))) // (number - len(parts)), seconds / number
-            runners, repeats = zip(*warmed_up, strict=True)
-            parts.append(_time_rounds(runners, repeats, *limits, rest, seed + len(parts), math.ceil(MIN_ROUNDS / number)))
+        parts = _time_starts(dict(zip(names, starters, strict=True)), rounds, seconds, rest, seed, say)
         others = cores_busy_elsewhere()
 
     samples = sum(map(len, parts))
@@ -288,6 +269,15 @@ def check_provider(name: str, kind: str) -> None:
     if PROVIDERS[kind] not in onnxruntime.get_available_providers():
         built = f"ONNX Runtime {onnxruntime.__version__} was built without {PROVIDERS[kind]}"
         raise InputError(f"{name}: device '{kind}': {built}; install onnxruntime-gpu")
+
+
+def _check_arguments(candidates: Mapping[str, Any], inputs: Any, threads: int) -> None:
+    if not candidates:
+        raise InputError("benchmark: no candidates; give at least a baseline, such as {'dense': model}")
+    if not isinstance(inputs, tuple | list) or not all(isinstance(tensor, Tensor) for tensor in inputs):
+        raise InputError("benchmark: inputs must be a tuple of tensors; write (x,) for one tensor x")
+    if threads < 1:
+        raise InputError(f"benchmark: threads must be at least 1, not {threads}")
 
 
 def _starter(
@@ -473,6 +463,28 @@ def _warmed_up(name: str, run: Runner) -> tuple[Runner, int]:
     except Exception as error:  # whatever the candidate's own code raises
         raise InputError(f"{name}: does not run on these inputs: {first_line(error)}") from error
     return run, math.ceil(SHORTEST_TIMING / max(min(durations), 1e-7))
+
+
+def _time_starts(
+    starters: Mapping[str, Callable[[], Runner]], rounds: int, seconds: float, rest: float, seed: int, say: Callable[[str], None]
+) -> list[np.ndarray]:
+    """`_time_rounds` of several starts of all candidates, within `rounds` and `seconds` together; of one, where starting takes long beside these."""
+    parts: list[np.ndarray] = []
+    number = 1
+    while len(parts) < number:
+        started = time.perf_counter()
+        warmed_up = []
+        for name, start in starters.items():
+            if not parts:
+                say(f"benchmark: warming up {name}")
+            warmed_up.append(_warmed_up(name, start()))
+        if not parts:
+            say(f"benchmark: timing {len(starters)} candidate(s), at most {rounds} rounds or {seconds:g} s")
+            number = max(1, min(STARTS, rounds // MIN_ROUNDS, int(seconds / 2 / (time.perf_counter() - started))))
+        limits = (rounds - sum(map(len, parts))) // (number - len(parts)), seconds / number
+        runners, repeats = zip(*warmed_up, strict=True)
+        parts.append(_time_rounds(runners, repeats, *limits, rest, seed + len(parts), math.ceil(MIN_ROUNDS / number)))
+    return parts
 
 
 def _time_rounds(
