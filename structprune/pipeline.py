@@ -29,6 +29,7 @@ from structprune.frontends.devices import device_of
 from structprune.frontends.finite import must_be_finite
 from structprune.frontends.samples import samples_of
 from structprune.frontends.trace import Dynamic, plain, trace
+from structprune.frontends.users_code import as_written
 from structprune.ir.axes import Atom, Keep
 from structprune.ir.graph import Graph, memo_for
 from structprune.ir.plan import Plan, PlannedGroup
@@ -48,6 +49,7 @@ from structprune.transform.verify import verify as compare
 _MOST_SAMPLES = 2048
 
 
+@as_written()
 def compress(
     model: nn.Module,
     example_inputs: tuple[Any, ...] | Tensor,
@@ -107,6 +109,7 @@ def compress(
         return _decide(_prepare(given, [target], options, Clock(progress)), target)
 
 
+@as_written()
 def front(
     model: nn.Module,
     example_inputs: tuple[Any, ...] | Tensor,
@@ -178,7 +181,7 @@ class _Given:
     def traced(self, clock: Clock) -> tuple[nn.Module, Graph]:
         """The model with its parametrizations folded, and its graph. Raises InputError for values that are not finite, and TraceError."""
         with clock("trace"):
-            folded = plain(self.model)
+            folded = plain(self.model, self.example_inputs, self.example_kwargs)
             must_be_finite(folded, self.example_inputs, self.example_kwargs)
             graph = trace(folded, self.example_inputs, self.example_kwargs, dynamic=self.dynamic)
         device = device_of(self.model)
@@ -299,6 +302,7 @@ def _without_dead(given: _Given, options: Options, clock: Clock, plan: Plan | No
     return replace(result, report=Report(data))
 
 
+@as_written()
 def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> nn.Module:
     """Replay a plan on a fresh instance of the model that it was made for, with every check of `compress`.
 
@@ -309,13 +313,14 @@ def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> 
     if plan.target == decide.TARGET:
         return _without_dead(_Given(model, args, kwargs), Options(ignore=plan.ignore), clock, plan).model.to(device_of(model))
     with clock("trace"):
-        folded = plain(model)
+        folded = plain(model, args, kwargs)
         graph = trace(folded, args, kwargs)
     with clock("infer"):
         groups = find_groups(graph, plan.ignore)
     return realise(folded, graph, groups, plan, clock).model.to(device_of(model))
 
 
+@as_written()
 def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: tuple[Any, ...] | Tensor | None = None) -> Verification:
     """Compare a small model, from wherever it comes, with `model` without the channels that `plan` removes.
 
@@ -329,11 +334,13 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: tuple
     return compare(graph, groups.types, decide.atoms_of(plan, groups), traced.module)
 
 
+@as_written()
 def inspect(model: nn.Module, example_inputs: tuple[Any, ...] | Tensor, *, example_kwargs: Mapping[str, Any] | None = None) -> Groups:
     """What can be pruned, what cannot, and why: groups, sizes, costs, frozen axes with reason and source line."""
     return find_groups(trace(model, example_inputs, example_kwargs))
 
 
+@as_written()
 def explain(
     model: nn.Module,
     example_inputs: tuple[Any, ...] | Tensor,

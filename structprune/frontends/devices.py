@@ -19,17 +19,22 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def on_cpu(model: nn.Module) -> nn.Module:
-    """The model itself, or a copy of it on the CPU, tensors that are plain attributes included."""
-    if device_of(model).type == "cpu":
+    """The model itself, or a copy of it on the CPU, tensors that are plain attributes included, where some are elsewhere or of inference mode."""
+    if device_of(model).type == "cpu" and not any(t.is_inference() for t in [*model.parameters(), *model.buffers()]):
         return model
     memo: dict[int, Any] = {}
     for tensor in pytree.tree_leaves([vars(part) for part in model.modules()]):
         if isinstance(tensor, Tensor):
-            there = tensor.detach().cpu()
+            there = tensor_on_cpu(tensor).detach()
             memo[id(tensor)] = nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
     return copy.deepcopy(model, memo)
 
 
 def values_on_cpu(values: Values) -> Values:
     """The same, with every tensor on the CPU."""
-    return pytree.tree_map_only(Tensor, lambda t: t.cpu(), values)  # type: ignore[no-any-return]
+    return pytree.tree_map_only(Tensor, tensor_on_cpu, values)  # type: ignore[no-any-return]
+
+
+def tensor_on_cpu(tensor: Tensor) -> Tensor:
+    """Itself or a copy, with which derivatives can be taken: not with what was made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor.cpu()

@@ -1,4 +1,4 @@
-"""Numbers that no model computes with: found, and named, before anything is decided by them."""
+"""Numbers that no model computes with, and weights without any: found, and named, before anything is decided by them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from structprune.errors import InputError
 
 
 def must_be_finite(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> None:
-    """Raise InputError that names the first weight or input with NaN or an infinity. Infinities in other buffers and -inf in inputs are masks;
-    so is a parameter that is not trained, with nothing but -inf and one other number.
+    """Raise InputError that names the first weight or input with NaN or an infinity, or the first weight that holds no numbers of its own.
+
+    Infinities in other buffers and -inf in inputs are masks; so is a parameter that is not trained, with nothing but -inf and one other number.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
             raise InputError(f"{name} has no shape yet: its layer is lazy, and has seen no input; run the model on one before")
+        if tensor.is_meta and isinstance(tensor, nn.Parameter):
+            raise InputError(f"{name} is on the meta device, and has no values: load the weights before")
+        if tensor.layout is not torch.strided:
+            layout = str(tensor.layout).removeprefix("torch.")
+            raise InputError(f"{name} is stored as {layout}, whose entries cannot be cut out: make it dense, with .to_dense()")
         statistics = name.rpartition(".")[2] in ("running_mean", "running_var")
         bad = _odd(tensor, infinite=isinstance(tensor, nn.Parameter) or statistics)
         bad = "" if bad and _is_mask(tensor) else bad

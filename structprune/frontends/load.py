@@ -31,6 +31,7 @@ from structprune.frontends.archives import check_archive
 from structprune.frontends.devices import device_of
 from structprune.frontends.example_inputs import candidates, described, in_tuple, input_tensors, needed_inputs, own_inputs, why_not
 from structprune.frontends.torchscript import is_torchscript, load_torchscript
+from structprune.frontends.wrappers import within
 from structprune.frontends.users_code import called, import_from_current_directory, named_object
 from structprune.frontends.weights import adapted, difference, unwrapped
 
@@ -306,9 +307,10 @@ def _with_weights(path: Path, state: dict[str, Tensor], arch: str | None) -> Loa
 
 def _traceable(made: Loaded) -> Loaded:
     """The part of a model that torch.export can trace: a detector's boxes are lists whose length depends on the image."""
-    model = made.model
+    model = within(made.model)
     if isinstance(model, nn.DataParallel):
         return _traceable(replace(made, model=model.module))
+    made = replace(made, model=model)
     backbone = getattr(model, "backbone", None)
     if type(model).__module__.startswith("torchvision.models.detection.") and isinstance(backbone, nn.Module):
         return _noted(replace(made, model=backbone), "a detector: only its backbone and feature pyramid are traced, the heads are left out")

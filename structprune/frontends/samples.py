@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from structprune.errors import InputError
+from structprune.frontends.devices import tensor_on_cpu
 from structprune.ir.graph import Graph, is_dynamic, shape_of
 from structprune.ir.samples import Samples
 
@@ -64,7 +65,7 @@ def _inputs_and_label(piece: Any, inputs: int) -> tuple[Any, Tensor | None]:
 
 
 def _tensor(value: Any) -> Tensor:
-    return value.cpu() if isinstance(value, Tensor) else torch.as_tensor(value)
+    return tensor_on_cpu(value) if isinstance(value, Tensor) else torch.as_tensor(value)
 
 
 def _ordered(inputs: Any, graph: Graph, batch: str) -> list[Any]:

@@ -26,6 +26,7 @@ from structprune.frontends.torch_export import UNKNOWN_CLASS, called_once, expor
 from structprune.frontends.unneeded import of_training
 from structprune.frontends.users_code import users_line
 from structprune.frontends.values import KnownValues, may_decide
+from structprune.frontends.wrappers import unwrapped
 from structprune.ir.graph import Graph, is_dynamic, repeated, written_to
 from structprune.ir.operators import named_arguments, operator_name
 from structprune.ir.signature import Signature, signature_of
@@ -41,9 +42,12 @@ Dynamic: TypeAlias = Sequence[int] | Mapping[str, Sequence[int]]
 _Call: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]  # arguments, positional and by keyword
 
 
-def plain(model: nn.Module) -> nn.Module:
-    """The model as it is traced: on the CPU, with weights that nothing computes; the model itself where it is so."""
-    return fold_parametrizations(on_cpu(model))
+def plain(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+    """The model as it is traced: on the CPU, out of wrappers, with weights that nothing computes; the model itself where it is so.
+
+    args and kwargs: of a call, by which a model in another form becomes a module. Raises InputError where it cannot.
+    """
+    return fold_parametrizations(on_cpu(unwrapped(model, (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {})))
 
 
 def trace(
@@ -67,7 +71,7 @@ def trace(
 
 
 def _traced(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[str, Any] | None, dynamic: Dynamic, batch: bool) -> Graph:
-    model = plain(model)
+    model = plain(model, args, kwargs)
     promised = signature_of(model)
     args = values_on_cpu((args,) if isinstance(args, Tensor) else tuple(args))
     args, kwargs = args if promised is None else promised.given(args), values_on_cpu(dict(kwargs or {}))

@@ -65,6 +65,15 @@ def users_code(what: str) -> Iterator[None]:
         raise InputError(f"{what} failed: {one_line(error)}{users_line(error)}; correct that and run it again") from error
 
 
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Whatever mode the caller is in, tensors can be trained that are made here; and what is under torch.compile runs as it is written: to compile
+    it for sizes that are tried once would take minutes.
+    """
+    with torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def import_from_current_directory() -> None:
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())
