@@ -24,7 +24,8 @@ LAYERS = [
 # foreign libraries behind one door
 DOORS = {
     "networkx": {"analysis/explain.py", "calibrate/logits.py"},
-    "onnx": {"backends/onnx.py", "backends/benchmark.py", "backends/kernels.py", "backends/microbenchmarks.py", "frontends/onnx_in/reading.py"},
+    "onnx": {f"backends/{n}.py" for n in ("onnx", "benchmark", "kernels", "microbenchmarks")}
+    | {"frontends/onnx_in/defects.py", "frontends/onnx_in/reading.py"},
     "onnxslim": {"backends/onnx.py"},
     "onnxruntime": {f"backends/{n}.py" for n in ("onnx", "benchmark", "candidates", "kernels", "quantize", "tables")}
     | {"frontends/onnx_in/check.py"},

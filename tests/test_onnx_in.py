@@ -416,6 +416,14 @@ def test_sizes_with_one_name_are_one_size() -> None:
     assert load_onnx(saved(net), ["x=1x3"]).args[1].shape == (2, 3)
 
 
+def test_what_ends_onnx_runtime_is_refused_before_it_does() -> None:
+    nodes = [helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0, 2]), helper.make_node("MatMul", ["t", "w"], ["y"], "product")]
+    half = {"x": TensorProto.FLOAT16, "y": TensorProto.FLOAT16}
+    assert "node 'product' multiplies a transposed tensor in float16" in refusal(
+        model_of(nodes, {"x": [2, 3, 4]}, ["y"], {"w": weight(4, 5).astype(np.float16)}, kinds=half)
+    )
+
+
 def test_inputs_that_do_not_fit_are_refused() -> None:
     net = model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": ["n", 4]}, ["y"])
     assert "'x' is nx4" in refusal(net, "x=2x5")

@@ -31,6 +31,7 @@ from structprune.backends import ties
 from structprune.backends.lowering import Lowered
 from structprune.backends.onnx_operators import translations
 from structprune.errors import StructpruneError, VerificationError, first_line
+from structprune.frontends.onnx_in.defects import crashing_operands
 from structprune.ir.traced import replaced
 from structprune.transform.reference import in_double
 
@@ -39,6 +40,7 @@ _log = logging.getLogger(__name__)
 TOLERANCE = 1e-3  # of the largest answer: ONNX Runtime fuses and reorders float32 arithmetic
 TOLERANCE_HALF = 2e-2  # in float16, of which one rounding is 5e-4 and a network has many, in another order
 LAYER = "structprune.layer"  # a node's note on which layer of the user's module it comes from
+_FIRST_AXIS = "structprune.first_axis"
 _LARGE = 2_000_000_000  # bytes: a protocol buffer holds 2 GiB, and larger weights lie in a file beside
 
 # of a file that was ONNX before, every weight stays what it was; runtimes fuse these themselves
@@ -108,6 +110,7 @@ def export(
         if layer:
             node.metadata_props.add(key=LAYER, value=layer)
     _name_sizes(model, sizes)
+    _keep_apart(model)
     written = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     if opset is not None and written != opset:
         raise ExportError(f"the model cannot be written in opset {opset}: torch's exporter got as far as {written}; ask for that, or for none")
@@ -189,6 +192,19 @@ def _name_sizes(model: onnx.ModelProto, sizes: Sequence[Sequence[int | str]]) ->
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in names:
                 dim.dim_param = names[dim.dim_param]
+
+
+def _keep_apart(model: onnx.ModelProto) -> None:
+    """Between a product and what `crashing_operands` finds before it an axis comes and goes, which moves nothing and which no runtime looks past."""
+    operands = crashing_operands(model)
+    for product, place in operands:
+        name, apart = product.input[place], f"{product.name}_operand_{place}"
+        product.input[place] = apart
+        index = list(model.graph.node).index(product)
+        model.graph.node.insert(index, onnx.helper.make_node("Squeeze", [f"{apart}_wider", _FIRST_AXIS], [apart], apart))
+        model.graph.node.insert(index, onnx.helper.make_node("Unsqueeze", [name, _FIRST_AXIS], [f"{apart}_wider"], f"{apart}_wider"))
+    if operands:
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0], np.int64), _FIRST_AXIS))
 
 
 def _origins(model: onnx.ModelProto, program: torch.export.ExportedProgram | None) -> dict[str, str]:

@@ -31,9 +31,9 @@ from structprune.frontends.archives import check_archive
 from structprune.frontends.devices import device_of
 from structprune.frontends.example_inputs import candidates, described, in_tuple, input_tensors, needed_inputs, own_inputs, why_not
 from structprune.frontends.torchscript import is_torchscript, load_torchscript
-from structprune.frontends.wrappers import within
 from structprune.frontends.users_code import called, import_from_current_directory, named_object
 from structprune.frontends.weights import adapted, difference, unwrapped
+from structprune.frontends.wrappers import within
 
 _CONSTRUCTORS = "demo, timm:NAME, torchvision:NAME or package.module:function"
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")

@@ -20,6 +20,7 @@ from onnx.inliner import inline_local_functions
 from torch import Tensor
 
 from structprune.errors import InputError, first_line
+from structprune.frontends.onnx_in.defects import crashing_operands
 from structprune.ir.signature import Signature
 
 OPSETS = range(7, 27)
@@ -105,6 +106,9 @@ def read(path: Path) -> Program:
                 f"{path}: the operator {node.domain}.{node.op_type} of node {node.name or node.output[0]!r} is not of the ONNX standard; "
                 "pass the file from before it was optimised for a runtime, or export it without custom operators"
             )
+    for node, _ in crashing_operands(model):
+        label = f"node {node.name or node.output[0]!r}"
+        raise InputError(f"{path}: {label} multiplies a transposed tensor in float16, which ends ONNX Runtime on the CPU; pass the file in float32")
     opset = max((o.version for o in model.opset_import if o.domain in _AI_ONNX), default=0)
     if opset not in OPSETS:
         raise InputError(f"{path} is of opset {opset}; structprune reads {OPSETS[0]} to {OPSETS[-1]}: convert it with onnx.version_converter")
