@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -67,14 +68,20 @@ class BenchProcess:
             line = process.stdout.readline()
         except BrokenPipeError:
             line = ""
+            with suppress(BrokenPipeError):
+                process.stdin.close()  # what it never read would be written once more at the end of the block
         if not line:
-            self._said.seek(0)
-            lines = self._said.read().decode(errors="replace").strip().splitlines()
-            raise InputError(f"benchmark: the process that measures ended: {(lines or ['it said nothing'])[-1]}")
+            raise InputError(f"benchmark: the process that measures {self._last_words(process)}")
         answer = json.loads(line)
         if "error" in answer:
             raise InputError(answer["error"])
         return Comparison.from_dict(answer)
+
+    def _last_words(self, process: subprocess.Popen[str]) -> str:
+        code = process.wait()
+        self._said.seek(0)
+        lines = self._said.read().decode(errors="replace").strip().splitlines()
+        return f"ended{f' by {signal.Signals(-code).name}' if code < 0 else ''}: {(lines or ['it said nothing'])[-1]}"
 
 
 def _serve() -> None:
