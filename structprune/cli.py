@@ -162,7 +162,7 @@ def compress(
             "sharded": sharded,
             "progress": say,
         }
-        check_form(half, quantize, options["calibration"] is not None)
+        check_form(loaded.model, half, quantize, options["calibration"] is not None)
         saving: dict[str, Any] = {
             "latency": latency,
             "half": half,

@@ -87,7 +87,7 @@ class Result:
         typed: for the report, the "command" and the "config" file that the user gave.
         Raises InputError for a directory that cannot be written, and VerificationError where ONNX Runtime disagrees with torch.
         """
-        check_form(half, quantize, self.samples is not None)
+        check_form(self.small, half, quantize, self.samples is not None)
         data = self.report.to_dict() | {"model": model_name, **(typed or {}), "notes": [*notes, *self.report.data["notes"]]}
         built = self._built(half, opset)
         with out.all_or_none(Path(directory)) as work, BenchProcess() as bench:
@@ -161,14 +161,13 @@ class Result:
             except Exception as error:  # it was written for a module with parameters, which a file has not
                 found["note"] = f"int8 has no accuracy: evaluate= does not take an ONNX file: {type(error).__name__} {error}"
         if bench is not None:
-            inputs = [v for v in floated(self.graph.given_inputs()) if isinstance(v, Tensor)]
-            compared = runtimes.compare(Runtime("onnxruntime", "cpu", self.runtime.threads), work / "original.onnx", target, inputs, bench, _SECONDS)
+            on_cpu = Runtime("onnxruntime", "cpu", self.runtime.threads)
+            compared = runtimes.compare(on_cpu, work / "original.onnx", target, self._inputs(on_cpu), bench, _SECONDS)
             found["latency_ms"] = _latency(compared)
         return found
 
     def _latencies(self, work: Path, bench: BenchProcess, built: Built | None) -> dict[str, Any]:
         """In the runtime of deployment, and in ONNX Runtime on the CPU, and on the GPU where there is one: by runtime."""
-        inputs = tuple(v for v in self.graph.given_inputs() if isinstance(v, Tensor))
         on_cpu = Runtime("onnxruntime", "cpu", self.runtime.threads)
         has_gpu = "CUDAExecutionProvider" in environment()["providers"] and torch.cuda.is_available()
         found = {}
@@ -178,11 +177,10 @@ class Result:
                     found[built.compared.latencies[0].runtime] = _latency(built.compared)
                     continue
                 original = where.file(work, "original")
-                given = floated(inputs) if where.name == "onnxruntime" and type_of(self.small) == torch.bfloat16 else inputs
                 if not original.exists():  # only ONNX stays in the directory
                     original = where.file(Path(folder), "original")
                     runtimes.save_original(where, self.graph, original)
-                compared = runtimes.compare(where, original, where.file(work, "model"), given, bench, _SECONDS)
+                compared = runtimes.compare(where, original, where.file(work, "model"), self._inputs(where), bench, _SECONDS)
                 found[compared.latencies[0].runtime] = _latency(compared)
         return found
 
@@ -197,8 +195,15 @@ class Result:
 
     def _operators(self, work: Path) -> dict[str, Any]:
         """Where the time of both files goes in ONNX Runtime on the CPU, by operator."""
-        inputs = tuple(v for v in self.graph.given_inputs() if isinstance(v, Tensor))
-        return profiles.to_dict(profiles.profiles({name: work / f"{name}.onnx" for name in ("original", "model")}, inputs, self.runtime.threads))
+        on_cpu = Runtime("onnxruntime", "cpu", self.runtime.threads)
+        files = {name: work / f"{name}.onnx" for name in ("original", "model")}
+        return profiles.to_dict(profiles.profiles(files, self._inputs(on_cpu), on_cpu.threads))
+
+    def _inputs(self, where: Runtime) -> tuple[Tensor, ...]:
+        """The tensors of the example call, as the files for a runtime take them: ONNX files of a model in bfloat16 compute in float32."""
+        values = self.graph.given_inputs()
+        floats = where.name == "onnxruntime" and type_of(self.small) == torch.bfloat16
+        return tuple(v for v in (floated(values) if floats else values) if isinstance(v, Tensor))
 
     def _export(self, module: TracedModule, graph: Graph, path: Path, opset: int | None) -> float:
         """Of a model in bfloat16, of which ONNX Runtime knows little, the file computes in float32; of one in float16 the answers are compared with
@@ -246,12 +251,14 @@ def _difference(path: Path, reference: nn.Module, graph: Graph, tolerance: float
     return error
 
 
-def check_form(half: bool, quantize: str | None, samples: bool) -> None:
-    """Raise InputError for a form that a result cannot be saved in."""
+def check_form(model: nn.Module, half: bool, quantize: str | None, samples: bool) -> None:
+    """Raise InputError for a form that a result of this model cannot be saved in."""
     if quantize is not None and quantize != "int8":
         raise InputError(f"quantize={quantize!r} is not known; use 'int8', or leave it out")
     if quantize is not None and half:
         raise InputError("half and quantize exclude each other: int8 starts from the model in float32; leave one out")
+    if quantize is not None and type_of(model) == torch.float16:
+        raise InputError("int8 starts from a model in float32, and this one is in float16: give it as model.float()")
     if quantize is not None and not samples:
         raise InputError("int8 needs samples of the model's inputs, from which ranges are taken; give some as calibration= (--calibration)")
 

@@ -49,6 +49,20 @@ def test_the_type_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     assert checked["tensors_matched_in_original_onnx"] > 0 and checked["original_onnx_masked"] <= 2e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_files_of_other_types_are_measured(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, (x,) = models.build("residual")
+    result = sp.compress(model.to(dtype), x.to(dtype), "macs=0.5", calibration=x.repeat(4, 1, 1, 1).to(dtype))
+    int8 = "int8" if dtype == torch.bfloat16 else None  # its ONNX files compute in float32
+    report = result.save(tmp_path / "out", quantize=int8).data
+    compared = [report["latency_ms"]["onnxruntime-cpu"], *([report["int8"]["latency_ms"]] if int8 else [])]
+    assert all(one["ratio"]["median"] > 0 for one in compared)
+    assert set(report["operators"]["operators"]) == {"original", "model"}
+    if not int8:
+        with pytest.raises(InputError, match="int8 starts from a model in float32"):
+            result.save(tmp_path / "other", quantize="int8")
+
+
 def test_bfloat16_without_dead_channels(tmp_path: Path) -> None:
     model = demo.model().bfloat16()
     with torch.no_grad():
