@@ -33,6 +33,7 @@ from structprune.transform.precision import call_in_float32, in_float32, type_of
 _ATTEMPTS = 100
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _HALF = 2.0**-10  # float16's epsilon
+_LEAST_HALF = 2.0**-24  # float16's smallest number
 FILES = ("original.onnx", "model.onnx", "model.pt2", "model.safetensors", "plan.json", "report.json", "report.html")
 
 _CHANGED = {
@@ -235,7 +236,7 @@ def _same(wanted: np.ndarray, got: np.ndarray) -> bool:
     if wanted.dtype == got.dtype:
         return np.array_equal(wanted, got, equal_nan=True)
     largest = float(np.abs(wanted).max(initial=0))
-    return np.allclose(got.astype(wanted.dtype), wanted, rtol=4 * _HALF, atol=_HALF * largest, equal_nan=True)
+    return np.allclose(got.astype(wanted.dtype), wanted, rtol=4 * _HALF, atol=_HALF * largest + _LEAST_HALF, equal_nan=True)
 
 
 def _masked(directory: Path, plan: Plan, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | str:
