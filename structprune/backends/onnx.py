@@ -198,7 +198,7 @@ def _keep_apart(model: onnx.ModelProto) -> None:
     """Between a product and what `crashing_operands` finds before it an axis comes and goes, which moves nothing and which no runtime looks past."""
     operands = crashing_operands(model)
     for product, place in operands:
-        name, apart = product.input[place], f"{product.name}_operand_{place}"
+        name, apart = product.input[place], f"{product.output[0]}_operand_{place}"
         product.input[place] = apart
         index = list(model.graph.node).index(product)
         model.graph.node.insert(index, onnx.helper.make_node("Squeeze", [f"{apart}_wider", _FIRST_AXIS], [apart], apart))
