@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 Values = TypeVar("Values")
@@ -20,7 +21,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def on_cpu(model: nn.Module) -> nn.Module:
     """The model itself, or a copy of it on the CPU, tensors that are plain attributes included, where some are elsewhere or of inference mode."""
-    if device_of(model).type == "cpu" and not any(t.is_inference() for t in [*model.parameters(), *model.buffers()]):
+    if device_of(model).type == "cpu" and not any(t.is_inference() for t in [*model.parameters(), *model.buffers()] if not is_lazy(t)):
         return model
     memo: dict[int, Any] = {}
     for tensor in pytree.tree_leaves([vars(part) for part in model.modules()]):
