@@ -38,4 +38,5 @@ def values_on_cpu(values: Values) -> Values:
 
 def tensor_on_cpu(tensor: Tensor) -> Tensor:
     """Itself or a copy, with which derivatives can be taken: not with what was made in inference mode."""
-    return tensor.clone() if tensor.is_inference() else tensor.cpu()
+    there = tensor.cpu()
+    return there.clone() if there.is_inference() else there

@@ -58,7 +58,7 @@ def converted(script: torch.jit.ScriptModule, args: tuple[Any, ...], name: str) 
             got = module(*_copied(args))
         except Exception as error:  # an operator that the converter does not know, or control flow
             raise InputError(f"{name} is in TorchScript, which cannot be converted ({one_line(error)}); {_ADVICE}") from error
-        parameters = [name for name, _ in script.named_parameters()]
+        parameters = list(dict(script.named_parameters()))
     if not close(floats(got), floats(wanted), _SAME):
         raise InputError(f"{name} is in TorchScript, and what it is converted to answers otherwise; {_ADVICE}")
     for parameter in parameters:  # the converter makes buffers of them
