@@ -71,11 +71,12 @@ class Dense:
 
 @dataclass(frozen=True)
 class Built:
-    """The small model as its runtime reads it: its file, as long as `keeper` lives, and its time beside the dense model's."""
+    """The small model as its runtime reads it: its file, as long as `keeper` lives, its graph, and its time beside the dense model's."""
 
     file: Path
     weights: str  # digest of those in the file
     keeper: Any
+    small: Graph
     compared: Comparison
 
 
@@ -211,7 +212,7 @@ def plan_for_latency(
                 continue
             file, weights, keeper, small = _build(graph, groups, plan, dense)
             compared, share = _measured(graph, dense, file, bench, asked, search.rounds, waits, tell)
-            search = _with_round(replace(search, share=share), plan, found, Built(file, weights, keeper, compared))
+            search = _with_round(replace(search, share=share), plan, found, Built(file, weights, keeper, small, compared))
             if search.is_over():
                 break
             taught = dense.latency.taught(found.widths, runtimes.ran(dense.runtime, small, file), search.rounds[-1].measured * whole)

@@ -127,7 +127,8 @@ class Result:
             if built is not None and built.file.suffix == ".pt2":
                 shutil.copyfile(built.file, folder / "model.pt2")
             else:
-                save_program(retrace(module, graph).exported, folder / "model.pt2", out.stamp(self.plan))
+                small = built.small if built is not None else retrace(module, graph)
+                save_program(small.exported, folder / "model.pt2", out.stamp(self.plan))
             out.save_weights(module, folder / "model.safetensors", out.stamp(self.plan))
         with self.clock("onnx"):
             if built is None or built.file.suffix != ".onnx":

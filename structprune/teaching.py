@@ -39,6 +39,8 @@ from structprune.transform.surgery import operate
 _log = logging.getLogger(__name__)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def recover(
     result: Result,
     train: Train,

@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import architectures
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import structprune as sp
+from structprune.backends import onnx
 from structprune.ir.traced import TracedModule
 from structprune.pipeline import explain
 from structprune.result import Result
@@ -621,6 +623,15 @@ def test_onnx_runs_at_other_sizes_as_torch_does(make: Callable[[], architectures
         for module in (result.model, result.small):
             for mine, theirs in zip(got, pytree.tree_leaves(module(*others)), strict=True):
                 assert torch.allclose(torch.from_numpy(mine), theirs, atol=1e-4 * (1 + theirs.abs().max().item()))
+
+
+def test_onnx_of_boxes_in_two_pictures(tmp_path: Path) -> None:
+    """The boxes stay what they are where the pictures are cut to one, and torchvision would read those of the second from other memory."""
+    _, inputs, result = compressed_once(architectures.detector)
+    assert inputs[1][:, 0].max() == 1 and result.graph.batched == (True, False)
+    assert result.export_onnx(tmp_path / "model.onnx") < 1e-4
+    with onnx._WithinPictures(), pytest.raises(IndexError, match="a box is in picture 1, and there are 1"):
+        result.model(inputs[0][:1], inputs[1])
 
 
 def test_axes_that_the_code_fixes_are_told() -> None:

@@ -85,11 +85,12 @@ def test_half(tmp_path: Path) -> None:
     verify_directory(tmp_path / "out")
 
 
+@pytest.mark.parametrize("held", [True, False], ids=["weights", "constants"])
 @pytest.mark.parametrize("cast", [False, True], ids=["in float16", "cast to it"])
 @pytest.mark.parametrize(
     ("order", "place"), [((1, 0, 2), 0), ((1, 2, 0), 0), ((1, 0, 2), 1), ((1, 2, 0, 3), 0), ((1, 2, 3, 0), 0), ((0, 2, 1), 0), ((2, 0, 1), 1)]
 )
-def test_transposed_products_in_float16(order: tuple[int, ...], place: int, cast: bool) -> None:
+def test_transposed_products_in_float16(order: tuple[int, ...], place: int, cast: bool, held: bool) -> None:
     """ONNX Runtime ends the process on those that take the first axis into the matrix; without the step between, this test would end here, too."""
     x = np.random.default_rng(0).standard_normal((3, 4, 5, 6)[: len(order)]).astype(np.float16)
     moved = x.transpose(order)
@@ -102,7 +103,10 @@ def test_transposed_products_in_float16(order: tuple[int, ...], place: int, cast
     given = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT if cast else onnx.TensorProto.FLOAT16, x.shape)
     wanted = moved @ weight if place == 0 else weight @ moved
     answer = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT16, wanted.shape)
-    graph = onnx.helper.make_graph(nodes, "product", [given], [answer], [onnx.numpy_helper.from_array(weight, "weight")])
+    tensor = onnx.numpy_helper.from_array(weight, "weight")
+    if not held:
+        nodes.insert(0, onnx.helper.make_node("Constant", [], ["weight"], value=tensor))
+    graph = onnx.helper.make_graph(nodes, "product", [given], [answer], [tensor] if held else [])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
     assert bool(crashing_operands(model)) is (order not in ((0, 2, 1), (2, 0, 1)))
     _keep_apart(model)

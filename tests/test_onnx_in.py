@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -188,6 +189,17 @@ def test_the_small_model_trains_and_its_statistics_move() -> None:
     torch.optim.SGD(small.parameters(), 0.1).step()
     moved = {n for n, v in small.state_dict().items() if not torch.equal(v, before[n])}
     assert {"bn.mean", "bn.var", "stem/kernel:0", "head.weight"} <= moved
+
+
+def test_it_is_copied_and_pickled_as_any_module() -> None:
+    imported = load_onnx(saved(convolutional()))
+    file = io.BytesIO()
+    torch.save(imported.model, file)
+    file.seek(0)
+    wanted = imported.model(*imported.args)
+    for other in (torch.load(file, weights_only=False), copy.deepcopy(imported.model)):
+        assert torch.equal(other(*imported.args), wanted)
+        assert sp.compress(other, imported.args, "channels=0.5").report.data["verification"]["masked_error"] < 1e-6
 
 
 def test_what_is_frozen_names_the_node_of_the_file() -> None:

@@ -149,3 +149,19 @@ def test_a_caller_in_inference_mode_gets_a_model_that_trains(own: bool) -> None:
         result = sp.compress(model, torch.randn(2, 3, 8, 8), "channels=0.5", calibration=samples, criterion="gradient")
     result.model(X).sum().backward()
     assert all(p.grad is not None for p in result.model.parameters())
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_caller_who_takes_no_gradients_can_recover(mode: Callable[[], Any]) -> None:
+    with mode():
+        result = sp.compress(net(), torch.randn(2, 3, 8, 8), "channels=0.5")
+        before = [p.clone() for p in result.model.parameters()]
+        recovered = sp.recover(result, [(torch.randn(4, 3, 8, 8), torch.randint(4, (4,)))] * 2)
+    assert any(not torch.equal(a, b) for a, b in zip(before, recovered.model.parameters(), strict=True))
+    recovered.model(X).sum().backward()
+
+
+def test_a_trace_in_inference_mode_trains() -> None:
+    with torch.inference_mode():
+        graph = sp.trace(net(), X)
+    graph.module(X).sum().backward()

@@ -26,6 +26,7 @@ from onnxscript.rewriter.rules.common import _min_max_to_clip, _no_op
 from torch import Tensor
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from structprune.backends import ties
 from structprune.backends.lowering import Lowered
@@ -48,6 +49,7 @@ _WEIGHT_FUSIONS = ["FusionGelu", *(f"Fusion{conv}{what}" for conv in ("Conv", "C
 _OWN = 2  # times the difference between float32 and float64 in torch is what ONNX Runtime may differ by, in a model that is so sensitive
 _MOST_OWN = 5e-2  # of the largest answer: a model that differs more from itself can be told from nothing
 _NUDGES, _NUDGE = 4, 1e-6  # how often, and by how much of itself, every weight is changed to see whether an order hangs on last digits
+_OF_BOXES = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool")
 LEAST = 1e-3  # a smaller answer counts as one of this: ONNX Runtime's sigmoid is right to 1e-7, not to a share of what it answers
 
 
@@ -197,14 +199,20 @@ def _name_sizes(model: onnx.ModelProto, sizes: Sequence[Sequence[int | str]]) ->
 def _keep_apart(model: onnx.ModelProto) -> None:
     """Between a product and what `crashing_operands` finds before it an axis comes and goes, which moves nothing and which no runtime looks past."""
     operands = crashing_operands(model)
+    if not operands:
+        return
+    between: dict[str, list[onnx.NodeProto]] = {}  # before the product that answers this
     for product, place in operands:
         name, apart = product.input[place], f"{product.output[0]}_operand_{place}"
         product.input[place] = apart
-        index = list(model.graph.node).index(product)
-        model.graph.node.insert(index, onnx.helper.make_node("Squeeze", [f"{apart}_wider", _FIRST_AXIS], [apart], apart))
-        model.graph.node.insert(index, onnx.helper.make_node("Unsqueeze", [name, _FIRST_AXIS], [f"{apart}_wider"], f"{apart}_wider"))
-    if operands:
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0], np.int64), _FIRST_AXIS))
+        between.setdefault(product.output[0], []).extend([
+            onnx.helper.make_node("Unsqueeze", [name, _FIRST_AXIS], [f"{apart}_wider"], f"{apart}_wider"),
+            onnx.helper.make_node("Squeeze", [f"{apart}_wider", _FIRST_AXIS], [apart], apart),
+        ])  # fmt: skip
+    nodes = [each for node in model.graph.node for each in [*between.get(node.output[0] if node.output else "", ()), node]]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0], np.int64), _FIRST_AXIS))
 
 
 def _origins(model: onnx.ModelProto, program: torch.export.ExportedProgram | None) -> dict[str, str]:
@@ -247,7 +255,8 @@ def check(
 ) -> float:
     """Largest difference between ONNX Runtime and torch, as a share of the largest answer, or of `LEAST` where that is more.
 
-    batch_of_one: a model that squeezes its answer may lose the batch in it; the file keeps it. One that does not run on it is not asked.
+    batch_of_one: a model that squeezes its answer may lose the batch in it; the file keeps it. One that does not run on it is not asked, nor one
+    whose inputs tell of boxes in other pictures.
 
     Raises VerificationError where it is more than `tolerance`; by default, than arithmetic in another order explains, in float32 or in float16 as the
     module's answers are; and where more whole numbers are others than ties explain. A model that picks the best of many (boxes, queries) may give
@@ -255,7 +264,8 @@ def check(
     right as torch is.
     """
     try:
-        wanted = _answers(module, args, kwargs)
+        with _WithinPictures() if batch_of_one else contextlib.nullcontext():
+            wanted = _answers(module, args, kwargs)
     except Exception:  # the user's code may raise anything
         if not batch_of_one:
             raise
@@ -277,6 +287,17 @@ def check(
         if not others <= max(ties.SHARE, own_others):
             raise VerificationError(f"{path.name}: of the whole numbers in an answer, {others:.1%} are others in ONNX Runtime than in torch")
     return apart
+
+
+class _WithinPictures(TorchDispatchMode):
+    """Raises IndexError for boxes in a picture that the batch has not: torchvision would read what happens to lie there in memory."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "torchvision" and func._opname in _OF_BOXES:
+            pictures, boxes = args[:2]
+            if len(boxes) and not boxes[:, 0].max() < len(pictures):
+                raise IndexError(f"{func._opname}: a box is in picture {int(boxes[:, 0].max())}, and there are {len(pictures)}")
+        return func(*args, **(kwargs or {}))
 
 
 def difference(got: np.ndarray, want: np.ndarray) -> float:

@@ -17,7 +17,7 @@ from structprune.frontends.definitions import spell_out
 from structprune.frontends.standardised import fold_standardised
 from structprune.frontends.unneeded import set_aside
 from structprune.ir.graph import Graph, attribute, held_by, is_dynamic, is_open, note_size, sizes_in
-from structprune.ir.operators import is_fresh, operator_name
+from structprune.ir.operators import is_fresh, is_guard, operator_name
 from structprune.ir.samples import copies
 from structprune.ir.signature import signature_of
 from structprune.ir.traced import buffers_kept
@@ -179,7 +179,7 @@ def _drop_checks(module: fx.GraphModule) -> None:
         name = str(node.target)
         freed = _may_be(node.args[0]) if node.target is torch.ops.aten.set_.default else None
         frees = freed is not None and all(order[user] <= order[node] for same in freed for user in same.users)
-        if (node.op == "call_module" and name == "_guards_fn") or (("_assert" in name or frees) and not node.users):
+        if is_guard(node) or (("_assert" in name or frees) and not node.users):
             graph.erase_node(node)
 
 

@@ -24,7 +24,7 @@ from structprune.frontends.exported import FIXED_BATCH, from_exported, names_in,
 from structprune.frontends.parametrizations import fold_parametrizations
 from structprune.frontends.torch_export import UNKNOWN_CLASS, called_once, export, unaware
 from structprune.frontends.unneeded import of_training
-from structprune.frontends.users_code import users_line
+from structprune.frontends.users_code import as_written, users_line
 from structprune.frontends.values import KnownValues, may_decide
 from structprune.frontends.wrappers import unwrapped
 from structprune.ir.graph import Graph, is_dynamic, repeated, written_to
@@ -47,9 +47,15 @@ def plain(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[str,
 
     args and kwargs: of a call, by which a model in another form becomes a module. Raises InputError where it cannot.
     """
-    return fold_parametrizations(on_cpu(unwrapped(model, (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {})))
+    return fold_parametrizations(on_cpu(unwrapped(model, _positional(args), kwargs or {})))
 
 
+def _positional(args: tuple[Any, ...] | Tensor) -> tuple[Any, ...]:
+    """One tensor stands for a call with it alone."""
+    return (args,) if isinstance(args, Tensor) else tuple(args)
+
+
+@as_written()
 def trace(
     model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[str, Any] | None = None, *, dynamic: Dynamic = (), batch: bool = True
 ) -> Graph:
@@ -73,7 +79,7 @@ def trace(
 def _traced(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[str, Any] | None, dynamic: Dynamic, batch: bool) -> Graph:
     model = plain(model, args, kwargs)
     promised = signature_of(model)
-    args = values_on_cpu((args,) if isinstance(args, Tensor) else tuple(args))
+    args = values_on_cpu(_positional(args))
     args, kwargs = args if promised is None else promised.given(args), values_on_cpu(dict(kwargs or {}))
     wanted = _wanted_axes(model, args, kwargs, dynamic)
     if promised is not None:

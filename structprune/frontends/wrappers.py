@@ -11,11 +11,10 @@ from torch import fx, nn
 
 from structprune.errors import InputError
 from structprune.frontends.torchscript import converted
-from structprune.ir.operators import training_flag
+from structprune.ir.operators import is_guard, training_flag
 from structprune.ir.traced import TracedModule
 
 _SHARDED = "FullyShardedDataParallel"
-_GUARDS = "_guards_fn"  # of the programs of torch.export: it raises at sizes other than those that were traced
 
 
 def unwrapped(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
@@ -50,7 +49,7 @@ def within(model: Any) -> Any:
 def _of_program(module: fx.GraphModule) -> TracedModule:
     graph = copy.deepcopy(module.graph)
     for node in list(graph.nodes):
-        if node.op == "call_module" and node.target == _GUARDS:
+        if is_guard(node):
             graph.erase_node(node)
     flags = [node.args[flag] for node in graph.nodes if (flag := training_flag(node)) is not None]
     root = copy.copy(module)

@@ -56,6 +56,11 @@ def training_flag(node: fx.Node) -> int | None:
     return next((i for i, name in enumerate(names[: len(node.args)]) if name in _TRAINING), None)
 
 
+def is_guard(node: fx.Node) -> bool:
+    """Whether a node asserts, in a program of torch.export, that inputs have the sizes that were traced."""
+    return node.op == "call_module" and node.target == "_guards_fn"
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether a node draws random numbers. What drops at random does so where it is told to, as in training."""
     if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:

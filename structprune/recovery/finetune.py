@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from structprune import processes
 from structprune.errors import InputError
+from structprune.frontends.devices import tensor_on_cpu
 from structprune.frontends.samples import batch_of, batch_size
 from structprune.frontends.users_code import users_code
 from structprune.ir.graph import Graph, digest, owners_of
@@ -389,7 +390,7 @@ def _batches(
         inputs, labels = batch_of(piece, graph, f"batch {number} of epoch {epoch + 1}")
         if labels is None and recipe.labels is True:
             raise InputError(f"batch {number} of epoch {epoch + 1} has no labels; give (inputs, labels), or labels=False")
-        wanted = labels.to(device) if labels is not None and recipe.labels is not False else None
+        wanted = tensor_on_cpu(labels).to(device) if labels is not None and recipe.labels is not False else None
         yield [v.to(device, copy=True) if isinstance(v, Tensor) else v for v in inputs], wanted  # a model may write to its inputs
 
 

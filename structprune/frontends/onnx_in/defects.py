@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 
 def crashing_operands(model: ModelProto) -> list[tuple[NodeProto, int]]:
@@ -10,11 +10,19 @@ def crashing_operands(model: ModelProto) -> list[tuple[NodeProto, int]]:
 
     The runtime takes such a transposition into the product, of which it has no kernel in float16.
     """
-    if all(tensor.data_type != TensorProto.FLOAT16 for tensor in model.graph.initializer):
+    if TensorProto.FLOAT16 not in _types(model.graph):
         return []
     makers = {output: node for node in model.graph.node for output in node.output}
     products = [node for node in model.graph.node if node.op_type == "MatMul"]
     return [(node, place) for node in products for place, name in enumerate(node.input) if _takes_first_axis(makers.get(name), makers)]
+
+
+def _types(graph: GraphProto) -> set[int]:
+    """Of what a graph starts from: inputs, weights, and the values and casts that its nodes name."""
+    attributes = [a for node in graph.node for a in node.attribute]
+    cast_to = {a.i for a in attributes if a.name in ("to", "dtype")}
+    tensors = [*graph.initializer, *(a.t for a in attributes if a.HasField("t"))]
+    return cast_to | {t.data_type for t in tensors} | {i.type.tensor_type.elem_type for i in graph.input}
 
 
 def _takes_first_axis(node: NodeProto | None, makers: dict[str, NodeProto]) -> bool:

@@ -51,8 +51,8 @@ class OnnxModule(nn.Module):
             tuple(port.sizes for port in program.inputs),
             tuple(self.fixed.items()),
         )
-        self._names: dict[int, dict[str, str]] = {}  # of each body: a constant's name in the file -> the name of the tensor
-        self._numbers: dict[int, dict[str, Sizes]] = {}
+        self._names: dict[Body, dict[str, str]] = {}  # a constant's name in the file -> the name of the tensor
+        self._numbers: dict[Body, dict[str, Sizes]] = {}
         self._refuse_unknown(program.body.nodes)
         taken: set[str] = set()
         self._hold(program.body, taken)
@@ -80,8 +80,8 @@ class OnnxModule(nn.Module):
 
     def _run(self, body: Body, values: dict[str, Value]) -> list[Value | None]:
         """The outputs of a graph or branch; values: what it can read from outside."""
-        values.update(self._numbers[id(body)])
-        for name, tensor in self._names[id(body)].items():
+        values.update(self._numbers[body])
+        for name, tensor in self._names[body].items():
             values[name] = self.get_parameter_or_buffer(tensor)
         for node in body.nodes:
             values.update((n, v) for n, v in zip(node.outputs, self._answers(node, values), strict=False) if n and v is not None)
@@ -161,8 +161,8 @@ class OnnxModule(nn.Module):
                 readers.setdefault(name, []).append((node, i))
         answered = {*body.outputs, *(o for node in body.every_node() for branch in node.bodies() for o in branch.outputs)}
         sizes = made_into_sizes(body)
-        names = self._names[id(body)] = {}
-        numbers = self._numbers[id(body)] = {}
+        names = self._names[body] = {}
+        numbers = self._numbers[body] = {}
         for name, tensor in body.constants.items():
             reading = readers.get(name, [])
             if not reading and name not in answered:

@@ -54,7 +54,7 @@ class Node:
                 yield value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Body:
     """The nodes of a graph or of a branch, in an order in which they can run."""
 
@@ -69,6 +69,9 @@ class Body:
             yield node
             for body in node.bodies():
                 yield from body.every_node()
+
+    def __deepcopy__(self, memo: Any) -> Body:
+        return self  # nothing changes it
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,6 @@ class Program:
     opset: int
     inputs: tuple[Port, ...]
     body: Body
-
-    def __deepcopy__(self, memo: Any) -> Program:
-        return self  # nothing changes it
 
 
 def read(path: Path) -> Program:
