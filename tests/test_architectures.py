@@ -16,6 +16,7 @@ from typing import Any
 
 import architectures
 import numpy as np
+import onnx
 import oracle
 import pytest
 import torch
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import structprune as sp
-from structprune.backends import onnx
+from structprune.backends.directory import verify_directory
+from structprune.backends.onnx import _WithinPictures
+from structprune.errors import VerificationError
 from structprune.ir.traced import TracedModule
 from structprune.pipeline import explain
 from structprune.result import Result
@@ -630,8 +633,23 @@ def test_onnx_of_boxes_in_two_pictures(tmp_path: Path) -> None:
     _, inputs, result = compressed_once(architectures.detector)
     assert inputs[1][:, 0].max() == 1 and result.graph.batched == (True, False)
     assert result.export_onnx(tmp_path / "model.onnx") < 1e-4
-    with onnx._WithinPictures(), pytest.raises(IndexError, match="a box is in picture 1, and there are 1"):
+    with _WithinPictures(), pytest.raises(IndexError, match="a box is in picture 1, and there are 1"):
         result.model(inputs[0][:1], inputs[1])
+
+
+def test_biases_that_no_weight_silences_are_gone_from_the_masked_original(tmp_path: Path) -> None:
+    """No weight reads embeddings that are compared: their removed entries are zero only where their biases are too."""
+    torch.manual_seed(0)
+    model, inputs = architectures.contrastive()
+    sp.compress(model.eval(), inputs, "channels=0.8").save(tmp_path / "small", latency=False)
+    assert verify_directory(tmp_path / "small")["original_onnx_masked"] < 1e-6
+
+    file = onnx.load(str(tmp_path / "small/original.onnx"))
+    bias = next(t for t in file.graph.initializer if t.name == "text.bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias)[::-1].copy(), bias.name))
+    onnx.save(file, str(tmp_path / "small/original.onnx"))
+    with pytest.raises(VerificationError, match=r"text\.bias in model\.onnx is not the plan's slice"):
+        verify_directory(tmp_path / "small")
 
 
 def test_axes_that_the_code_fixes_are_told() -> None:

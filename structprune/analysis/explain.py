@@ -68,7 +68,4 @@ def _steps(graph: Graph, groups: Groups, atom: Atom, first: str, last: str) -> I
     by_name = {name: node for node in graph.whole if node.op == "get_attr" for name in graph.aliases.get(str(node.target), ())}
     path = nx.shortest_path(couplings(graph, groups, atom), by_name[first], by_name[last])
     for node in path:
-        if node.op == "get_attr":
-            yield f"  {node.target}"
-        else:
-            yield f"  {operator_name(node):<20} {source_of(node)}"
+        yield f"  {operator_name(node):<20} {source_of(node)}" if node.op == "call_function" else f"  {node.target}"

@@ -80,7 +80,7 @@ def _statistics(graph: Graph, types: Types) -> dict[fx.Node, frozenset[Atom]]:
         if reading.how in _STATISTICS:
             found[reading.node] = found.get(reading.node, _NONE).union(types.solver.atoms(reading.axis))
     for node in graph.nodes:
-        rule = RULES.get(operator_name(node)) if node.op == "call_function" else None
+        rule = RULES.get(operator_name(node))
         if node.target is operator.getitem or (rule is not None and rule.__module__ in (elementwise.__name__, layout.__name__)):
             found[node] = _NONE.union(*(found.get(o, _NONE) for o in node.all_input_nodes))
     return found
@@ -98,7 +98,7 @@ def _loud(
     mine, operands = atoms[node], node.all_input_nodes
     if node.op == "get_attr":  # a parameter's removed entries are the ones that are set to zero
         return _NONE if str(node.target) in graph.aliases and not str(node.target).endswith("running_var") else mine
-    name = operator_name(node) if node.op == "call_function" else ""
+    name = operator_name(node)
     if name in _ZEROS:
         return _NONE
     if not name or not mine or node in constants or name in _WHATEVER:

@@ -244,15 +244,20 @@ def _masked(directory: Path, plan: Plan, module: nn.Module, args: tuple[Any, ...
     inexact = [g for g in plan.groups if not g.exact and len(g.keep) < g.channels]
     if inexact:
         return inexact[0].reason
-    removed = {
-        name: {dim: np.setdiff1d(np.arange(cut.shape[dim]), keep) for dim, keep in cut.keep.items()}
-        for name, cut in plan.tensors.items()
-        if len(cut.shape) > 1  # a vector's channels are silenced by the weights that read them
-    }
-    model = onnx.masked(directory / "original.onnx", removed)
-    if isinstance(model, str):
-        return model
-    return _apart(directory, model, "original.onnx without the removed channels", module, args, kwargs)
+    removed = {name: {dim: np.setdiff1d(np.arange(cut.shape[dim]), keep) for dim, keep in cut.keep.items()} for name, cut in plan.tensors.items()}
+    matrices = {name: dims for name, dims in removed.items() if len(plan.tensors[name].shape) > 1}
+    vectors = {name: dims for name, dims in removed.items() if name not in matrices}
+    differs: VerificationError | None = None
+    for also in ({}, vectors):  # weights that read a vector's channels silence them; where none do (embeddings that are compared), biases must go
+        model = onnx.masked(directory / "original.onnx", matrices, also)
+        if isinstance(model, str):
+            return model
+        try:
+            return _apart(directory, model, "original.onnx without the removed channels", module, args, kwargs)
+        except VerificationError as error:
+            differs = differs or error
+    assert differs is not None
+    raise differs
 
 
 def _apart(directory: Path, original: Path | bytes, what: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:

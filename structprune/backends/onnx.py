@@ -414,9 +414,10 @@ def runner(model: Path | bytes) -> Callable[[Sequence[Any]], list[np.ndarray]]:
     return answer
 
 
-def masked(path: Path, removed: Mapping[str, Mapping[int, np.ndarray]]) -> bytes | str:
+def masked(path: Path, removed: Mapping[str, Mapping[int, np.ndarray]], also: Mapping[str, Mapping[int, np.ndarray]]) -> bytes | str:
     """The model of a file with the given entries of its weights, by name and dimension, set to zero; or in words why that would not tell.
 
+    also: the same of weights that the exporter may have taken into others.
     A norm over channels runs over the zeros too, and a weight that the exporter renamed cannot be found.
     """
     if size(path) >= _LARGE:
@@ -426,9 +427,9 @@ def masked(path: Path, removed: Mapping[str, Mapping[int, np.ndarray]]) -> bytes
     if norms:
         return f"{norms[0]} would run over the zeros"
     found = _named_tensors(model)
-    for name, dims in removed.items():
-        if name not in found:
-            return f"{path.name} names no {name}"
+    if missing := [name for name in removed if name not in found]:
+        return f"{path.name} names no {missing[0]}"
+    for name, dims in {**removed, **{name: dims for name, dims in also.items() if name in found}}.items():
         values = onnx.numpy_helper.to_array(found[name]).copy()
         for dim, entries in dims.items():
             values[(slice(None),) * dim + (entries,)] = 0

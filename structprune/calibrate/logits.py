@@ -203,7 +203,7 @@ Side = tuple[fx.Node, int]
 
 def _sides(node: fx.Node, types: Types) -> tuple[Side, Side] | None:
     """Queries and keys of a product over an atom that may be cut, each with the axis that is summed over."""
-    name = operator_name(node) if node.op == "call_function" else ""
+    name = operator_name(node)
     if name not in ("scaled_dot_product_attention", "matmul", "bmm"):
         return None
     left, right, *others = node.args

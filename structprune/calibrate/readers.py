@@ -69,7 +69,7 @@ def readers(graph: Graph) -> dict[fx.Node, Reader]:
 
 def reader_of(node: fx.Node) -> Reader | None:
     """The reader that a node is, wherever its weight comes from; None for any other node."""
-    function = RULES.get(operator_name(node)) if node.op == "call_function" else None
+    function = RULES.get(operator_name(node))
     given = _arguments(node) if function in _READS else {}
     if function is contraction.linear and _rank(given["weight"]) == 2:
         return _reader(node, "linear", given["input"], given["weight"], given["bias"])

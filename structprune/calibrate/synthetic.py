@@ -37,7 +37,7 @@ def synthetic(graph: Graph, macs: float, seed: int = 0, say: Callable[[str], Non
     Raises InputError for a model without batch norms, or whose inputs are not floating-point tensors with a free batch.
     """
     given = graph.given_inputs()
-    norms = {n for n in graph.nodes if n.op == "call_function" and operator_name(n) == "batch_norm" and n.args[5] is False}
+    norms = {n for n in graph.nodes if operator_name(n) == "batch_norm" and n.args[5] is False}
     if not norms:
         raise InputError(
             f"calibration {SYNTHETIC!r} makes samples from the statistics in batch norms, and this model has none: give some of its inputs"

@@ -176,10 +176,9 @@ def _drop_checks(module: fx.GraphModule) -> None:
     graph = module.graph
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in reversed(list(graph.nodes)):
-        name = str(node.target)
         freed = _may_be(node.args[0]) if node.target is torch.ops.aten.set_.default else None
         frees = freed is not None and all(order[user] <= order[node] for same in freed for user in same.users)
-        if is_guard(node) or (("_assert" in name or frees) and not node.users):
+        if is_guard(node) or (("_assert" in operator_name(node) or frees) and not node.users):
             graph.erase_node(node)
 
 

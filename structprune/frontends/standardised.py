@@ -69,7 +69,7 @@ def _standardised(graph: fx.Graph) -> dict[fx.Node, dict[fx.Node, list[fx.Node]]
     constant = computed_of({n for n in nodes if n.op == "get_attr" and isinstance(n.meta.get("val"), Tensor)}, nodes)
     found: dict[fx.Node, dict[fx.Node, list[fx.Node]]] = {}
     for reader in graph.nodes:
-        weighed = reader.op == "call_function" and RULES.get(operator_name(reader)) in contraction.WEIGHED
+        weighed = RULES.get(operator_name(reader)) in contraction.WEIGHED
         if weighed and (weight := reader.args[1]) in constant and weight.op == "call_function":
             steps = _steps(weight)
             alike = [n for n in steps if n.op == "get_attr" and n.meta["val"].shape == weight.meta["val"].shape]

@@ -252,7 +252,7 @@ def _with_something_chosen(module: nn.Module, graph: Graph, axes: list[set[int]]
         except Exception as error:
             raise _explained(failed) from error
     for node in reversed(exported.graph.nodes):
-        if "_assert" in str(node.target):
+        if "_assert" in operator_name(node):
             exported.graph.erase_node(node)
     exported.graph.eliminate_dead_code()
     return exported
@@ -363,7 +363,7 @@ def _first_sizes(exported: ExportedProgram) -> list[Any]:
 def _drops_single_axes(exported: ExportedProgram) -> bool:
     """Whether an axis that may have any size is dropped where it has one entry, which the trace of more entries does not follow."""
     for node in exported.graph.nodes:
-        if node.op == "call_function" and operator_name(node) == "squeeze":
+        if operator_name(node) == "squeeze":
             dims = node.args[1] if len(node.args) > 1 else None
             shape = node.args[0].meta["val"].shape
             if any(is_dynamic(shape[d]) for d in (range(len(shape)) if dims is None else dims if isinstance(dims, (list, tuple)) else [dims])):

@@ -21,7 +21,12 @@ _UNSAFE = ("unsafe_", "_unsafe_", "lift")  # views that keep quiet about it
 
 
 def operator_name(node: fx.Node) -> str:
-    """'conv2d' for aten.conv2d.default, 'add' for aten.add_.Tensor; other callables by their own name."""
+    """'conv2d' for aten.conv2d.default, 'add' for aten.add_.Tensor; other callables by their own name; nothing for a node that calls none.
+
+    An input or a weight may be called as an operator is.
+    """
+    if node.op != "call_function":
+        return ""
     if isinstance(node.target, torch._ops.OpOverload):
         if node.target.namespace != "aten":
             return f"{node.target.namespace}::{node.target._opname}"

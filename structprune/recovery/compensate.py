@@ -193,7 +193,7 @@ def _branch_of(node: fx.Node, module: fx.GraphModule) -> tuple[fx.Node, Tensor] 
     scale: Tensor | None = None
     while len(node.users) == 1:
         user = next(iter(node.users))
-        name = operator_name(user) if user.op == "call_function" else ""
+        name = operator_name(user)
         if name == "batch_norm" and user.args[5] is False:
             weight, variance = user.args[1], user.args[4]
             if not (isinstance(weight, fx.Node) and isinstance(variance, fx.Node)):

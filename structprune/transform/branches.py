@@ -39,7 +39,7 @@ class Needed(Exception):
     """An operator that cannot do without the channels; `node` is it."""
 
     def __init__(self, node: fx.Node):
-        super().__init__(f"{operator_name(node) if node.op == 'call_function' else f'the {node.op}'} needs them ({source_of(node)})")
+        super().__init__(f"{operator_name(node) or f'the {node.op}'} needs them ({source_of(node)})")
         self.node = node
 
 
@@ -115,7 +115,7 @@ def fold(
         fixed = [n for n in node.all_input_nodes if n in constants]
         if not empty and not fixed:
             continue
-        function = RULES.get(operator_name(node)) if node.op == "call_function" else None
+        function = RULES.get(operator_name(node))
         if function in _SUMS and empty and not fixed:
             constants[node] = _bias(node, shapes, tensor, (answers or {}).get(originals[node]))
         elif function is joining.cat and empty and not fixed:

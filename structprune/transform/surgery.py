@@ -81,7 +81,7 @@ def operate(graph: Graph, types: Types, keep: Keep, cuts: Mapping[str, Cut], ans
     resize = Resize(kept, constant, add_constant)
     void = void_nodes(graph.nodes, types, keep)
     for node in list(fresh.nodes):
-        resizer = RESIZERS.get(operator_name(node)) if node.op == "call_function" else None
+        resizer = RESIZERS.get(operator_name(node))
         if (
             resizer is not None
             and originals[node] not in void
