@@ -470,19 +470,17 @@ def main() -> None:
     atexit.register(gc.freeze)  # or Python looks through all that torch has made once more before it ends, for a second or two
     try:
         app()
-    except StructpruneError as error:
-        if is_out_of_memory(error):
-            _fail(error, InputError.exit_status, _NO_MEMORY)
-        _fail(error, error.exit_status)
     except TimeIsUp as error:
         _fail(error, InputError.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (MemoryError, OSError) as error:
-        _fail(InputError(f"{type(error).__name__}: {error}"), InputError.exit_status)
     except Exception as error:
         if is_out_of_memory(error):
             _fail(error, InputError.exit_status, _NO_MEMORY)
+        if isinstance(error, StructpruneError):
+            _fail(error, error.exit_status)
+        if isinstance(error, OSError):
+            _fail(InputError(f"{type(error).__name__}: {error}"), InputError.exit_status)
         _fail(error, 1, f"internal error: {one_line(error)}; run again with --debug and report it with the traceback")
 
 

@@ -794,17 +794,3 @@ def test_channels_pass_through(name: str) -> None:
     inputs = [torch.randn(2, 5, 6)]
     assert name in {operator_name(n) for n in sp.trace(model.eval(), inputs[0]).nodes}
     assert pruned(model, inputs)["a.weight"] == (8, 6)
-
-
-@pytest.mark.parametrize("name", ["clone", "alias", "mul", "div", "batch_norm", "dropout", "_assert_scalar"])
-def test_inputs_and_buffers_may_be_called_as_operators_are(name: str) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inp, self.out = nn.Linear(4, 8), nn.Linear(8, 3)
-            self.register_buffer(name, torch.rand(8))
-
-    exec(f"def forward(self, {name}, unused_{name}):\n    return self.out(self.inp({name}) * getattr(self, '{name}') + self.{name})", forwards := {})
-    Model.forward = forwards["forward"]
-    small = sp.compress(Model().eval(), (torch.randn(2, 4), torch.randn(2)), "channels=0.5").model
-    assert type(small) is Model and small.inp.out_features == 4

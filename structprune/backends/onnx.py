@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnx_ir.passes
 import onnxruntime
 import onnxscript.optimizer
@@ -98,6 +99,7 @@ def export(
         except Exception as error:  # the exporter wraps whatever it meets
             raise ExportError(f"the model cannot be written as ONNX: {first_line(error.__cause__ or error)}") from error
         assert exported is not None
+        _rename_inner(exported.model)
         if sizes:  # folding what is constant is part of the optimisation that was left out, and changes no weight
             onnxscript.optimizer.fold_constants(exported.model)
         model = exported.model_proto
@@ -181,6 +183,18 @@ def input_names(path: Path) -> list[str]:
     model = onnx.load(str(path), load_external_data=False)
     held = {t.name for t in model.graph.initializer}
     return [i.name for i in model.graph.input if i.name not in held]
+
+
+def _rename_inner(model: onnx_ir.Model) -> None:
+    """The exporter calls an answer as it is told, and something inside, such as 'relu', may have that name already: the latter gets another."""
+    outputs = {value.name for value in model.graph.outputs}
+    values = [value for node in model.graph.all_nodes() for value in node.outputs]
+    taken = {value.name for value in values} | outputs
+    for value in values:
+        if value.name in outputs and not any(value is answer for answer in model.graph.outputs):
+            while value.name in taken:
+                value.name = f"{value.name}_"
+            taken.add(value.name)
 
 
 def _name_sizes(model: onnx.ModelProto, sizes: Sequence[Sequence[int | str]]) -> None:

@@ -33,6 +33,7 @@ _FORGED = "is no program that torch.export.save writes"
 _NAME = re.compile(r"[\w.]*")
 _TENSOR = re.compile(r"[\w.\-+:/@ ]*")  # no quotes, brackets or escapes: torch.fx writes these names, in quotes, into code that it runs
 _NAMES = {"name": _NAME, "custom_obj_name": _NAME, "parameter_name": _TENSOR, "buffer_name": _TENSOR, "tensor_constant_name": _TENSOR}
+_BY_NAME = frozenset({"tensor_values", "sym_int_values", "sym_bool_values", "sym_float_values", "custom_obj_values", "config"})
 _FOREIGN = re.compile(r"[\w.\s\[\]{}\",:\\-]*")  # JSON within JSON: structures of plain names
 _OPERATOR = re.compile(r"torch\.ops\.([A-Za-z]\w*)\.(\w+)(?:\.(\w+))?")
 _BARRED_SPACES = frozenset({"prim", "profiler", "c10d", "rpc", "inductor", "static_runtime", "symm_mem", "dist", "cuda", "debugprims"})
@@ -144,13 +145,18 @@ def _check_model(content: Any) -> None:
 
 
 def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key of every object in a JSON document, with its value."""
+    """Every key of every object in a JSON document, with its value. What is kept by name has these names under 'name': an input may be called so."""
     stack = [value]
     while stack:
         top = stack.pop()
         if isinstance(top, dict):
-            yield from top.items()
-            stack.extend(top.values())
+            for key, inner in top.items():
+                if key in _BY_NAME and isinstance(inner, dict):
+                    yield from (("name", name) for name in inner)
+                    stack.extend(inner.values())
+                else:
+                    yield key, inner
+                    stack.append(inner)
         elif isinstance(top, list):
             stack.extend(top)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ def from_exported(
         notes = (f"static batch: {FIXED_BATCH}",)
     if folded:
         notes += (f"weights that the model's code standardises are folded, {len(folded)} of them; {next(iter(folded))} is one",)
+    taken = {*(n.name for n in placeholders), *attributes, *chain(*aliases.values())}
     _note_chosen(module, pytree.tree_leaves((args, dict(kwargs))))
     return Graph(
         module=module,
@@ -67,7 +69,7 @@ def from_exported(
         exported=exported,
         aliases=aliases,
         input_names=promised.inputs if promised else tuple(n.name for n in placeholders),
-        output_names=promised.outputs if promised else _output_names(exported),
+        output_names=promised.outputs if promised else _output_names(exported, taken),
         dynamic=dynamic,
         doubled=doubled,
         unneeded=unneeded,
@@ -232,11 +234,17 @@ def _sink_tensors(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _output_names(exported: ExportedProgram) -> tuple[str, ...]:
-    """'output' for a single tensor, else the path in the answer's structure: 'logits', 'features_0'."""
+def _output_names(exported: ExportedProgram, taken: Container[str]) -> tuple[str, ...]:
+    """'output' for a single tensor, else the path in the answer's structure: 'logits', 'features_0'; with 'output_' before it where that is taken."""
     spec = exported.call_spec.out_spec
     assert spec is not None
     leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     paths = [path for path, _ in pytree.tree_flatten_with_path(leaves)[0]]
     names = ["_".join(re.sub(r"\W+", "_", str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k))))) for k in path) for path in paths]
-    return tuple(("output" if not n else f"output_{n}" if n[0].isdigit() else n) for n in names)
+    found: dict[str, None] = {}
+    for name in names:
+        name = "output" if not name else f"output_{name}" if name[0].isdigit() or name in taken else name
+        while name in found or name in taken:
+            name += "_"
+        found[name] = None
+    return tuple(found)

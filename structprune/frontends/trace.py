@@ -27,7 +27,7 @@ from structprune.frontends.unneeded import of_training
 from structprune.frontends.users_code import as_written, users_line
 from structprune.frontends.values import KnownValues, may_decide
 from structprune.frontends.wrappers import unwrapped
-from structprune.ir.graph import Graph, is_dynamic, repeated, written_to
+from structprune.ir.graph import Graph, held_by, is_dynamic, repeated, written_to
 from structprune.ir.operators import named_arguments, operator_name
 from structprune.ir.signature import Signature, signature_of
 from structprune.ir.traced import TracedModule, in_mode
@@ -35,6 +35,7 @@ from structprune.ops import RULES, contraction
 
 _log = logging.getLogger(__name__)
 _CONVOLUTIONS = (contraction.conv, contraction.conv_transpose, contraction.convolution)
+_NAMES_OF_GRAPHS = frozenset({*dir(fx.GraphModule), "meta"}) - frozenset(dir(nn.Module))
 _PRIME = 1009  # samples, which no code divides into equal parts
 _DROPPED = "the model's code drops the first axis of one sample (squeeze)"
 
@@ -78,6 +79,7 @@ def trace(
 
 def _traced(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[str, Any] | None, dynamic: Dynamic, batch: bool) -> Graph:
     model = plain(model, args, kwargs)
+    _must_have_free_names(model)
     promised = signature_of(model)
     args = values_on_cpu(_positional(args))
     args, kwargs = args if promised is None else promised.given(args), values_on_cpu(dict(kwargs or {}))
@@ -116,6 +118,13 @@ def _traced(model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[st
     ]
     inputs = tuple(source for source in values.held if isinstance(source, int))
     return replace(graph, held=inputs, notes=(*graph.notes, *_taken_for_granted(graph, values, parts), *fixed))
+
+
+def _must_have_free_names(model: nn.Module) -> None:
+    """Raise TraceError for a tensor, or what holds it, whose name at the top of the model torch.export's own modules have for something else."""
+    name = next((top for top in (name.split(".")[0] for name in held_by(model)) if top in _NAMES_OF_GRAPHS), None)
+    if name is not None:
+        raise TraceError(f"torch.export takes no model with tensors under the name {name!r}: rename that, or put the model in another module")
 
 
 def _taken_for_granted(graph: Graph, values: KnownValues, parts: ChosenParts) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.traceback import annotate
 
 from structprune.errors import InputError, first_line
@@ -224,7 +224,7 @@ def _state_name(name: str, reading: list[tuple[Node, int]], body: Body, taken: s
         leaf = parameters[index] if index < len(parameters) else f"input_{index}"
         wanted = f"{owner.strip('/').replace('/', '.')}.{leaf}"
     parts = [re.sub(r"[^\w/:-]", "_", part) for part in wanted.split(".") if part]  # torch.fx writes names into code that it runs
-    parts = [f"_{p}" if hasattr(nn.Module, p) or p in _OWN else p for p in parts] or ["constant"]
+    parts = [f"_{p}" if hasattr(fx.GraphModule, p) or p in _OWN else p for p in parts] or ["constant"]
     key = ".".join(parts)
     number = 1
     while _clashes(key, taken):
@@ -234,7 +234,7 @@ def _state_name(name: str, reading: list[tuple[Node, int]], body: Body, taken: s
     return key
 
 
-_OWN = frozenset({"program", "fixed", "signature", "training", "_names", "_numbers"})
+_OWN = frozenset({"meta", "program", "fixed", "signature", "training", "_names", "_numbers"})
 
 
 def _clashes(key: str, taken: set[str]) -> bool:
