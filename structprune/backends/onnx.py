@@ -309,8 +309,8 @@ class _WithinPictures(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func.namespace == "torchvision" and func._opname in _OF_BOXES:
             pictures, boxes = args[:2]
-            if len(boxes) and not boxes[:, 0].max() < len(pictures):
-                raise IndexError(f"{func._opname}: a box is in picture {int(boxes[:, 0].max())}, and there are {len(pictures)}")
+            if any(not 0 <= number < len(pictures) for number in boxes[:, 0].tolist()):
+                raise IndexError(f"{func._opname}: a box is in none of the {len(pictures)} pictures")
         return func(*args, **(kwargs or {}))
 
 
