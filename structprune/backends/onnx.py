@@ -188,7 +188,7 @@ def input_names(path: Path) -> list[str]:
 def _rename_inner(model: onnx_ir.Model) -> None:
     """The exporter calls an answer as it is told, and something inside, such as 'relu', may have that name already: the latter gets another."""
     outputs = {value.name for value in model.graph.outputs}
-    values = [value for node in model.graph.all_nodes() for value in node.outputs]
+    values = [value for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph) for value in node.outputs]
     taken = {value.name for value in values} | outputs
     for value in values:
         if value.name in outputs and not any(value is answer for answer in model.graph.outputs):
