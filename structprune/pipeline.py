@@ -43,7 +43,7 @@ from structprune.transform.memory import freed_or_kept
 from structprune.transform.own_class import came_as_graph, own_class, take_values
 from structprune.transform.scale import changed_scales
 from structprune.transform.surgery import Surgery, operate
-from structprune.transform.verify import Verification, answers_again, verify_trace, verify_unchanged
+from structprune.transform.verify import Verification, answers_again, positions, verify_trace, verify_unchanged
 from structprune.transform.verify import verify as compare
 
 _MOST_SAMPLES = 2048
@@ -314,7 +314,7 @@ def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> 
         return _without_dead(_Given(model, args, kwargs), Options(ignore=plan.ignore), clock, plan).model.to(device_of(model))
     with clock("trace"):
         folded = plain(model, args, kwargs)
-        graph = trace(folded, args, kwargs)
+        graph = _without_positions(trace(folded, args, kwargs))
     with clock("infer"):
         groups = find_groups(graph, plan.ignore)
     return realise(folded, graph, groups, plan, clock).model.to(device_of(model))
@@ -327,11 +327,21 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: tuple
     Without example inputs, noise of the shapes in the plan is used. Raises VerificationError where the two differ, and PlanError
     for a plan of another model.
     """
-    args, kwargs = decide.example_inputs(plan.inputs) if example_inputs is None else (example_inputs, {})
+    given = example_inputs is not None
+    args, kwargs = (example_inputs, {}) if example_inputs is not None else decide.example_inputs(plan.inputs)
     graph = trace(model, args, kwargs)
+    graph = graph if given else _without_positions(graph)
     groups = find_groups(graph, plan.ignore)
     traced = trace(small, graph.args, graph.kwargs, batch=graph.dynamic_batch)
     return compare(graph, groups.types, decide.atoms_of(plan, groups), traced.module)
+
+
+def _without_positions(graph: Graph) -> Graph:
+    """The same on the example with zeros for what may be positions, of which noise would lie outside of what they are positions in."""
+    unsafe = positions(graph)
+    inputs = [torch.zeros_like(v) if place in unsafe and isinstance(v, Tensor) else v for place, v in enumerate(graph.flat_inputs())]
+    args, kwargs = graph.called_with(inputs)
+    return replace(graph, args=args, kwargs=kwargs)
 
 
 @as_written()

@@ -27,7 +27,6 @@ from onnxscript.rewriter.rules.common import _min_max_to_clip, _no_op
 from torch import Tensor
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from structprune.backends import ties
 from structprune.backends.lowering import Lowered
@@ -50,7 +49,6 @@ _WEIGHT_FUSIONS = ["FusionGelu", *(f"Fusion{conv}{what}" for conv in ("Conv", "C
 _OWN = 2  # times the difference between float32 and float64 in torch is what ONNX Runtime may differ by, in a model that is so sensitive
 _MOST_OWN = 5e-2  # of the largest answer: a model that differs more from itself can be told from nothing
 _NUDGES, _NUDGE = 4, 1e-6  # how often, and by how much of itself, every weight is changed to see whether an order hangs on last digits
-_OF_BOXES = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool")
 LEAST = 1e-3  # a smaller answer counts as one of this: ONNX Runtime's sigmoid is right to 1e-7, not to a share of what it answers
 
 
@@ -269,8 +267,7 @@ def check(
 ) -> float:
     """Largest difference between ONNX Runtime and torch, as a share of the largest answer, or of `LEAST` where that is more.
 
-    batch_of_one: a model that squeezes its answer may lose the batch in it; the file keeps it. One that does not run on it is not asked, nor one
-    whose inputs tell of boxes in other pictures.
+    batch_of_one: a model that squeezes its answer may lose the batch in it; the file keeps it. One that does not run on it is not asked.
 
     Raises VerificationError where it is more than `tolerance`; by default, than arithmetic in another order explains, in float32 or in float16 as the
     module's answers are; and where more whole numbers are others than ties explain. A model that picks the best of many (boxes, queries) may give
@@ -278,8 +275,7 @@ def check(
     right as torch is.
     """
     try:
-        with _WithinPictures() if batch_of_one else contextlib.nullcontext():
-            wanted = _answers(module, args, kwargs)
+        wanted = _answers(module, args, kwargs)
     except Exception:  # the user's code may raise anything
         if not batch_of_one:
             raise
@@ -301,17 +297,6 @@ def check(
         if not others <= max(ties.SHARE, own_others):
             raise VerificationError(f"{path.name}: of the whole numbers in an answer, {others:.1%} are others in ONNX Runtime than in torch")
     return apart
-
-
-class _WithinPictures(TorchDispatchMode):
-    """Raises IndexError for boxes in a picture that the batch has not: torchvision would read what happens to lie there in memory."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func.namespace == "torchvision" and func._opname in _OF_BOXES:
-            pictures, boxes = args[:2]
-            if any(not 0 <= number < len(pictures) for number in boxes[:, 0].tolist()):
-                raise IndexError(f"{func._opname}: a box is in none of the {len(pictures)} pictures")
-        return func(*args, **(kwargs or {}))
 
 
 def difference(got: np.ndarray, want: np.ndarray) -> float:

@@ -29,7 +29,7 @@ from structprune.transform.checks import failed_check
 from structprune.transform.reference import Exact, in_double
 from structprune.transform.scale import Held, Scale, hold_scales, narrowed
 from structprune.transform.surgery import Surgery
-from structprune.transform.verify import difference, same_noise
+from structprune.transform.verify import difference, positions, same_noise
 
 _log = logging.getLogger(__name__)
 
@@ -269,7 +269,7 @@ class _Judge:
 
 
 def _batches(graph: Graph) -> list[list[Any]]:
-    """The user's example; and where that has several samples, one of them alone, and one more or less.
+    """The user's example; and where that has several samples, one of them alone, and one more or less; or only more, where boxes may lie in any.
 
     What should have followed the new sizes may hide in one batch: two samples of 48 channels are also one of 96. A single sample hides nothing.
     """
@@ -281,7 +281,8 @@ def _batches(graph: Graph) -> list[list[Any]]:
     def of(samples: int) -> list[Any]:
         return [repeated(v, 0, samples) if batched else v for v, batched in zip(given, graph.batched, strict=True)]
 
-    return [given, of(1), of(number - 1 if number > 2 else number + 1)]
+    others = (number + 1, number + 2) if positions(graph) else (1, number - 1 if number > 2 else number + 1)
+    return [given, *map(of, others)]
 
 
 def _typed(inputs: Sequence[Any], double: bool) -> list[Any]:

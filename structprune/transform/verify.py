@@ -182,16 +182,17 @@ def _on_inputs(
     with torch.no_grad():
         batch = next((v.shape[0] for v in wide if isinstance(v, Tensor) and v.dim()), 1)
         room = min(_WORK * batch / max(1, sum(math.prod(axis.size for axis in w.axes) for w in types.work)), _samples_in_memory(graph, batch))
-        if room < 1 and not _unsafe_inputs(graph):
+        unsafe = positions(graph)
+        if room < 1 and not unsafe:
             try:
                 found = compared(_smaller(_last(wide, 1) if graph.dynamic_batch else wide, room))[1]
                 return replace(found, answers=own_precision())
             except (*_DOES_NOT_RUN, VerificationError):  # a size that the graph was traced for; the whole picture decides
                 _log.debug("smaller pictures do not run", exc_info=True)
-        if graph.dynamic_batch:
-            samples = max(1, int(room))
+        samples = max(1, int(room))
+        if graph.dynamic_batch and not (unsafe and samples < batch):
             try:
-                chosen = _last(wide, samples) if samples < batch else _with_noise(wide, min(samples, _SAMPLES) // batch - 1, _unsafe_inputs(graph))
+                chosen = _last(wide, samples) if samples < batch else _with_noise(wide, min(samples, _SAMPLES) // batch - 1, unsafe)
                 answer, found = compared(chosen)
                 if samples >= batch:
                     return found
@@ -267,8 +268,8 @@ def _samples_in_memory(graph: Graph, batch: int) -> float:
     return max(_MEMORY, own / 2) * batch / max(1, _LIVE * largest)
 
 
-def _unsafe_inputs(graph: Graph) -> set[int]:
-    """Which inputs an operator from outside ATen may read as positions (boxes in an image): it need not check them before it reads memory."""
+def positions(graph: Graph) -> set[int]:
+    """Which inputs an operator from outside ATen may read as positions (boxes in pictures): it need not check them before it reads memory."""
     reaching: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         outside = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace != "aten"
