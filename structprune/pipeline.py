@@ -327,19 +327,24 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: tuple
     Without example inputs, noise of the shapes in the plan is used. Raises VerificationError where the two differ, and PlanError
     for a plan of another model.
     """
-    given = example_inputs is not None
-    args, kwargs = (example_inputs, {}) if example_inputs is not None else decide.example_inputs(plan.inputs)
-    graph = trace(model, args, kwargs)
-    graph = graph if given else _without_positions(graph)
+    if example_inputs is not None:
+        graph = trace(model, example_inputs)
+    else:
+        args, kwargs = decide.example_inputs(plan.inputs)
+        graph = _without_positions(trace(model, args, kwargs))
     groups = find_groups(graph, plan.ignore)
     traced = trace(small, graph.args, graph.kwargs, batch=graph.dynamic_batch)
     return compare(graph, groups.types, decide.atoms_of(plan, groups), traced.module)
 
 
 def _without_positions(graph: Graph) -> Graph:
-    """The same on the example with zeros for what may be positions, of which noise would lie outside of what they are positions in."""
+    """The same, of an example that is noise, with what may be positions between 0 and 1: others would lie outside of what they are positions in."""
     unsafe = positions(graph)
-    inputs = [torch.zeros_like(v) if place in unsafe and isinstance(v, Tensor) else v for place, v in enumerate(graph.flat_inputs())]
+
+    def near_zero(value: Tensor) -> Tensor:
+        return value.frac().abs() if value.is_floating_point() else torch.zeros_like(value)
+
+    inputs = [near_zero(v) if place in unsafe and isinstance(v, Tensor) else v for place, v in enumerate(graph.flat_inputs())]
     args, kwargs = graph.called_with(inputs)
     return replace(graph, args=args, kwargs=kwargs)
 

@@ -654,7 +654,7 @@ def test_boxes_stay_in_their_pictures(tmp_path: Path, monkeypatch: pytest.Monkey
         assert result.export_onnx(tmp_path / "model.onnx") < 1e-4
         sp.verify(model, sp.apply(model, result.plan), result.plan)
     assert len(regions.seen) > 8
-    assert all(0 <= number < count for count, numbers in regions.seen for number in numbers)
+    assert all(0 <= int(number) < count for count, numbers in regions.seen for number in numbers)
 
 
 def test_biases_that_no_weight_silences_are_gone_from_the_masked_original(tmp_path: Path) -> None:
