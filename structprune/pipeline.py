@@ -314,7 +314,7 @@ def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> 
         return _without_dead(_Given(model, args, kwargs), Options(ignore=plan.ignore), clock, plan).model.to(device_of(model))
     with clock("trace"):
         folded = plain(model, args, kwargs)
-        graph = _without_positions(trace(folded, args, kwargs))
+        graph = _with_positions_near_zero(trace(folded, args, kwargs))
     with clock("infer"):
         groups = find_groups(graph, plan.ignore)
     return realise(folded, graph, groups, plan, clock).model.to(device_of(model))
@@ -331,13 +331,13 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: tuple
         graph = trace(model, example_inputs)
     else:
         args, kwargs = decide.example_inputs(plan.inputs)
-        graph = _without_positions(trace(model, args, kwargs))
+        graph = _with_positions_near_zero(trace(model, args, kwargs))
     groups = find_groups(graph, plan.ignore)
     traced = trace(small, graph.args, graph.kwargs, batch=graph.dynamic_batch)
     return compare(graph, groups.types, decide.atoms_of(plan, groups), traced.module)
 
 
-def _without_positions(graph: Graph) -> Graph:
+def _with_positions_near_zero(graph: Graph) -> Graph:
     """The same, of an example that is noise, with what may be positions between 0 and 1: others would lie outside of what they are positions in."""
     unsafe = positions(graph)
 
