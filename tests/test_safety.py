@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,7 @@ def same(name: str, content: bytes) -> bytes:
 MARK = "mark"
 RUN = f"__import__('pathlib').Path('{MARK}').touch()"
 FACTORY = 'collections.defaultdict\\\\\\", \\\\\\"default_factory_module\\\\\\": \\\\\\"antigravity'
+ENUMERATION = json.dumps(json.dumps('{"\\u005f_enum__": true, "fqn": "antigravity:X", "name": "Y"}'))[1:-1]  # in escapes, within escapes
 PROGRAMS: dict[str, Callable[[], tuple[Callable[[str, bytes], bytes | None], dict[str, bytes]]]] = {
     "example inputs": lambda: (lambda n, c: evil_pickle(Path(MARK)) if "sample_inputs" in n else c, {}),
     "old weights": lambda: (same, {"{}/data/weights/model.pt": evil_pickle(Path(MARK))}),
@@ -90,6 +92,9 @@ PROGRAMS: dict[str, Callable[[], tuple[Callable[[str, bytes], bytes | None], dic
     "call": lambda: (in_model("torch.ops.aten.relu.default", "_operator.call"), {}),
     "name": lambda: (in_model('"name": "x"', f'"name": "x={RUN}"'), {}),
     "structure": lambda: (in_model("builtins.tuple", FACTORY), {}),
+    "enumeration": lambda: (in_model(r"\"context\": \"null\"", rf"\"context\": {ENUMERATION}"), {}),
+    "keyword": lambda: (in_model(r"\"context\": \"[]\"", rf"\"context\": \"[\\\"x={RUN}\\\"]\""), {}),
+    "quoted name": lambda: (in_model('"parameter_name": "', f'"parameter_name": "x\\"{RUN}'), {}),
     "compiled code": lambda: (same, {"{}/data/aotinductor/model/model.so": b"\x7fELF"}),
     "path": lambda: (same, {"../../outside": b"x"}),
     "absolute path": lambda: (same, {"/tmp/outside": b"x"}),
@@ -115,12 +120,34 @@ def test_a_program_that_wants_to_run(attack: str, program: Path, monkeypatch: py
     assert left() == before and not Path(MARK).exists() and not Path("../../outside").exists()
 
 
-def test_names_of_modules_that_are_no_identifiers() -> None:
-    model = torch.nn.Sequential()
-    model.add_module("block4-5", torch.nn.Linear(3, 4))
-    model.add_module("a:b c", torch.nn.Linear(4, 2))
-    sp.compress(model, (torch.randn(2, 3),), target="channels=0.5").save("out", latency=False)
-    assert "block4-5.weight" in dict(sp.load("out").named_parameters())
+class Keyed(torch.nn.Module):
+    """Layers and answers by names that are no identifiers, or words of Python's."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.inp, self.heads = torch.nn.Linear(3, 8), torch.nn.ModuleDict({name: torch.nn.Linear(8, 2) for name in names})
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: head(self.inp(x).relu()) for name, head in self.heads.items()}
+
+
+@pytest.mark.parametrize("names", [("block4-5", "a:b c"), ("class", "box/xyxy"), ("conv(3)", "50%", "a=b", "[0]", "{x}")])
+def test_names_of_modules_and_answers_that_are_no_identifiers(names: tuple[str, ...]) -> None:
+    x = torch.randn(2, 3)
+    result = sp.compress(Keyed(names).eval(), x, target="channels=0.5")
+    result.save("out", latency=False)
+    loaded = sp.load("out")
+    assert f"heads.{names[0]}.weight" in dict(loaded.named_parameters())
+    for module in (loaded, copy.deepcopy(loaded), copy.deepcopy(result.small), result.model):
+        answers = module(x)
+        assert list(answers) == list(names)
+        assert all(torch.allclose(answers[name], result.model(x)[name], atol=1e-6) for name in names)
+
+
+def test_a_quote_in_a_name_is_no_code() -> None:
+    result = sp.compress(Keyed([f"a\" or open('{MARK}', 'w') or \"", "it's"]).eval(), torch.randn(2, 3), target="channels=0.5")
+    copy.deepcopy(result.small)(torch.randn(2, 3))
+    assert not Path(MARK).exists()
 
 
 def test_torch_itself_would_run_it(program: Path) -> None:

@@ -31,10 +31,9 @@ _ENTRIES = 100_000
 
 _FORGED = "is no program that torch.export.save writes"
 _NAME = re.compile(r"[\w.]*")
-_TENSOR = re.compile(r"[\w.\-+:/@ ]*")  # no quotes, brackets or escapes: torch.fx writes these names, in quotes, into code that it runs
+_TENSOR = re.compile(r"[^\"'\\\x00-\x1f\x7f]*")  # no quotes or escapes: torch.fx writes these names, in quotes, into code that it runs
 _NAMES = {"name": _NAME, "custom_obj_name": _NAME, "parameter_name": _TENSOR, "buffer_name": _TENSOR, "tensor_constant_name": _TENSOR}
 _BY_NAME = frozenset({"tensor_values", "sym_int_values", "sym_bool_values", "sym_float_values", "custom_obj_values", "config"})
-_FOREIGN = re.compile(r"[\w.\s\[\]{}\",:\\-]*")  # JSON within JSON: structures of plain names
 _OPERATOR = re.compile(r"torch\.ops\.([A-Za-z]\w*)\.(\w+)(?:\.(\w+))?")
 _BARRED_SPACES = frozenset({"prim", "profiler", "c10d", "rpc", "inductor", "static_runtime", "symm_mem", "dist", "cuda", "debugprims"})
 _BARRED_OPERATORS = frozenset({"from_file", "save", "load"})
@@ -137,7 +136,7 @@ def _check_model(content: Any) -> None:
         elif key == "expr_str":
             _check_expression(value)
         elif key in ("in_spec", "out_spec") and value is not None:
-            _check_structure(value)
+            _check_structure(value, of_arguments=key == "in_spec")
         elif key in _NAMES and not _NAMES[key].fullmatch(str(value)):
             raise _Forged(f"the name {str(value)[:60]!r}")
         elif key == "forward_arg_names" and not all(_NAME.fullmatch(str(v)) for v in value or ()):
@@ -208,11 +207,45 @@ def _is_small(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and abs(node.value) <= _POWER
 
 
-def _check_structure(spec: Any) -> None:
-    """How arguments and answers are nested: classes that are registered, and nothing that is imported for it."""
-    text = spec if isinstance(spec, str) else json.dumps(spec)
-    if "__enum__" in text or not _FOREIGN.fullmatch(text):
-        raise _Forged("a structure of arguments with more than names in it")
-    for module in re.findall(r"default_factory_module[\\\"\s:]+([\w.]+)", text):
-        if module not in ("builtins", "collections"):
-            raise _Forged(f"a structure of arguments that imports {module}")
+def _check_structure(spec: Any, of_arguments: bool) -> None:
+    """How arguments and answers are nested: classes that are registered, and nothing that is imported for it.
+
+    of_arguments: of which torch.fx writes the keywords into code that it runs.
+    """
+    for key, value in _pairs_within(spec):
+        if key == "__enum__" or (key == "default_factory_module" and value not in ("builtins", "collections")):
+            raise _Forged("a structure of arguments that imports something")
+    if of_arguments and not all(isinstance(name, str) and _NAME.fullmatch(name) for name in _keywords(spec)):
+        raise _Forged("keywords of arguments that are no names")
+
+
+def _pairs_within(text: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of every object in JSON, and in the JSON that is a text in it, with its value."""
+    stack = [text]
+    while stack:
+        top = stack.pop()
+        if isinstance(top, str) and re.match(r"\s*[\[{\"]", top):
+            try:
+                stack.append(json.loads(top))
+            except ValueError:  # a text
+                continue
+            except RecursionError as error:
+                raise _Forged("a structure of arguments without end") from error
+        elif isinstance(top, dict):
+            yield from top.items()
+            stack.extend(top.values())
+        elif isinstance(top, list):
+            stack.extend(top)
+
+
+def _keywords(spec: Any) -> list[Any]:
+    """torch.export writes [1, the tree of a tuple of positional arguments and a dict of those by keyword]."""
+    try:
+        _, tree = json.loads(spec)
+        positional, named = tree["children_spec"]
+        found = json.loads(named["context"])
+        if (tree["type"], positional["type"], named["type"]) == ("builtins.tuple", "builtins.tuple", "builtins.dict") and isinstance(found, list):
+            return found
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _Forged("a structure of arguments that is none") from error
+    raise _Forged("a structure of arguments that is none")

@@ -6,6 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -17,6 +18,16 @@ _SWITCHES = "switches with the mode"  # in the meta of a node, which copies keep
 _CONTAINERS = (dict, OrderedDict, list, set, tuple)
 _PLAIN = (int, float, str, torch.Size, torch.device)
 _TORCHS_OWN = frozenset(vars(nn.Module()))  # whether it trains, its tables of tensors and hooks: what a module has in any class
+
+
+def _reading(base: str, target: str) -> str:
+    """Python that reads an attribute, whatever it is called: torch.fx's own is none for a layer called 'class', or with a quote in its name."""
+    for name in target.split("."):
+        base = f"{base}.{name}" if name.isidentifier() and not iskeyword(name) else f"getattr({base}, {name!r})"
+    return base
+
+
+fx.graph._format_target = _reading  # for good: whoever copies, moves or loads a traced module has torch.fx write its code anew
 
 
 class TracedModule(fx.GraphModule):
