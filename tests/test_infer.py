@@ -312,12 +312,12 @@ def test_what_an_unchecked_operator_reads_as_positions_is_not_made_noise() -> No
     """Out of the image or the batch, such an operator would read memory that is not its own."""
     from architectures import detector
 
-    from structprune.transform.verify import _unsafe_inputs, _with_noise
+    from structprune.transform.verify import _with_noise, positions
 
     model, inputs = detector()
     graph = sp.trace(model, inputs)
-    assert _unsafe_inputs(graph) == {1}
-    image, boxes = _with_noise(graph.flat_inputs(), 3, _unsafe_inputs(graph))
+    assert positions(graph) == {1}
+    image, boxes = _with_noise(graph.flat_inputs(), 3, positions(graph))
     assert torch.equal(boxes, inputs[1].repeat(4, 1)) and len(image.unique(dim=0)) == 8
 
 
